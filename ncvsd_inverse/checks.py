@@ -1,0 +1,132 @@
+"""The wording of shape, range and dtype errors; it must not know what the values are for.
+
+Form: what must hold, then what came, with the argument named as the caller wrote it.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return `value` as a float; ValueError unless it is a finite number > 0."""
+    number = _as_number(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return number
+
+
+def check_non_negative(name: str, value: float) -> float:
+    """Return `value` as a float; ValueError unless it is a finite number >= 0."""
+    number = _as_number(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be non-negative and finite, got {value}")
+    return number
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """Return `value`; TypeError unless it is an integer, ValueError if below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """Return `value`; ValueError that lists the choices (nearest first) unless it is one."""
+    known = list(choices)
+    if isinstance(value, str) and value in known:
+        return value
+    near = difflib.get_close_matches(str(value), known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def check_finite(name: str, x: Tensor) -> Tensor:
+    """Return `x`; ValueError that counts what is not finite."""
+    if x.dtype.is_floating_point and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name} must be finite, got {bad} of {x.numel()} values NaN or infinite")
+    return x
+
+
+def check_floating(name: str, x: Tensor) -> Tensor:
+    """Return `x`; TypeError unless it is a tensor of real floating-point numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(x).__name__}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be a floating-point tensor (images scaled to [-1, 1]), got {x.dtype}"
+        )
+    return x
+
+
+def check_images(name: str, x: Tensor) -> Tensor:
+    """Return `x`; error unless it is a floating-point tensor of shape (B, C, H, W), none 0."""
+    check_floating(name, x)
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}")
+    return x
+
+
+def check_shape(name: str, x: Tensor, expected: Sequence[int]) -> Tensor:
+    """Return `x`; ValueError unless its shape is `expected`."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
+    return x
+
+
+def check_image_size(
+    name: str,
+    size: Sequence[int],
+    *,
+    channels: int | None = None,
+    image_shape: Sequence[int] | None = None,
+    multiple: int = 1,
+) -> None:
+    """ValueError unless `size` = (C, H, W) is what takes it: a fixed shape, or sides that divide.
+
+    Args:
+        name: the argument, as the caller wrote it.
+        size: channels, height and width that came.
+        channels: the channels it must have; None: any.
+        image_shape: the one shape (C, H, W) that it must have; None: any.
+        multiple: what both sides must be a multiple of.
+    """
+    came = tuple(size)
+    if image_shape is not None and came != tuple(image_shape):
+        raise ValueError(f"{name} must hold images of shape {tuple(image_shape)}, got {came}")
+    if channels is not None and came[0] != channels:
+        raise ValueError(f"{name} must have {channels} channels, got {came[0]}")
+    if came[1] % multiple or came[2] % multiple:
+        raise ValueError(
+            f"{name} must have sides that are multiples of {multiple}, got {came[1]} x {came[2]}"
+        )
+
+
+def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) -> None:
+    """ValueError unless a noise level, or each entry of a tensor of them, is in (0, largest].
+
+    An infinite level is refused whatever `largest` is.
+    """
+    if isinstance(level, Tensor):
+        if level.numel() == 0:
+            raise ValueError(f"{name} must have at least one entry, got shape {tuple(level.shape)}")
+        low, high = float(level.min()), float(level.max())
+    else:
+        low = high = _as_number(name, level)
+    if not (low > 0 and high <= largest and math.isfinite(high)):
+        bound = "finite" if math.isinf(largest) else f"at most {largest:g}"
+        came = f"{low}" if low == high else f"{low} to {high}"
+        raise ValueError(f"{name} must be positive and {bound}, got {came}")
+
+
+def _as_number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
