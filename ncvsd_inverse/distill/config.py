@@ -1,0 +1,131 @@
+"""Settings of a training run, checked when made; they must not know how a run proceeds."""
+
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from ncvsd_inverse.checks import check_choice, check_count, check_non_negative, check_positive
+from ncvsd_inverse.networks import UNetShape
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings that a teacher's training and a distillation share.
+
+    Attributes:
+        network: widths and depths of the networks.
+        images: images to train on in all; the run ends there.
+        batch_size: images in an optimiser step.
+        learning_rate: Adam's largest learning rate (the score model's in a distillation).
+        warmup_images: images over which the learning rate rises from 0.
+        decay_steps: optimiser steps after which it falls as the inverse square root.
+        betas: Adam's decay rates.
+        t_mean: mean of log t, the noise levels that losses are taken at.
+        t_std: std of log t.
+        sigma_data: std of the images, image units.
+        ema_stds: relative stds of the averaged weights that are kept, power-function EMA.
+        flip: whether images are mirrored left to right at random.
+        precision: dtype of the network passes; weights and optimiser stay float32.
+        compile: whether torch.compile fuses the networks.
+        seed: seed of weights, batches and noise; >= 0.
+
+    Sources:
+        Karras et al., arXiv 2312.02696 (learning rate, EMA); METHOD table of arXiv 2506.09416.
+    """
+
+    network: UNetShape
+    images: int
+    batch_size: int = 64
+    learning_rate: float = 0.01
+    warmup_images: int = 10_000
+    decay_steps: float = 2000.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    t_mean: float = -0.8
+    t_std: float = 1.6
+    sigma_data: float = 0.5
+    ema_stds: tuple[float, ...] = (0.05, 0.10)
+    flip: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, least=0)
+        for name in ("learning_rate", "decay_steps", "t_std", "sigma_data"):
+            check_positive(name, getattr(self, name))
+        check_non_negative("warmup_images", self.warmup_images)
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
+        if not self.ema_stds or not all(0 < std < 0.28 for std in self.ema_stds):
+            raise ValueError(f"ema_stds must lie in (0, 0.28), got {self.ema_stds}")
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Read a configuration file; ValueError that names an unknown or missing key."""
+        return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from plain data, as `to_dict` gives it."""
+        known = {entry.name for entry in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"configuration has unknown keys: {', '.join(unknown)}")
+        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        try:
+            shape = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in plain.pop("network").items()
+            }
+            return cls(network=UNetShape(**shape), **plain)
+        except KeyError as error:
+            raise ValueError(f"configuration lacks the key {error}") from None
+        except TypeError as error:
+            raise ValueError(f"configuration does not fit: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, JSON-able."""
+        return asdict(self)
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class TeacherConfig(TrainConfig):
+    """Settings of a teacher's training by denoising (EDM)."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Settings of a distillation.
+
+    Attributes:
+        kind: "concat" (light) or "controlled" (as published) networks.
+        gamma: how far the generator raises the noise of its input, >= 0.
+        generator_rate: learning rate of generator and discriminator, relative to the score model.
+        adversarial_images: images after which the adversarial loss is switched on.
+        num_levels: Karras levels from which sigma is drawn, between sigma_max and sigma_min.
+        sigma_min: smallest level, image units.
+        sigma_max: largest level, image units.
+    """
+
+    kind: Literal["concat", "controlled"] = "concat"
+    gamma: float = 0.414
+    generator_rate: float = 0.01
+    adversarial_images: int = 0
+    num_levels: int = 1000
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("kind", self.kind, ("concat", "controlled"))
+        check_non_negative("gamma", self.gamma)
+        check_positive("generator_rate", self.generator_rate)
+        check_count("num_levels", self.num_levels, least=2)
+        check_positive("sigma_min", self.sigma_min)
+        if not self.sigma_max > self.sigma_min:
+            raise ValueError(f"sigma_max must be above {self.sigma_min}, got {self.sigma_max}")

@@ -1,0 +1,131 @@
+"""Magnitude-preserving layers: operations that keep unit variance for unit-variance input.
+
+They must not know what the network they build is for.
+
+Source: Karras et al., arXiv 2312.02696 (EDM2), section 2 and appendix B.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-4
+SILU_RMS = 0.596
+"""Root mean square of silu(x) for standard normal x."""
+
+
+def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
+    """Divide `x` by its root mean square along `dim`; same shape."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    return x * (1 / (EPS + norm / math.sqrt(x.shape[dim]))).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """Return silu(x) scaled to unit variance for standard normal x."""
+    return nn.functional.silu(x) / SILU_RMS
+
+
+def mp_sum(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
+    """Blend two independent unit-variance tensors of one shape to unit variance.
+
+    Args:
+        a: first tensor.
+        b: second tensor, the same shape.
+        weight: share of `b`, in [0, 1]; a float or a tensor of one entry.
+    """
+    if isinstance(weight, Tensor):
+        scale = ((1 - weight) ** 2 + weight**2).rsqrt()
+        return a * ((1 - weight) * scale).to(a.dtype) + b * (weight * scale).to(a.dtype)
+    scale_float = 1 / math.hypot(1 - weight, weight)
+    return a * ((1 - weight) * scale_float) + b * (weight * scale_float)
+
+
+def mp_cat(a: Tensor, b: Tensor) -> Tensor:
+    """Concatenate along channels so that both contribute equally: (B, Ca + Cb, H, W)."""
+    num_a, num_b = a.shape[1], b.shape[1]
+    scale = math.sqrt((num_a + num_b) / 2)
+    return torch.cat([a * (scale / math.sqrt(num_a)), b * (scale / math.sqrt(num_b))], dim=1)
+
+
+class FourierFeatures(nn.Module):
+    """Random cosine features of a scalar: (B,) to (B, num_channels), unit variance."""
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return sqrt(2) cos(freqs * x + phases), in float32."""
+        return math.sqrt(2) * torch.cos(torch.outer(x.float(), self.freqs) + self.phases)
+
+
+class MPConv(nn.Module):
+    """Convolution (odd kernel, zero padding) or, with kernel 0, a linear layer, without bias.
+
+    The layer's matrix is `weight / sqrt(fan_in)`. Every filter of `weight` is meant to have unit
+    root mean square: `normalize_weights_` brings it there after loading foreign weights and after
+    each optimiser step, so a forward pass need not.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__()
+        shape = (out_channels, in_channels, kernel, kernel) if kernel else (out_channels, in_channels)
+        weight = torch.randn(shape)
+        if kernel:
+            weight = weight.to(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight)
+        self.scale = 1 / math.sqrt(weight[0].numel())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, Cin, H, W) to (B, Cout, H, W), or (B, Cin) to (B, Cout), in the dtype of x."""
+        weight = self.weight
+        if self.scale != 1:
+            weight = weight * self.scale
+        weight = weight.to(x.dtype)
+        if weight.ndim == 2:
+            return nn.functional.linear(x, weight)
+        return nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def _mp_convs(module: nn.Module) -> list[MPConv]:
+    return [layer for layer in module.modules() if isinstance(layer, MPConv)]
+
+
+@torch.no_grad()
+def normalize_weights_(module: nn.Module) -> None:
+    """Bring every filter of every MPConv in `module` to unit root mean square, in place."""
+    for layer in _mp_convs(module):
+        flat = layer.weight.flatten(1)
+        norm = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
+        layer.weight /= (EPS + norm).reshape(-1, *[1] * (layer.weight.ndim - 1))
+
+
+@torch.no_grad()
+def project_gradients_(module: nn.Module) -> None:
+    """Remove from every MPConv's gradient the part along its filters, in place.
+
+    This is the gradient that normalising the weight inside the forward pass would give, at the
+    cost of once a step instead of once a pass.
+    """
+    for layer in _mp_convs(module):
+        if layer.weight.grad is None:
+            continue
+        weight, grad = layer.weight.flatten(1), layer.weight.grad.flatten(1)
+        along = (weight * grad).sum(1) / weight.square().sum(1)
+        layer.weight.grad -= along.reshape(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight
+
+
+@torch.no_grad()
+def fold_weights_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Fold every MPConv's scale into its weight and store the weight as `dtype`, in place.
+
+    The module then computes the same function faster and can no longer be trained.
+    """
+    for layer in _mp_convs(module):
+        layer.weight = nn.Parameter((layer.weight * layer.scale).to(dtype), requires_grad=False)
+        layer.scale = 1.0
