@@ -1,0 +1,38 @@
+"""Samplers of clean images given noisy ones; they must not know operators or measurements.
+
+`ncvsd_ffhq`, `ncvsd_faces64` and `ncvsd_natural` are handles: each loads its weights when it is
+first used.
+"""
+
+from ncvsd_inverse.priors.analytic import GaussianMixturePrior, GaussianPrior
+from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.diffusion import DiffusionPrior
+from ncvsd_inverse.priors.ncvsd import NCVSDPrior, RefinedPrior
+from ncvsd_inverse.priors.zoo import (
+    PriorHandle,
+    list_priors,
+    load_card,
+    load_prior,
+    save_prior,
+)
+
+__all__ = [
+    "DiffusionPrior",
+    "GaussianMixturePrior",
+    "GaussianPrior",
+    "NCVSDPrior",
+    "PriorCard",
+    "PriorHandle",
+    "RefinedPrior",
+    "list_priors",
+    "load_card",
+    "load_prior",
+    "ncvsd_faces64",
+    "ncvsd_ffhq",
+    "ncvsd_natural",
+    "save_prior",
+]
+
+ncvsd_ffhq = PriorHandle("ncvsd_ffhq")
+ncvsd_faces64 = PriorHandle("ncvsd_faces64")
+ncvsd_natural = PriorHandle("ncvsd_natural")

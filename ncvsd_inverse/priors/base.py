@@ -1,0 +1,158 @@
+"""What priors that wrap a network share: input checks, devices, classes, pure noise to start from.
+
+It must not know how a network is turned into a sampler.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.checks import check_count, check_image_size, check_images, check_level
+from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
+from ncvsd_inverse.priors.card import PriorCard
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+"""Noise stds between which networks are trained, image units."""
+
+ROUNDING = 1.01
+"""How far above `sigma_max`, as a factor, a level still counts as `sigma_max`."""
+
+
+class NetworkPrior:
+    """Base of the priors whose draws come from passes through a network.
+
+    A network may say what it takes by its attributes `image_channels`, `size_multiple` (what
+    sides must be a multiple of) and `num_classes`; one that says nothing takes anything.
+
+    Args:
+        network: the module whose passes count.
+        image_shape: the one shape (C, H, W) it takes, or None when any size works.
+        sigma_min: smallest trained noise std, > 0, image units.
+        sigma_max: largest trained noise std, image units.
+        card: what is known of the prior, if it was trained.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        image_shape: Sequence[int] | None,
+        sigma_min: float,
+        sigma_max: float,
+        card: PriorCard | None,
+    ) -> None:
+        check_level("sigma_min", sigma_min)
+        check_level("sigma_max", sigma_max)
+        if sigma_min >= sigma_max:
+            raise ValueError(f"sigma_min must be below sigma_max = {sigma_max}, got {sigma_min}")
+        self.network = network
+        self.image_shape = None if image_shape is None else _image_shape(image_shape)
+        self.sigma_min = float(sigma_min)
+        self.sigma_max = float(sigma_max)
+        self.card = card
+        self.label: int | None = None
+        self._channels: int | None = getattr(network, "image_channels", None)
+        self._multiple: int = getattr(network, "size_multiple", 1)
+        self._num_classes: int = getattr(network, "num_classes", 0)
+        if self.image_shape is not None:
+            check_image_size(
+                "image_shape", self.image_shape, channels=self._channels, multiple=self._multiple
+            )
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the network's weights are; None for a network without weights."""
+        weight = next(self.network.parameters(), None)
+        return None if weight is None else weight.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the network to `device`, in place, and return the prior."""
+        self.network.to(device)
+        return self
+
+    def conditioned_on(self, label: int) -> Self:
+        """Return a prior of the images of one class; it shares the network.
+
+        Args:
+            label: index of the class, 0 to the number of classes - 1.
+
+        Raises:
+            ValueError: if the network has no such class.
+        """
+        check_count("label", label, least=0)
+        if label >= self._num_classes:
+            raise ValueError(
+                f"label must be below the prior's number of classes, {self._num_classes}, "
+                f"got {label}"
+            )
+        bound = copy.copy(self)
+        bound.label = label
+        return bound
+
+    def _prepare(self, name: str, u: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Check images and levels; return both in at least float32, levels as (B,)."""
+        check_images(name, u)
+        check_image_size(
+            name,
+            u.shape[1:],
+            channels=self._channels,
+            image_shape=self.image_shape,
+            multiple=self._multiple,
+        )
+        check_level("sigma", sigma, largest=ROUNDING * self.sigma_max)
+        device = self.device
+        if device is not None and u.device != device:
+            raise ValueError(
+                f"{name} must be on the prior's device, {device}, got {u.device}; "
+                f"move the prior with prior.to({str(u.device)!r})"
+            )
+        x = u.to(torch.promote_types(u.dtype, torch.float32))
+        return x, expand_level(sigma, x).flatten()
+
+    def _labels(self, x: Tensor) -> Tensor | None:
+        """Return the class of each image of `x`, one-hot, shape (B, num_classes)."""
+        if self.label is None:
+            return None
+        labels = x.new_zeros(x.shape[0], self._num_classes)
+        labels[:, self.label] = 1
+        return labels
+
+    def _start_noise(
+        self, num: int, seed: int, size: Sequence[int] | None, batch_size: int
+    ) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+        """Yield batches of standard normal images and each image's own generator."""
+        check_count("num", num)
+        check_count("seed", seed, least=0)
+        check_count("batch_size", batch_size)
+        shape = self._generated_shape(size)
+        device = self.device or torch.device("cpu")
+        for first in range(0, num, batch_size):
+            keys = [(seed, i) for i in range(first, min(first + batch_size, num))]
+            generators = make_generators(keys, device)
+            like = torch.empty(len(keys), *shape, device=device, dtype=torch.float32)
+            yield draw_normal(like, generators), generators
+
+    def _generated_shape(self, size: Sequence[int] | None) -> tuple[int, int, int]:
+        if self.image_shape is not None:
+            if size is not None and tuple(size) != self.image_shape[1:]:
+                raise ValueError(f"size must be {self.image_shape[1:]}, got {tuple(size)}")
+            return self.image_shape
+        if size is None or self._channels is None:
+            lacking = "size" if size is None else "image_shape"
+            raise ValueError(f"{lacking} must be given to generate images: this prior fixes none")
+        shape = _image_shape((self._channels, *size), name="size")
+        check_image_size("size", shape, multiple=self._multiple)
+        return shape
+
+
+def _image_shape(shape: Sequence[int], name: str = "image_shape") -> tuple[int, int, int]:
+    entries = tuple(shape)
+    if len(entries) != 3:
+        wanted = "(C, H, W)" if name == "image_shape" else "(H, W)"
+        came = entries if name == "image_shape" else entries[1:]
+        raise ValueError(f"{name} must be {wanted}, got {came}")
+    channels, height, width = (check_count(name, n) for n in entries)
+    return channels, height, width

@@ -1,0 +1,140 @@
+"""The card of a trained prior: what it is, where it comes from, what it is good for.
+
+It must not know where cards and weights are kept.
+"""
+
+import json
+import math
+import string
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, Self
+
+from ncvsd_inverse.checks import check_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorCard:
+    """What is known of a trained prior; stored as JSON beside its weights.
+
+    Attributes:
+        name: the prior's name.
+        kind: "ncvsd" (a distilled network) or "diffusion" (a teacher, sampled by diffusion).
+        network: configuration that `networks.build_network` takes.
+        image_shape: the one image shape (C, H, W) it takes, or None when any size works.
+        gamma: how far an "ncvsd" prior raises the noise level, > 0; None for "diffusion".
+        sigma_min: smallest trained noise std, > 0, image units.
+        sigma_max: largest trained noise std, image units.
+        sha256: SHA-256 of the weights file, 64 lower-case hexadecimal digits.
+        licence: terms of use of the weights.
+        data: what it was trained on.
+        training: command, commit and settings of the training.
+        evaluation: measured quality.
+        weaknesses: what it does badly.
+        intended_use: what it is for.
+
+    Raises:
+        ValueError: if a field has a wrong type or is out of range.
+    """
+
+    name: str
+    kind: Literal["ncvsd", "diffusion"]
+    network: Mapping[str, object]
+    image_shape: tuple[int, int, int] | None
+    gamma: float | None
+    sigma_min: float
+    sigma_max: float
+    sha256: str
+    licence: str
+    data: str
+    training: Mapping[str, object]
+    evaluation: Mapping[str, object]
+    weaknesses: str
+    intended_use: str
+
+    def __post_init__(self) -> None:
+        for field in ("name", "licence", "data", "weaknesses", "intended_use"):
+            _check_text(field, getattr(self, field))
+        for field in ("network", "training", "evaluation"):
+            _check_mapping(field, getattr(self, field))
+        check_choice("kind", self.kind, ("ncvsd", "diffusion"))
+        _check_text("network['kind']", self.network.get("kind"))
+        if self.image_shape is not None:
+            _check_image_shape(self.image_shape)
+        for field in ("sigma_min", "sigma_max"):
+            _check_positive_number(field, getattr(self, field))
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min must be below sigma_max = {self.sigma_max}, got {self.sigma_min}"
+            )
+        if self.kind == "ncvsd":
+            _check_positive_number("gamma", self.gamma)
+        elif self.gamma is not None:
+            raise ValueError(f"gamma must be null for kind 'diffusion', got {self.gamma!r}")
+        digits = set(string.hexdigits.lower())
+        if (
+            not (isinstance(self.sha256, str) and len(self.sha256) == 64)
+            or set(self.sha256) - digits
+        ):
+            raise ValueError(
+                f"sha256 must be 64 lower-case hexadecimal digits, got {self.sha256!r}"
+            )
+
+    @classmethod
+    def from_dict(cls, entries: object) -> Self:
+        """Build a card from what JSON gives.
+
+        Raises:
+            ValueError: if `entries` is no dictionary, lacks a field, has an unknown one, or a
+                field is wrong.
+        """
+        if not isinstance(entries, dict):
+            raise ValueError(f"a card must be a JSON object, got {type(entries).__name__}")
+        known = [field.name for field in fields(cls)]
+        missing = [name for name in known if name not in entries]
+        unknown = [str(name) for name in entries if name not in known]
+        if missing or unknown:
+            raise ValueError(
+                f"a card must have exactly the fields {', '.join(known)}; "
+                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+            )
+        shape = entries["image_shape"]
+        return cls(**{**entries, "image_shape": tuple(shape) if isinstance(shape, list) else shape})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Build a card from JSON text; ValueError as for `from_dict`, or if it is no JSON."""
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"a card must be JSON: {error}") from None
+        return cls.from_dict(entries)
+
+    def to_json(self) -> str:
+        """Return the card as indented JSON text."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a text that is not empty, got {value!r}")
+
+
+def _check_mapping(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be an object, got {value!r}")
+
+
+def _check_positive_number(name: str, value: object) -> None:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (numeric and math.isfinite(value) and value > 0):  # type: ignore[arg-type,operator]
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def _check_image_shape(value: object) -> None:
+    entries = value if isinstance(value, tuple) else ()
+    counts = [n for n in entries if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    if len(entries) != 3 or len(counts) != 3:
+        raise ValueError(
+            f"image_shape must be [C, H, W] with positive integers, or null, got {value!r}"
+        )

@@ -1,0 +1,228 @@
+"""Generative denoisers: one network call draws a clean image; several calls refine it.
+
+It must not know measurements or training.
+
+Source: Peng et al., arXiv 2506.09416.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.checks import check_level
+from ncvsd_inverse.numerics import draw_normal
+from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
+from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.views import combine_views, raise_noise
+from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.schedules import karras
+
+GAMMA = 0.414
+GENERATION_LEVELS = 40
+GENERATION_INDICES = {1: (10,), 2: (10, 22), 4: (0, 10, 20, 30)}
+
+
+class NCVSDPrior(NetworkPrior):
+    """A distilled network that draws x0 ~ q(x0 | u) in one call.
+
+    It raises the noise of u from sigma to sigma_hat = (1 + gamma) sigma and calls the network on
+    the noisier image with u as its condition:
+
+        x0 = network(u + sqrt(sigma_hat^2 - sigma^2) z, sigma_hat, u, sigma),  z ~ N(0, I)
+
+    The network is told a level in [sigma_min, sigma_max], where it was trained: a smaller sigma is
+    raised to sigma_min, so the draw is made as if u were that little noisier; a larger one is an
+    error (beyond 1% for rounding).
+
+    Args:
+        network: (x, sigma, condition, condition_sigma, labels) -> x0 with images (B, C, H, W),
+            stds (B,) and one-hot labels (B, K) or None.
+        image_shape: the one shape (C, H, W) it takes, or None when any size works.
+        card: what is known of the prior.
+        gamma: how far the noise level is raised, > 0; the value used in training.
+        sigma_min: smallest trained noise std, > 0, image units.
+        sigma_max: largest trained noise std, image units.
+
+    Attributes:
+        nfe_per_sample: 1.
+
+    Raises:
+        ValueError: if an argument is out of range or `image_shape` does not fit the network.
+
+    Source:
+        Peng et al., arXiv 2506.09416.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        image_shape: Sequence[int] | None,
+        card: PriorCard | None = None,
+        gamma: float = GAMMA,
+        sigma_min: float = SIGMA_MIN,
+        sigma_max: float = SIGMA_MAX,
+    ) -> None:
+        super().__init__(
+            network, image_shape=image_shape, sigma_min=sigma_min, sigma_max=sigma_max, card=card
+        )
+        check_level("gamma", gamma)
+        self.gamma = float(gamma)
+        self.nfe_per_sample = 1
+
+    @torch.no_grad()
+    def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
+        """Draw x0 ~ q(x0 | u); one network call.
+
+        Args:
+            u: noisy images x0 + sigma * eps, shape (B, C, H, W).
+            sigma: noise std, image units; a float or shape (B,).
+            generator: None, one generator, or one for each image.
+
+        Returns:
+            Draws, same shape and dtype as u.
+
+        Raises:
+            ValueError: if u does not fit the prior or sigma is not in (0, 1.01 sigma_max].
+        """
+        x, level = self._prepare("u", u, sigma)
+        return self._draw(x, level, generator).to(u.dtype)
+
+    def refined(self, levels: Sequence[float], *, zeta: float = 1.0) -> "RefinedPrior":
+        """Return a prior that draws in several steps, one network call for each of `levels`.
+
+        Args:
+            levels: strictly decreasing noise stds, image units; the first may be `math.inf`.
+            zeta: share of fresh noise between steps, in [0, 1].
+
+        Raises:
+            ValueError: if `levels` is empty or does not decrease, or an argument is out of range.
+        """
+        return RefinedPrior(self, levels, zeta=zeta)
+
+    def generate(
+        self,
+        num: int,
+        num_steps: Literal[1, 2, 4] = 4,
+        seed: int = 0,
+        *,
+        size: Sequence[int] | None = None,
+        batch_size: int = 16,
+    ) -> Tensor:
+        """Draw images from pure noise: the multi-step draw given noise at `sigma_max`.
+
+        Args:
+            num: number of images, >= 1.
+            num_steps: network calls for each image: 1, 2 or 4, at the published levels.
+            seed: >= 0; image i is a function of (seed, i), whatever `num` and `batch_size`.
+            size: (H, W); needed when the prior takes any size.
+            batch_size: images at a time, >= 1.
+
+        Returns:
+            Images, shape (num, C, H, W), float32.
+
+        Raises:
+            ValueError: if an argument is out of range, or the shape is not known.
+        """
+        if num_steps not in GENERATION_INDICES:
+            raise ValueError(f"num_steps must be 1, 2 or 4, got {num_steps}")
+        table = karras(GENERATION_LEVELS, self.sigma_max, self.sigma_min)
+        refined = self.refined([table[index] for index in GENERATION_INDICES[num_steps]])
+        return torch.cat(
+            [
+                refined.sample(self.sigma_max * eps, self.sigma_max, generator=generators)
+                for eps, generators in self._start_noise(num, seed, size, batch_size)
+            ]
+        )
+
+    def _draw(self, u: Tensor, level: Tensor, generator: Generators) -> Tensor:
+        """Draw x0 given checked images (B, C, H, W) at levels (B,)."""
+        level = level.clamp(self.sigma_min, self.sigma_max)
+        x, raised = raise_noise(u, level, draw_normal(u, generator), self.gamma)
+        x0: Tensor = self.network(x, raised, u, level, self._labels(u))
+        return x0.to(u.dtype)
+
+
+class RefinedPrior:
+    """A generative denoiser that draws in several steps, each nearer to the image.
+
+    A step at level s has two views of x0: u at std sigma and x at std s. They act like one view
+
+        y_eff = sigma_eff^2 (u / sigma^2 + x / s^2),  sigma_eff = (sigma^-2 + s^-2)^(-1/2)
+
+    from which the prior draws x0; noise of the next level makes the next x. With an exact prior
+    every further step keeps the law of the draw; with a distilled one it improves it.
+
+    The first x is pure noise that stands in for a view at levels[0]. That is harmless if
+    levels[0] is far above the noise std of u, or far above the range of images (say 10 or more);
+    otherwise it pulls the draw towards grey. `math.inf` is always right: the first draw then sees
+    u alone.
+
+    Args:
+        prior: the prior that draws in one call.
+        levels: strictly decreasing noise stds, image units; the first may be `math.inf`.
+        zeta: share of fresh noise between steps, in [0, 1]; 1 is the published choice, 0 keeps
+            (x - x0) / s, the noise by which the last draw explains x.
+
+    Attributes:
+        nfe_per_sample: the number of levels.
+
+    Raises:
+        ValueError: if `levels` is empty or does not decrease, or an argument is out of range.
+
+    Source:
+        Peng et al., arXiv 2506.09416, algorithm 2; we compute with x = x0 + s * eps_x throughout,
+        which admits an infinite first level.
+    """
+
+    def __init__(self, prior: NCVSDPrior, levels: Sequence[float], *, zeta: float = 1.0) -> None:
+        self.levels = tuple(float(level) for level in levels)
+        falls = all(above > below for above, below in pairwise(self.levels))
+        if not (self.levels and falls and self.levels[-1] > 0):
+            raise ValueError(f"levels must be positive and strictly decreasing, got {levels}")
+        if not 0 <= zeta <= 1:
+            raise ValueError(f"zeta must be in [0, 1], got {zeta}")
+        self.prior = prior
+        self.network = prior.network
+        self.zeta = float(zeta)
+        self.nfe_per_sample = len(self.levels)
+        self.image_shape = prior.image_shape
+        self.sigma_min = prior.sigma_min
+        self.sigma_max = prior.sigma_max
+        self.card = prior.card
+
+    @torch.no_grad()
+    def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
+        """Draw x0 ~ q(x0 | u); one network call for each level.
+
+        Args:
+            u: noisy images x0 + sigma * eps, shape (B, C, H, W).
+            sigma: noise std, image units; a float or shape (B,).
+            generator: None, one generator, or one for each image.
+
+        Returns:
+            Draws, same shape and dtype as u.
+
+        Raises:
+            ValueError: if u does not fit the prior or sigma is not in (0, 1.01 sigma_max].
+        """
+        images, level_u = self.prior._prepare("u", u, sigma)
+        x0, eps_x = torch.zeros_like(images), draw_normal(images, generator)
+        for i, level in enumerate(self.levels):
+            view = combine_views(images, level_u, x0 + level * eps_x, level)
+            drawn = self.prior._draw(*view, generator)
+            if i + 1 < len(self.levels):
+                explained = eps_x + (x0 - drawn) / level
+                fresh = draw_normal(images, generator)
+                eps_x = math.sqrt(1 - self.zeta) * explained + math.sqrt(self.zeta) * fresh
+            x0 = drawn
+        return x0.to(u.dtype)
+
+    def to(self, device: torch.device | str) -> "RefinedPrior":
+        """Move the network, which `prior` shares, to `device`, in place; return the prior."""
+        self.prior.to(device)
+        return self
