@@ -50,9 +50,7 @@ class Prior(Protocol):
 
     nfe_per_sample: int
 
-    def sample(
-        self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None
-    ) -> Tensor:
+    def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """Draw x0 ~ p(x0 | u) for u = x0 + sigma * eps, shape (B, C, H, W)."""
         ...
 

@@ -1,0 +1,58 @@
+"""Imaging inverse problems solved with distilled generative denoisers as plug-and-play priors.
+
+    from ncvsd_inverse import solve
+    from ncvsd_inverse.operators import Inpaint
+    from ncvsd_inverse.priors import ncvsd_ffhq
+    result = solve(y, operator=Inpaint(mask), prior=ncvsd_ffhq, nfe=10)
+
+Every name is loaded when first used, so that importing the package costs little.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ncvsd_inverse import metrics, operators, priors, tasks
+    from ncvsd_inverse.errors import CheckpointError, DivergenceError
+    from ncvsd_inverse.priors import list_priors, load_prior
+    from ncvsd_inverse.solver import Result, solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "DivergenceError",
+    "Result",
+    "__version__",
+    "list_priors",
+    "load_prior",
+    "metrics",
+    "operators",
+    "priors",
+    "solve",
+    "tasks",
+]
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "DivergenceError": "errors",
+    "Result": "solver",
+    "list_priors": "priors",
+    "load_prior": "priors",
+    "solve": "solver",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value: object = getattr(import_module(f"ncvsd_inverse.{_HOMES[name]}"), name)
+    elif name in __all__:
+        value = import_module(f"ncvsd_inverse.{name}")
+    else:
+        raise AttributeError(f"module 'ncvsd_inverse' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

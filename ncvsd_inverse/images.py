@@ -1,0 +1,156 @@
+"""Picture files as tensors and back; they must not know what is done with the pictures.
+
+A picture is a float32 tensor of shape (1, 3, H, W) in [-1, 1]; files are taken to be sRGB.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.checks import check_choice, check_count, check_finite, check_images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 2**26
+"""Largest picture that is read, 8192 x 8192 pixels: 0.8 GB as a tensor."""
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read a picture file of any kind that Pillow knows.
+
+    Grey and palette pictures become RGB, 16-bit grey keeps its precision, transparency is laid
+    over white, EXIF orientation is applied, and of an animation the first frame is taken.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The picture, shape (1, 3, H, W), in [-1, 1].
+
+    Raises:
+        ValueError: if the file is missing, damaged, no picture, larger than 2^26 pixels, or of a
+            kind whose pixels have no stated range (32-bit integers and floats).
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if not 0 < width * height <= MAX_PIXELS:
+                    raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS}")
+                # Older Pillow opens 16-bit grey PNG files as 32-bit integers.
+                deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == (
+                    "I",
+                    "PNG",
+                )
+                upright = ImageOps.exif_transpose(picture)
+                pixels = _deep_grey_to_rgb(upright) if deep else _to_rgb(upright)
+    # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError among them.
+    except Exception as error:
+        raise ValueError(f"{path} must be a readable picture: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous() * 2 - 1
+
+
+def _deep_grey_to_rgb(picture: "Image.Image") -> np.ndarray:
+    """Return the pixels of a 16-bit grey picture, shape (H, W, 3), float32 in [0, 1]."""
+    grey = np.asarray(picture).astype(np.float32) / 65535
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _to_rgb(picture: "Image.Image") -> np.ndarray:
+    """Return the pixels of a picture, shape (H, W, 3), float32 in [0, 1]."""
+    check_choice("pixel mode", picture.mode, _MODES)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        rgba = np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
+        alpha = rgba[..., 3:]
+        return rgba[..., :3] * alpha + (1 - alpha)
+    return np.asarray(picture.convert("RGB")).astype(np.float32) / 255
+
+
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+def write_image(path: str | Path, x: Tensor) -> None:
+    """Write a picture as an 8-bit PNG, whole or not at all.
+
+    Args:
+        path: the file; an older one is replaced.
+        x: the picture, shape (1, 3, H, W) or (1, 1, H, W), clamped to [-1, 1].
+
+    Raises:
+        ValueError: if x has another shape or is not finite.
+        OSError: if the file cannot be written.
+    """
+    from PIL import Image
+
+    check_finite("x", check_images("x", x))
+    if x.shape[0] != 1 or x.shape[1] not in (1, 3):
+        raise ValueError(f"x must have shape (1, 1 or 3, H, W), got {tuple(x.shape)}")
+    levels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = levels.permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(buffer, format="PNG")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name beside it, then rename: it appears whole or not at all.
+
+    Args:
+        path: the file; an older one is replaced.
+        write: called with the open binary file.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def centre_crop_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Crop images (B, C, H, W) around the centre until both sides divide by `multiple`.
+
+    Raises:
+        ValueError: if a side is shorter than `multiple`.
+    """
+    check_images("x", x)
+    check_count("multiple", multiple)
+    height, width = (side - side % multiple for side in x.shape[-2:])
+    if min(height, width) == 0:
+        raise ValueError(f"x must be at least {multiple} pixels a side, got {tuple(x.shape)}")
+    return _centre_crop(x, height, width)
+
+
+def resize_cover(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images (B, C, H, W) to cover `size` (height, width), then crop around the centre.
+
+    Bicubic with antialiasing, the aspect ratio kept, clamped to [-1, 1].
+    """
+    check_images("x", x)
+    for side in size:
+        check_count("size", side)
+    scale = max(size[0] / x.shape[-2], size[1] / x.shape[-1])
+    covering = [max(new, round(old * scale)) for new, old in zip(size, x.shape[-2:], strict=True)]
+    resized = torch.nn.functional.interpolate(x, covering, mode="bicubic", antialias=True)
+    return _centre_crop(resized.clamp(-1, 1), *size)
+
+
+def _centre_crop(x: Tensor, height: int, width: int) -> Tensor:
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]

@@ -1,0 +1,82 @@
+"""Default and published settings, by operator family, as data; it must not know how a loop runs.
+
+A family is the `family` attribute of an operator; an operator without one gets the general row.
+"""
+
+import math
+from typing import NamedTuple
+
+from ncvsd_inverse.checks import check_choice
+from ncvsd_inverse.schedules import karras
+
+SIGMA_Y = 0.05
+"""Noise std of a measurement whose operator names none."""
+
+
+class Levels(NamedTuple):
+    """Ends and exponent of a Karras schedule, in image units."""
+
+    largest: float
+    smallest: float
+    exponent: float
+
+
+class Average(NamedTuple):
+    """Exponential average of x0 over the sweeps of a chain.
+
+    Each sweep with rho < `below` keeps weight `mu` on the past; earlier sweeps are forgotten.
+    """
+
+    mu: float
+    below: float = math.inf
+
+
+class Published(NamedTuple):
+    """One column of the hyper-parameters of the NCVSD paper; beta = 2 sigma_lik^2."""
+
+    average: Average
+    beta: float
+
+
+DEFAULT_LEVELS: dict[str | None, Levels] = {
+    None: Levels(3.0, 0.02, 7.0),
+    "phase_retrieval": Levels(10.0, 0.02, 7.0),
+}
+"""Schedules by family; above rho = 3, six stds of the data, u says nothing about a linear y."""
+
+PUBLISHED_LEVELS = Levels(80.0, 0.002, 2.0)
+"""Published schedule; its last level is never called."""
+
+PUBLISHED: dict[str, Published] = {
+    "inpainting": Published(Average(0.2), 1e-4),
+    "blur": Published(Average(0.6), 2e-3),
+    "motion_blur": Published(Average(0.6), 4e-3),
+    "superres": Published(Average(0.6), 1e-3),
+    "phase_retrieval": Published(Average(0.6, below=0.2), 1e-3),
+}
+"""Tuned values of Peng et al., arXiv 2506.09416, at sigma_y = 0.05 on 256x256 images."""
+
+
+def default_schedule(family: str | None, num: int) -> tuple[float, ...]:
+    """Return the default `num` levels of rho for an operator family, largest first."""
+    return karras(num, *DEFAULT_LEVELS.get(family, DEFAULT_LEVELS[None]))
+
+
+def default_average(family: str | None) -> Average:
+    """Return the weights of `estimate="ema"`: the published ones, or 0.6 for other families."""
+    return PUBLISHED[family].average if family in PUBLISHED else Average(0.6)
+
+
+def published_schedule(num: int) -> tuple[float, ...]:
+    """Return the first `num` of num + 1 published levels: 49 reproduce the paper's "50 NFE"."""
+    return karras(num + 1, *PUBLISHED_LEVELS)[:num]
+
+
+def published_sigma_lik(family: str | None) -> float:
+    """Return the published noise std of the likelihood step, sqrt(beta / 2).
+
+    Raises:
+        ValueError: if nothing is published for the family.
+    """
+    check_choice("operator (its family, for preset='ncvsd')", family, PUBLISHED)
+    return math.sqrt(PUBLISHED[str(family)].beta / 2)

@@ -1,0 +1,280 @@
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ncvsd_inverse import __version__, cli
+from ncvsd_inverse.images import read_image, write_image
+from ncvsd_inverse.priors import GaussianPrior
+from ncvsd_inverse.tasks import make_task
+
+
+class SmoothPrior(GaussianPrior):
+    """A stationary Gaussian of smooth pictures, of one shape."""
+
+    @classmethod
+    def of_shape(cls, shape):
+        rows, columns = (torch.fft.fftfreq(side)[:] for side in shape[1:])
+        spectrum = 0.02 / (0.01 + rows[:, None] ** 2 + columns**2)
+        return cls.stationary(torch.zeros(shape), spectrum.expand(shape))
+
+
+class AnySize:
+    """A user's prior that takes pictures of any size."""
+
+    nfe_per_sample = 1
+    image_shape = None
+
+    def sample(self, u, sigma, *, generator=None):
+        return u / (1 + sigma**2)
+
+
+@pytest.fixture(autouse=True)
+def prior(monkeypatch):
+    """Stand in for the trained priors; a test may set `kind` to another one."""
+
+    class Choice:
+        kind = SmoothPrior.of_shape((3, 64, 64))
+
+    def load(name, device=None, dtype=None):
+        if name != "stand_in":
+            raise ValueError(f"prior must be one of stand_in, got {name!r}")
+        return Choice.kind
+
+    monkeypatch.setattr(cli, "load_prior", load)
+    return Choice
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command as a shell would; return exit status, standard output and error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ncvsd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A smooth picture of 80 x 72 pixels."""
+    rows, columns = torch.linspace(-1, 1, 72)[:, None], torch.linspace(-1, 1, 80)
+    write_image(tmp_path / "photo.png", (rows * columns).expand(1, 3, 72, 80))
+    return tmp_path / "photo.png"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_help_and_version(run):
+    assert run("--version")[:2] == (0, f"{__version__}\n")
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(command in out for command in ("demo", "solve", "priors"))
+    assert CliRunner().invoke(cli.app, ["solve", "--help"]).exit_code == 0
+
+
+def test_demo_restores_every_shipped_picture(run, tmp_path):
+    out = tmp_path / "new" / "demo"
+    status, printed, err = run("demo", "-o", out, "--prior", "stand_in", "--nfe", 2, "--samples", 2)
+    assert (status, err) == (0, "")
+    pictures = [path.stem for path in cli.ASSETS.glob("*.png")]
+    assert len(pictures) >= 2
+    expected = [f"{picture}_{task}.png" for picture in pictures for task in cli.DEMO_TASKS]
+    assert names(out) == sorted([*expected, "demo.png"])
+    assert read_image(out / expected[0]).shape == (1, 3, 64, 64)
+    assert read_image(out / "demo.png").shape[2] > 1000
+    assert "stand_in computes on cpu" in printed
+    assert "2 network calls a sample" in printed
+    assert printed.count("sr4x") == len(pictures)
+
+
+def test_one_sample_has_no_std(run, tmp_path):
+    arguments = ("demo", "-o", tmp_path, "--prior", "stand_in", "--nfe", 1, "--samples", 1)
+    assert run(*arguments)[0] == 0
+
+
+@pytest.mark.parametrize("task", ["inpaint_box", "sr4x", "phase_retrieval"])
+def test_simulate_degrades_and_restores(run, tmp_path, photo, task):
+    out = tmp_path / "out"
+    status, printed, err = run(
+        *("solve", photo, "--task", task, "--prior", "stand_in", "--simulate", "-o", out),
+        *("--nfe", 3, "--samples", 2, "--seed", 5, "--sigma-y", 0.1),
+    )
+    assert (status, err) == (0, "")
+    assert "80 x 72 pixels fitted to 64 x 64" in printed
+    kinds = ("measurement.png", "restored.png", "std.png")
+    assert names(out) == ["photo.json", *(f"photo_{kind}" for kind in kinds)]
+    record = json.loads((out / "photo.json").read_text())
+    assert (record["nfe"], record["seed"], record["sigma_y"]) == (3, 5, 0.1)
+    assert (record["task"], record["simulated"], record["samples"]) == (task, True, 2)
+    assert record["residual"] > 0
+    assert len(record["schedule"]) == 3
+    assert "psnr" in record
+    again = tmp_path / "again"
+    run(
+        *("solve", photo, "--task", task, "--prior", "stand_in", "--simulate", "-o", again),
+        *("--nfe", 3, "--samples", 2, "--seed", 5, "--sigma-y", 0.1),
+    )
+    restored = "photo_restored.png"
+    assert (out / restored).read_bytes() == (again / restored).read_bytes()
+
+
+def test_a_measured_picture_is_restored(run, tmp_path):
+    operator = make_task("sr4x", 64).operator
+    truth = SmoothPrior.of_shape((3, 64, 64)).sample(
+        torch.zeros(1, 3, 64, 64), 1e3, generator=torch.Generator().manual_seed(0)
+    )
+    truth = truth / truth.abs().max()
+    write_image(tmp_path / "small.png", operator(truth))
+    status, printed, err = run(
+        *("solve", tmp_path / "small.png", "--task", "sr4x", "--prior", "stand_in"),
+        *("--sigma-y", 0.01, "--nfe", 20, "-o", tmp_path / "out"),
+    )
+    assert (status, err) == (0, "")
+    assert names(tmp_path / "out") == ["small.json", "small_restored.png"]
+    restored = read_image(tmp_path / "out" / "small_restored.png")
+    assert (operator(restored) - operator(truth)).abs().max() < 0.1
+    assert "residual" in printed
+
+
+def test_a_mask_says_what_is_known(run, tmp_path, prior):
+    prior.kind = AnySize()
+    known = torch.full((1, 3, 20, 12), -1.0)
+    known[..., 6:] = 1
+    write_image(tmp_path / "mask.png", known)
+    write_image(tmp_path / "torn.png", torch.where(known > 0, 0.5, 1.0))
+    status, _, err = run(
+        *("solve", tmp_path / "torn.png", "--task", "inpaint_box", "--prior", "stand_in"),
+        *("--mask", tmp_path / "mask.png", "-o", tmp_path / "out", "--sigma-y", 0.01),
+    )
+    assert (status, err) == (0, "")
+    restored = read_image(tmp_path / "out" / "torn_restored.png")
+    assert (restored[..., 6:] - 0.5).abs().max() < 0.1
+    # What the mask hides must not be seen: the painted 1.0 would pull this prior's 0 up.
+    assert restored[..., :6].mean() < 0.3
+    assert json.loads((tmp_path / "out" / "torn.json").read_text())["residual"] < 3
+
+
+def test_priors_are_listed_and_described(run, monkeypatch):
+    from ncvsd_inverse.errors import CheckpointError
+
+    class Card:
+        image_shape = (3, 64, 64)
+        intended_use = "aligned faces"
+
+        def to_json(self):
+            return '{"name": "here"}'
+
+    def load_card(name):
+        if name == "here":
+            return Card()
+        raise CheckpointError(f"{name} needs its weights")
+
+    monkeypatch.setattr(cli, "list_priors", lambda: ["away", "here"])
+    monkeypatch.setattr(cli, "load_card", load_card)
+    status, out, _ = run("priors")
+    assert status == 0
+    assert "here: 3x64x64, aligned faces" in out
+    assert "away: not on this machine, `ncvsd priors away` says why" in out
+    assert json.loads(run("priors", "here")[1]) == {"name": "here"}
+    status, out, err = run("priors", "away")
+    assert (status, out, err) == (1, "", "error: away needs its weights\n")
+
+
+def solve_arguments(photo, **change):
+    """Return the arguments of a run that works, with options changed or dropped (None)."""
+    options = {"task": "sr4x", "prior": "stand_in", "simulate": "", "nfe": 2, **change}
+    flat = []
+    for name, value in options.items():
+        if value is not None:
+            flat += [f"--{name.replace('_', '-')}", *([] if value == "" else [value])]
+    return ["solve", photo, *flat]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "sr5x"}, "task must be one of"),
+        ({"prior": "nowhere"}, "prior must be one of stand_in, got 'nowhere'"),
+        ({"nfe": 0}, "nfe must be at least 1"),
+        ({"sigma_y": 0}, "sigma_y must be positive"),
+        ({"device": "warp_drive"}, "--device must be usable here, got 'warp_drive'"),
+        ({"samples": 0}, "num_samples must be at least 1"),
+        ({"simulate": None}, "must have 16 x 16 pixels for sr4x"),
+        ({"simulate": None, "task": "deblur_motion"}, "must have 64 x 64 pixels"),
+        ({"simulate": None, "task": "inpaint_box"}, "--mask must be given for inpaint_box"),
+        ({"simulate": None, "task": "phase_retrieval"}, "--task must be one whose measurement"),
+        ({"mask": "photo.png"}, "--mask must come with an inpainting task, got sr4x"),
+        (
+            {"mask": "photo.png", "task": "inpaint_box"},
+            "--mask must have the size of the image, 64 x 64 pixels, got 80 x 72",
+        ),
+        ({"mask": "nothing.png", "task": "inpaint_box"}, "nothing.png must be a readable picture"),
+    ],
+)
+def test_bad_options_are_one_line_and_nothing_is_written(
+    run, tmp_path, photo, monkeypatch, change, message
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*solve_arguments(photo, out="out", **change))
+    assert status == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not [name for name in names(tmp_path) if name not in ("photo.png", "out")]
+    assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
+
+
+def test_a_bad_picture_among_good_ones_stops_the_run_before_it_starts(run, tmp_path, photo):
+    (tmp_path / "bad.png").write_bytes(photo.read_bytes()[:100])
+    out = tmp_path / "out"
+    arguments = solve_arguments(photo, out=out)
+    status, _, err = run(*arguments[:2], tmp_path / "bad.png", *arguments[2:])
+    assert status == 1
+    assert "bad.png must be a readable picture" in err
+    assert not out.exists()
+
+
+def test_outputs_of_two_pictures_may_not_collide(run, tmp_path, photo):
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "photo.jpg"
+    twin.write_bytes(photo.read_bytes())
+    arguments = solve_arguments(photo, out=tmp_path / "out")
+    status, _, err = run(*arguments[:2], twin, *arguments[2:])
+    assert status == 1
+    assert "IN must have names that differ" in err
+
+
+@pytest.mark.parametrize("command", ["demo", "solve"])
+def test_an_output_folder_that_cannot_be_made_is_named_before_computing(
+    run, tmp_path, photo, prior, command
+):
+    class Untouched(AnySize):
+        def sample(self, u, sigma, *, generator=None):
+            raise AssertionError("computed before the output folder was checked")
+
+    prior.kind = Untouched()
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["demo", "--prior", "stand_in"] if command == "demo" else solve_arguments(photo)
+    status, _, err = run(*arguments, "-o", tmp_path / "file" / "out")
+    assert status == 1
+    assert err.startswith("error: --out must be a writable folder")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    def broken():
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "list_priors", broken)
+    monkeypatch.setattr(sys, "argv", ["ncvsd", "priors"])
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main()

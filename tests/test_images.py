@@ -1,0 +1,227 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ncvsd_inverse.images import (
+    centre_crop_to_multiple,
+    read_image,
+    resize_cover,
+    write_atomically,
+    write_image,
+)
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def as_tensor(pixels):
+    """Return pixels (H, W, 3) in [0, 1] as a picture."""
+    return torch.from_numpy(np.asarray(pixels, np.float32)).permute(2, 0, 1)[None] * 2 - 1
+
+
+def save(path, picture, **options):
+    picture.save(path, **options)
+    return path
+
+
+def test_rgb(tmp_path):
+    x = read_image(save(tmp_path / "a.png", Image.fromarray(COLOURS)))
+    assert x.dtype == torch.float32
+    assert torch.allclose(x, as_tensor(COLOURS / 255))
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_becomes_rgb(tmp_path, mode):
+    picture = Image.fromarray(COLOURS).convert("L").convert(mode)
+    expected = np.asarray(picture.convert("L"))[..., None].repeat(3, 2) / 255
+    assert torch.allclose(read_image(save(tmp_path / "a.png", picture)), as_tensor(expected))
+
+
+def test_sixteen_bit_grey_keeps_its_precision(tmp_path):
+    deep = np.arange(35, dtype=np.uint16).reshape(5, 7) + 30000
+    for suffix in ("png", "tif"):
+        x = read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(deep)))
+        expected = (deep / 65535)[..., None].repeat(3, 2)
+        # Half a step of 16 bits; 8 bits would be off by 100 times as much.
+        assert torch.allclose(x, as_tensor(expected), atol=1e-5)
+
+
+def test_alpha_is_laid_over_white(tmp_path):
+    alpha = np.linspace(0, 255, 35).astype(np.uint8).reshape(5, 7, 1)
+    picture = Image.fromarray(np.concatenate([COLOURS, alpha], axis=2))
+    share = alpha / 255
+    expected = COLOURS / 255 * share + 1 - share
+    assert torch.allclose(
+        read_image(save(tmp_path / "a.png", picture)), as_tensor(expected), atol=1e-6
+    )
+    grey = Image.fromarray(np.concatenate([COLOURS[..., :1], alpha], axis=2))
+    expected = (COLOURS[..., :1] / 255 * share + 1 - share).repeat(3, 2)
+    x = read_image(save(tmp_path / "grey.png", grey))
+    assert torch.allclose(x, as_tensor(expected), atol=1e-6)
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    picture = Image.fromarray(COLOURS).quantize(8)
+    expected = np.asarray(picture.convert("RGB")) / 255
+    assert torch.allclose(read_image(save(tmp_path / "a.png", picture)), as_tensor(expected))
+    hidden = np.asarray(picture) == 2
+    expected[hidden] = 1
+    x = read_image(save(tmp_path / "b.png", picture, transparency=2))
+    assert torch.allclose(x, as_tensor(expected))
+
+
+def test_cmyk(tmp_path):
+    picture = Image.new("CMYK", (7, 5), (0, 255, 255, 0))
+    x = read_image(save(tmp_path / "a.tif", picture))
+    assert torch.allclose(x, as_tensor(np.broadcast_to([1.0, 0.0, 0.0], (5, 7, 3))))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(1, lambda p: p), (3, lambda p: p[::-1, ::-1]), (6, lambda p: np.rot90(p, -1))],
+)
+def test_exif_orientation_is_applied(tmp_path, orientation, turn):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", Image.fromarray(COLOURS), exif=exif)
+    assert torch.allclose(read_image(path), as_tensor(turn(COLOURS).copy() / 255))
+
+
+def test_sixteen_bit_grey_is_turned_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800
+    x = read_image(save(tmp_path / "a.png", Image.fromarray(deep), exif=exif))
+    expected = np.rot90(deep, -1)[..., None].repeat(3, 2) / 65535
+    assert torch.allclose(x, as_tensor(expected), atol=1e-5)
+
+
+def test_animations_give_their_first_frame(tmp_path):
+    first, second = Image.new("RGB", (7, 5), "red"), Image.new("RGB", (7, 5), "blue")
+    path = save(tmp_path / "a.gif", first, save_all=True, append_images=[second])
+    assert torch.allclose(read_image(path), as_tensor(np.broadcast_to([1.0, 0.0, 0.0], (5, 7, 3))))
+
+
+def png_claiming(width, height):
+    """Return a PNG file whose header claims a size that its data does not have."""
+
+    def chunk(kind, data):
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def damaged_files(folder):
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = save(folder / "whole.png", Image.fromarray(noise)).read_bytes()
+    jpeg = save(folder / "whole.jpg", Image.fromarray(noise)).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    floats = folder / "floats.tif"
+    Image.fromarray(np.zeros((5, 7), np.float32)).save(floats)
+    return {
+        "truncated.png": whole[: len(whole) // 2],
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "header.png": whole[:20],
+        "flipped.png": bytes(flipped),
+        "empty.png": b"",
+        "text.png": b"hello",
+        "enormous.png": png_claiming(60000, 60000),
+        "large.png": png_claiming(10000, 8000),
+        "no_pixels.png": png_claiming(0, 8),
+        "floats.tif": floats.read_bytes(),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "truncated.png",
+        "truncated.jpg",
+        "header.png",
+        "flipped.png",
+        "empty.png",
+        "text.png",
+        "enormous.png",
+        "large.png",
+        "no_pixels.png",
+        "floats.tif",
+        "missing.png",
+        "folder",
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    content = damaged_files(tmp_path).get(name)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} must be a readable picture"):
+        read_image(tmp_path / name)
+
+
+def test_large_files_are_refused_before_they_are_decoded(tmp_path):
+    (tmp_path / "large.png").write_bytes(png_claiming(10000, 8000))
+    with pytest.raises(ValueError, match="10000 x 8000 pixels"):
+        read_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_written_is_read_again(tmp_path, channels, generator):
+    x = torch.rand(1, channels, 5, 7, generator=generator) * 2.4 - 1.2
+    path = tmp_path / "a.png"
+    path.write_bytes(b"older")
+    with path.open("rb") as reader:
+        write_image(path, x.double())
+        # The older file was replaced, not overwritten: who reads it sees no mixture.
+        assert reader.read() == b"older"
+    # Half of one of 255 steps over a range of 2.
+    assert (read_image(path) - x.clamp(-1, 1)).abs().max() <= 1 / 255 + 1e-6
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    path = tmp_path / "a.json"
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"older")
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, 3, 4, 4), torch.zeros(1, 2, 4, 4), torch.full((1, 3, 4, 4), torch.nan)]
+)
+def test_bad_pictures_are_not_written(tmp_path, x):
+    with pytest.raises(ValueError, match="x must"):
+        write_image(tmp_path / "a.png", x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_centre_crop():
+    x = torch.arange(70.0).view(1, 1, 7, 10)
+    assert torch.equal(centre_crop_to_multiple(x, 4), x[..., 1:5, 1:9])
+    assert torch.equal(centre_crop_to_multiple(x, 1), x)
+    with pytest.raises(ValueError, match="x must be at least 8"):
+        centre_crop_to_multiple(x, 8)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (30, 20), (64, 64), (7, 100)])
+def test_resize_covers_and_keeps_the_centre(size):
+    x = torch.full((1, 3, 40, 60), -1.0)
+    x[..., 15:25, 25:35] = 1
+    y = resize_cover(x, size)
+    assert tuple(y.shape[-2:]) == size
+    assert float(y[0, 0, size[0] // 2, size[1] // 2]) > 0.9
+    assert y.abs().max() <= 1

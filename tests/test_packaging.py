@@ -1,0 +1,74 @@
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ncvsd_inverse
+from ncvsd_inverse import operators
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_of_the_tree_ships():
+    folders = [*ROOT.glob("ncvsd_inverse/**/__init__.py"), ROOT / "operators" / "__init__.py"]
+    found = set()
+    for file in folders:
+        name = ".".join(file.parent.relative_to(ROOT).parts)
+        found.add("ncvsd_inverse.operators" if name == "operators" else name)
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_operators_are_one_folder_and_one_copy():
+    link = ROOT / "ncvsd_inverse" / "operators"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../operators")
+    assert ncvsd_inverse.operators is operators
+    assert not [path for path in (ROOT / "operators").iterdir() if path.suffix not in {".py", ""}]
+    bare = subprocess.run(
+        [sys.executable, "-c", "import operators"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "import ncvsd_inverse.operators" in bare.stderr
+    assert bare.returncode == 1
+
+
+def test_data_files_ship_with_their_sources():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["ncvsd_inverse"]
+    for pattern in patterns:
+        assert list((ROOT / "ncvsd_inverse").glob(pattern)), pattern
+    assets = ROOT / "ncvsd_inverse" / "assets"
+    sources = (assets / "README.md").read_text()
+    for picture in assets.glob("*.png"):
+        assert f"`{picture.name}`" in sources
+
+
+def test_project_facts_agree():
+    assert PROJECT["project"]["version"] == ncvsd_inverse.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f'version: "{ncvsd_inverse.__version__}"' in citation
+    for file in PROJECT["project"]["license-files"]:
+        assert (ROOT / file).is_file(), file
+    module, function = PROJECT["project"]["scripts"]["ncvsd"].split(":")
+    code = f"import {module} as m; assert callable(m.{function})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_public_names_are_there_and_load_late():
+    code = (
+        "import sys, ncvsd_inverse\n"
+        "assert 'ncvsd_inverse.solver' not in sys.modules\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert all(getattr(ncvsd_inverse, name) is not None for name in ncvsd_inverse.__all__)\n"
+        "assert sorted(ncvsd_inverse.__all__) == dir(ncvsd_inverse)\n"
+        "heavy = {'lpips', 'piq', 'kornia', 'deepinv', 'matplotlib', 'torchvision', 'accelerate',"
+        " 'rich', 'scipy', 'typer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'solves'"):
+        ncvsd_inverse.solves  # noqa: B018
