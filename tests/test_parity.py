@@ -23,7 +23,7 @@ from ncvsd_inverse.networks import (
     ControlledDiscriminator,
     Denoiser,
     UNetShape,
-    normalize_weights_,
+    constrain_weights_,
 )
 
 FOLDER = os.environ.get("NCVSD_PARITY")
@@ -54,7 +54,7 @@ class Published:
         prefix += "."
         state = {k.removeprefix(prefix): v for k, v in self.weights.items() if k.startswith(prefix)}
         network.load_state_dict(state)
-        normalize_weights_(network)
+        constrain_weights_(network)
         return network.eval()
 
     @property

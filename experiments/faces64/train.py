@@ -1,7 +1,7 @@
 """Train the teacher of ncvsd_faces64, then distil it; each run resumes where it stopped.
 
-    python experiments/faces64/train.py teacher --data DIR/faces64/train.zip --out runs/faces64
-    python experiments/faces64/train.py distill --data DIR/faces64/train.zip --out runs/faces64
+python experiments/faces64/train.py teacher --data DIR/faces64/train.zip --out runs/faces64
+python experiments/faces64/train.py distill --data DIR/faces64/train.zip --out runs/faces64
 """
 
 import argparse

@@ -1,12 +1,16 @@
 """Settings of a training run, checked when made; they must not know how a run proceeds."""
 
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from ncvsd_inverse.checks import check_choice, check_count, check_non_negative, check_positive
 from ncvsd_inverse.networks import UNetShape
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,9 @@ class TrainConfig:
         known = {entry.name for entry in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"configuration has unknown keys: {', '.join(unknown)}")
-        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        plain = _with_tuples(values)
         try:
-            shape = {
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in plain.pop("network").items()
-            }
-            return cls(network=UNetShape(**shape), **plain)
+            return cls(network=UNetShape(**_with_tuples(plain.pop("network"))), **plain)
         except KeyError as error:
             raise ValueError(f"configuration lacks the key {error}") from None
         except TypeError as error:
@@ -87,10 +87,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, JSON-able."""
         return asdict(self)
-
-    def with_changes(self, **changes: Any) -> Self:
-        """Return a copy with some fields changed."""
-        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class ImageData:
     def __init__(self, pixels: Tensor) -> None:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not len(pixels):
             raise ValueError(
-                f"pixels must be uint8 of shape (N, C, H, W), got {pixels.dtype} {tuple(pixels.shape)}"
+                "pixels must be uint8 of shape (N, C, H, W), "
+                f"got {pixels.dtype} {tuple(pixels.shape)}"
             )
         self.pixels = pixels
         self._order = (-1, torch.empty(0))
@@ -90,8 +91,8 @@ class ImageData:
         epochs = places // len(self)
         indices = torch.cat(
             [
-                self._shuffle(int(epoch), seed)[places[epochs == epoch] % len(self)]
-                for epoch in epochs.unique()
+                self._shuffle(epoch, seed)[places[epochs == epoch] % len(self)]
+                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
             ]
         )
         images = self.images(indices)

@@ -36,8 +36,8 @@ class PowerEMA:
         """Take in the parameters after optimiser step number `step`, the first being 1."""
         for std, average in self.averages.items():
             keep = (1 - 1 / step) ** (power_exponent(std) + 1)
-            targets = list(average.parameters())
-            sources = [source.detach() for source in module.parameters()]
+            targets: list[Tensor] = list(average.parameters())
+            sources: list[Tensor] = [source.detach() for source in module.parameters()]
             torch._foreach_lerp_(targets, sources, 1 - keep)
 
     def state_dict(self) -> dict[str, Tensor]:

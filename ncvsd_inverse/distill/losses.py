@@ -92,7 +92,12 @@ def score_loss(
 
 
 def discriminator_losses(
-    discriminator: nn.Module, real: Tensor, fake: Tensor, y: View, t: Tensor, eps: tuple[Tensor, Tensor]
+    discriminator: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    y: View,
+    t: Tensor,
+    eps: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the cross entropies of real and fake images at level t, each (B,).
 

@@ -6,12 +6,13 @@ n alone, so a run that is stopped and resumed takes the steps that it would have
 
 import copy
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,8 @@ from ncvsd_inverse.distill.config import DistillConfig, TeacherConfig, TrainConf
 from ncvsd_inverse.distill.data import TrainingData
 from ncvsd_inverse.distill.ema import PowerEMA
 from ncvsd_inverse.distill.losses import (
+    ConditionalDenoiser,
+    UnconditionalDenoiser,
     View,
     add_noise,
     adversarial_loss,
@@ -39,7 +42,7 @@ from ncvsd_inverse.networks import (
     ControlledDiscriminator,
     Denoiser,
     Network,
-    normalize_weights_,
+    constrain_weights_,
     project_gradients_,
 )
 from ncvsd_inverse.numerics import draw_normal, make_generators
@@ -76,11 +79,13 @@ class Run(ABC, Generic[Config]):
         self.averages: dict[str, PowerEMA] = {}
         self.sums: dict[str, list[float]] = {}
 
-    def add(self, name: str, module: nn.Module, *, rate: float = 1.0, average: bool = False) -> None:
+    def add(
+        self, name: str, module: nn.Module, *, rate: float = 1.0, average: bool = False
+    ) -> None:
         """Register a module to train under `name`; `rate` scales the learning rate."""
         if isinstance(module, Network):
             module.compute_dtype = getattr(torch, self.config.precision)
-        normalize_weights_(module)
+        constrain_weights_(module)
         self.modules[name] = module.train()
         optimizer = torch.optim.Adam(module.parameters(), betas=self.config.betas)
         optimizer.param_groups[0]["rate"] = rate
@@ -142,9 +147,7 @@ class Run(ABC, Generic[Config]):
         """Take the next step of the run."""
         config = self.config
         (source,) = make_generators([(config.seed, _STEP_STREAM, self.step)])
-        images = self.data.batch(
-            self.step, config.batch_size, seed=config.seed, flip=config.flip
-        )
+        images = self.data.batch(self.step, config.batch_size, seed=config.seed, flip=config.flip)
         self.train_step(images, source)
         self.step += 1
         for name, average in self.averages.items():
@@ -158,18 +161,18 @@ class Run(ABC, Generic[Config]):
             raise DivergenceError(f"loss of {name} is {value} at step {self.step}")
         self.sums.setdefault(name, []).append(value)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         project_gradients_(module)
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * self.learning_rate()
         optimizer.step()
-        normalize_weights_(module)
+        constrain_weights_(module)
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next step, before each module's own scale."""
         config = self.config
         rise = min((self.images_seen + config.batch_size) / max(config.warmup_images, 1), 1.0)
-        return config.learning_rate * rise / max(self.step / config.decay_steps, 1.0) ** 0.5
+        return config.learning_rate * rise / math.sqrt(max(self.step / config.decay_steps, 1.0))
 
     def draw_t(self, source: torch.Generator) -> Tensor:
         """Draw the noise levels of a batch's losses, (B,)."""
@@ -182,7 +185,7 @@ class Run(ABC, Generic[Config]):
         `std` is one of the configured relative stds; the smallest if None.
         """
         module = copy.deepcopy(self.averages[name].averages[std or min(self.config.ema_stds)])
-        normalize_weights_(module)
+        constrain_weights_(module)
         return module.eval()
 
     def save(self) -> None:
@@ -306,30 +309,26 @@ class DistillRun(Run[DistillConfig]):
         config: DistillConfig,
         data: TrainingData,
         folder: str | Path,
-        teacher: Any,
+        teacher: UnconditionalDenoiser,
         *,
         networks: tuple[nn.Module, nn.Module, nn.Module] | None = None,
     ) -> None:
         super().__init__(config, data, folder)
         torch.manual_seed(config.seed)
         if networks is None:
-            denoiser, discriminator = {
-                "concat": (ConcatDenoiser, ConcatDiscriminator),
-                "controlled": (ControlledDenoiser, ControlledDiscriminator),
-            }[config.kind]
-            networks = (
-                denoiser.from_teacher(teacher),
-                denoiser.from_teacher(teacher),
-                discriminator.from_teacher(teacher),
-            )
+            if not isinstance(teacher, Denoiser):
+                raise TypeError("teacher must be a Denoiser unless networks are given")
+            networks = _start_networks(config.kind, teacher)
         self.teacher = teacher
         if isinstance(teacher, Network):
             teacher.eval().requires_grad_(False).compute_dtype = getattr(torch, config.precision)
             if config.compile:
                 teacher.compile()
-        self.generator, self.score, self.discriminator = networks
-        self.add("generator", self.generator, rate=config.generator_rate, average=True)
-        self.add("score", self.score)
+        generator, score, self.discriminator = networks
+        self.generator = cast("ConditionalDenoiser", generator)
+        self.score = cast("ConditionalDenoiser", score)
+        self.add("generator", generator, rate=config.generator_rate, average=True)
+        self.add("score", score)
         self.add("discriminator", self.discriminator, rate=config.generator_rate)
         self._levels = torch.tensor(karras(config.num_levels, config.sigma_max, config.sigma_min))
 
@@ -358,16 +357,14 @@ class DistillRun(Run[DistillConfig]):
         t = self.draw_t(source)
         eps = (draw_normal(images, source), draw_normal(images, source))
         if adversarial:
-            real_loss, fake_loss = discriminator_losses(
-                self.discriminator, images, fake, y, t, eps
-            )
+            real_loss, fake_loss = discriminator_losses(self.discriminator, images, fake, y, t, eps)
             self.descend("discriminator", (real_loss + fake_loss).mean() / 2)
         t, eps_x = self.draw_t(source), draw_normal(images, source)
         loss = distillation_loss(
             self.teacher,
             self.score,
             generated,
-            self.generator.log_variance(sigma_hat),  # type: ignore[operator]
+            self.generator.log_variance(sigma_hat),
             y,
             t,
             eps_x,
@@ -378,3 +375,18 @@ class DistillRun(Run[DistillConfig]):
             loss = loss + adversarial_loss(self.discriminator, generated, y, t, eps_x).mean()
             self.discriminator.requires_grad_(True)
         self.descend("generator", loss)
+
+
+def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return generator, score model and discriminator, all started from the teacher's weights."""
+    if kind == "concat":
+        return (
+            ConcatDenoiser.from_teacher(teacher),
+            ConcatDenoiser.from_teacher(teacher),
+            ConcatDiscriminator.from_teacher(teacher),
+        )
+    return (
+        ControlledDenoiser.from_teacher(teacher),
+        ControlledDenoiser.from_teacher(teacher),
+        ControlledDiscriminator.from_teacher(teacher),
+    )

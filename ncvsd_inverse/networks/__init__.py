@@ -11,6 +11,7 @@ from ncvsd_inverse.networks.denoisers import (
     ControlledDiscriminator,
     Denoiser,
     Network,
+    constrain_weights_,
 )
 from ncvsd_inverse.networks.magnitude import normalize_weights_, project_gradients_
 from ncvsd_inverse.networks.unet import UNetShape
@@ -24,6 +25,7 @@ __all__ = [
     "Network",
     "UNetShape",
     "build_network",
+    "constrain_weights_",
     "inference_dtype",
     "network_config",
     "normalize_weights_",

@@ -17,6 +17,7 @@ from ncvsd_inverse.networks.magnitude import (
     fold_weights_,
     mp_silu,
     mp_sum,
+    normalize_weights_,
 )
 from ncvsd_inverse.networks.unet import (
     Embedding,
@@ -50,7 +51,9 @@ class Network(nn.Module):
         any_size: True if the network takes images of any size that its levels divide.
     """
 
-    def __init__(self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False) -> None:
+    def __init__(
+        self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.sigma_data = sigma_data
@@ -84,7 +87,9 @@ class Network(nn.Module):
 class Preconditioned(Network):
     """Base of denoisers: EDM's output preconditioning and the learned log variance."""
 
-    def __init__(self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False) -> None:
+    def __init__(
+        self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
+    ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
         self.logvar_fourier = FourierFeatures(LOG_VARIANCE_CHANNELS)
         self.logvar_linear = MPConv(LOG_VARIANCE_CHANNELS, 1, 0)
@@ -125,7 +130,9 @@ class UNet(Embedding):
 class Denoiser(Preconditioned):
     """A teacher: the denoiser D(x, sigma) = E[x0 | x] over EDM2's U-Net."""
 
-    def __init__(self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False) -> None:
+    def __init__(
+        self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
+    ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
         self.unet = UNet(shape, self.patch_channels, self.patch_channels)
 
@@ -163,12 +170,25 @@ class DecoderBranch(Embedding):
     ) -> Tensor:
         """Decode the main encoder's outputs blended with the control encoder's."""
         embedding = self.embed(noise, labels).to(outputs[-1].dtype)
-        x = mp_sum(outputs[-1], control[-1], self.additional_x_weight.clamp(0, 1))
-        weights = self.additional_skips_weight.clamp(0, 1)
-        skips = [mp_sum(*pair) for pair in zip(outputs, control, weights, strict=True)]
+        x = mp_sum(outputs[-1], control[-1], self.additional_x_weight)
+        blends = zip(outputs, control, self.additional_skips_weight, strict=True)
+        skips = [mp_sum(main, extra, weight) for main, extra, weight in blends]
         x = decode(self.dec, x, skips, embedding)
         out: Tensor = self.out_conv(x) * self.out_gain.to(x.dtype)
         return out
+
+
+def constrain_weights_(module: nn.Module) -> None:
+    """Bring the weights of `module` back to where they belong after an optimiser step, in place.
+
+    Filters to unit magnitude; blends of the control encoder into [0, 1]. The forward pass does
+    not clip, as a clipped blend has no gradient and could not come back.
+    """
+    normalize_weights_(module)
+    for branch in module.modules():
+        if isinstance(branch, DecoderBranch):
+            branch.additional_x_weight.data.clamp_(0, 1)
+            branch.additional_skips_weight.data.clamp_(0, 1)
 
 
 class ControlledDenoiser(Preconditioned):
@@ -177,7 +197,9 @@ class ControlledDenoiser(Preconditioned):
     Its bottleneck and skips are blended into the main path by learned weights that start at 0.
     """
 
-    def __init__(self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False) -> None:
+    def __init__(
+        self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
+    ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
         self.enc = EncoderBranch(shape, self.patch_channels)
         self.ctrl = EncoderBranch(shape, self.patch_channels)
@@ -281,7 +303,8 @@ class ControlledDiscriminator(Network):
             self.scaled(condition, condition_sigma), conditioning(condition_sigma), labels
         )[-1]
         pooled = torch.cat([control, main], dim=1).float().mean((2, 3))
-        return self.out_conv(pooled).squeeze(1)
+        logits: Tensor = self.out_conv(pooled)
+        return logits.squeeze(1)
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser) -> Self:
@@ -316,7 +339,8 @@ class ConcatDiscriminator(Network):
         ).to(self.compute_dtype)
         views = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
         last = encode(self.unet.enc, with_ones(torch.cat(views, dim=1)), embedding)[-1]
-        return self.out_conv(last.float().mean((2, 3))).squeeze(1)
+        logits: Tensor = self.out_conv(last.float().mean((2, 3)))
+        return logits.squeeze(1)
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser) -> Self:

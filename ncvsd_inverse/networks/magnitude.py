@@ -17,7 +17,7 @@ SILU_RMS = 0.596
 
 def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
     """Divide `x` by its root mean square along `dim`; same shape."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
     return x * (1 / (EPS + norm / math.sqrt(x.shape[dim]))).to(x.dtype)
 
 
@@ -74,7 +74,9 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
-        shape = (out_channels, in_channels, kernel, kernel) if kernel else (out_channels, in_channels)
+        shape = (
+            (out_channels, in_channels, kernel, kernel) if kernel else (out_channels, in_channels)
+        )
         weight = torch.randn(shape)
         if kernel:
             weight = weight.to(memory_format=torch.channels_last)
@@ -83,7 +85,7 @@ class MPConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, Cin, H, W) to (B, Cout, H, W), or (B, Cin) to (B, Cout), in the dtype of x."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.scale != 1:
             weight = weight * self.scale
         weight = weight.to(x.dtype)
@@ -101,8 +103,8 @@ def normalize_weights_(module: nn.Module) -> None:
     """Bring every filter of every MPConv in `module` to unit root mean square, in place."""
     for layer in _mp_convs(module):
         flat = layer.weight.flatten(1)
-        norm = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
-        layer.weight /= (EPS + norm).reshape(-1, *[1] * (layer.weight.ndim - 1))
+        norm: Tensor = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
+        layer.weight.data /= (EPS + norm).reshape(-1, *[1] * (layer.weight.ndim - 1))
 
 
 @torch.no_grad()

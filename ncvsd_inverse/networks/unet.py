@@ -60,7 +60,7 @@ class UNetShape:
     @property
     def size_multiple(self) -> int:
         """What both sides of an image must be a multiple of."""
-        return self.patch * 2 ** (len(self.channels) - 1)
+        return self.patch << (len(self.channels) - 1)
 
     @property
     def embedding_channels(self) -> int:
@@ -103,7 +103,9 @@ class Block(nn.Module):
         self.conv_res0 = MPConv(out_channels if not decodes else in_channels, out_channels, 3)
         self.emb_linear = MPConv(embedding_channels, out_channels, 0)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
-        self.conv_skip = MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_skip = (
+            MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
         if self.heads:
             self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1)
             self.attn_proj = MPConv(out_channels, out_channels, 1)
@@ -202,7 +204,11 @@ def decoder_blocks(shape: UNetShape) -> nn.ModuleDict:
         head = shape.head_channels if side in shape.attention else 0
         if level == len(shape.channels) - 1:
             blocks[f"{side}x{side}_in0"] = Block(
-                previous, previous, width, decodes=True, head_channels=shape.head_channels if shape.attention else 0
+                previous,
+                previous,
+                width,
+                decodes=True,
+                head_channels=shape.head_channels if shape.attention else 0,
             )
             blocks[f"{side}x{side}_in1"] = Block(previous, previous, width, decodes=True)
         else:
