@@ -1,0 +1,26 @@
+"""Forward models y = A(x) + noise; they must not know any prior or sampler.
+
+Images have shape (B, C, H, W) and values in [-1, 1]. Linear operators carry `adjoint` and
+`solve_normal`; every operator carries `measure`, `input_shape`, `count_measured` and `repeated`.
+"""
+
+if __name__ == "operators":
+    raise ImportError(
+        "import ncvsd_inverse.operators, not operators: the bare name would load a second copy"
+    )
+
+from ncvsd_inverse.operators.blur import Blur, GaussianBlur, MotionBlur
+from ncvsd_inverse.operators.denoise import Denoise
+from ncvsd_inverse.operators.inpainting import Inpaint
+from ncvsd_inverse.operators.phase import PhaseRetrieval
+from ncvsd_inverse.operators.superres import SuperResolution
+
+__all__ = [
+    "Blur",
+    "Denoise",
+    "GaussianBlur",
+    "Inpaint",
+    "MotionBlur",
+    "PhaseRetrieval",
+    "SuperResolution",
+]

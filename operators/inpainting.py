@@ -1,0 +1,137 @@
+"""Missing pixels; it must not know any prior or sampler."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.checks import check_count, check_finite, check_images
+from ncvsd_inverse.numerics import working_dtype
+from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
+from ncvsd_inverse.protocols import Generators
+
+
+class Inpaint(LinearBase):
+    """Measure the pixels where the mask is 1.
+
+    A = diag(mask): y has the shape of the image and is 0 where nothing is measured.
+
+    Args:
+        mask: boolean, or 0 and 1; shape (H, W), (1 or C, H, W) or (1 or B, 1 or C, H, W).
+
+    Raises:
+        TypeError: if mask is no real tensor.
+        ValueError: if mask has another shape, holds anything but 0 and 1, or measures nothing.
+    """
+
+    family = "inpainting"
+
+    def __init__(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.is_complex():
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a boolean or real tensor, got {got}")
+        if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
+            raise ValueError(
+                "mask must have shape (H, W), (1 or C, H, W) or (1 or B, 1 or C, H, W), "
+                f"got {tuple(mask.shape)}"
+            )
+        check_finite("mask", mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            low, high = float(mask.min()), float(mask.max())
+            raise ValueError(f"mask must hold only 0 and 1, got values from {low} to {high}")
+        self.mask = mask.bool().reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        if not bool(self.mask.flatten(1).any(dim=1).all()):
+            raise ValueError("mask must measure at least one pixel of each image, got all zeros")
+        self._placed = self.mask
+
+    @classmethod
+    def box(cls, size: tuple[int, int], side: int | tuple[int, int]) -> "Inpaint":
+        """Hide a centred box.
+
+        Args:
+            size: height and width of the images, pixels.
+            side: side of the hidden square, or height and width of the hidden box, pixels.
+        """
+        height, width = _check_size(size)
+        box_height, box_width = (side, side) if isinstance(side, int) else side
+        check_count("side", box_height)
+        check_count("side", box_width)
+        if box_height > height or box_width > width:
+            raise ValueError(f"side must be at most {tuple(size)}, got {(box_height, box_width)}")
+        top, left = (height - box_height) // 2, (width - box_width) // 2
+        mask = torch.ones(height, width, dtype=torch.bool)
+        mask[top : top + box_height, left : left + box_width] = False
+        return cls(mask)
+
+    @classmethod
+    def random(cls, size: tuple[int, int], keep: float = 0.3, seed: int = 0) -> "Inpaint":
+        """Measure each pixel (all its channels) with probability `keep`.
+
+        Args:
+            size: height and width of the images, pixels.
+            keep: probability of being measured, in (0, 1].
+            seed: the same seed gives the same mask, >= 0.
+        """
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {keep}")
+        generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
+        return cls(torch.rand(_check_size(size), generator=generator) < keep)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x where it is measured and 0 elsewhere, shape (B, C, H, W)."""
+        return x * self._mask_for("x", x)
+
+    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return `y_shape`."""
+        return check_image_shape("y_shape", y_shape)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return y where it is measured and 0 elsewhere, shape (B, C, H, W)."""
+        return y * self._mask_for("y", y)
+
+    def measure(self, x: Tensor, sigma_y: float, *, generator: Generators = None) -> Tensor:
+        """Simulate y = A(x) + sigma_y * eps with eps standard normal where A measures.
+
+        Args:
+            x: images, shape (B, C, H, W), in [-1, 1].
+            sigma_y: noise std, > 0, in units of y.
+            generator: one source of randomness, or one for each of the B images.
+
+        Returns:
+            Measurements, shape (B, C, H, W); 0 where the mask is 0.
+        """
+        return self(super().measure(x, sigma_y, generator=generator))
+
+    def count_measured(self, y: Tensor) -> Tensor:
+        """Return how many entries of each measurement are measured, integers of shape (B,)."""
+        mask = self._mask_for("y", y).expand(y.shape)
+        return mask.flatten(1).count_nonzero(dim=1)
+
+    def repeated(self, times: int) -> "Inpaint":
+        """Return the operator for a batch that is tiled `times` times along dimension 0."""
+        check_count("times", times)
+        return self if self.mask.shape[0] == 1 else Inpaint(self.mask.repeat(times, 1, 1, 1))
+
+    def _solve_normal(self, rhs: Tensor, a: float, b: float) -> Tensor:
+        mask = self._mask_for("rhs", rhs).to(working_dtype(rhs.dtype))
+        return (rhs / (a * mask + b)).to(rhs.dtype)
+
+    def _mask_for(self, name: str, images: Tensor) -> Tensor:
+        """Return the mask in the dtype and device of `images`, once they fit it."""
+        check_images(name, images)
+        if images.shape[-2:] != self.mask.shape[-2:]:
+            raise ValueError(
+                f"{name} must have the height and width of mask, {tuple(self.mask.shape[-2:])}, "
+                f"got {tuple(images.shape[-2:])}"
+            )
+        check_broadcasts("mask", self.mask, name, images)
+        if (self._placed.dtype, self._placed.device) != (images.dtype, images.device):
+            with torch.inference_mode(False):  # else no later gradient could pass through it
+                self._placed = self.mask.to(images)
+        return self._placed
+
+
+def _check_size(size: tuple[int, int]) -> tuple[int, int]:
+    if len(size) != 2:
+        raise ValueError(f"size must be (height, width), got {tuple(size)}")
+    return check_count("size", size[0]), check_count("size", size[1])

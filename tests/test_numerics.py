@@ -1,0 +1,150 @@
+"""Numerical tools against what they stand for."""
+
+import math
+
+import pytest
+import torch
+
+from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse.numerics import (
+    conjugate_gradient,
+    draw_normal,
+    expand_level,
+    make_generators,
+    working_dtype,
+)
+
+
+def positive_definite(batch, size, condition, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(batch, size, size, dtype=torch.float64, generator=generator)
+    basis, _ = torch.linalg.qr(random)
+    values = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
+    return basis @ torch.diag(values) @ basis.mT
+
+
+def times(matrix):
+    return lambda x: (matrix @ x[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e6])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_conjugate_gradient_solves(condition, preconditioned, dtype):
+    matrix = positive_definite(3, 20, condition).to(dtype)
+    rhs = torch.randn(3, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-11
+    x = conjugate_gradient(
+        times(matrix),
+        rhs,
+        rtol=rtol,
+        precondition=(lambda r: r / diagonal) if preconditioned else None,
+    )
+    residual = (times(matrix)(x) - rhs).norm(dim=1)
+    # The recursive residual meets rtol; rounding of the true one grows with the condition.
+    assert x.dtype == dtype
+    assert (residual <= (rtol + 4 * torch.finfo(dtype).eps * condition) * rhs.norm(dim=1)).all()
+
+
+def test_conjugate_gradient_stops_when_it_may():
+    matrix = positive_definite(1, 30, 1e3)
+    rhs = torch.ones(1, 30, dtype=torch.float64)
+    calls = []
+
+    def apply(x):
+        calls.append(1)
+        return times(matrix)(x)
+
+    def count(**settings):
+        calls.clear()
+        conjugate_gradient(apply, rhs, **settings)
+        return len(calls)
+
+    inverse = torch.linalg.inv(matrix)
+    solution = times(inverse)(rhs)
+    assert count(rtol=1e-8) > count(rtol=1e-2) > 1
+    assert count(rtol=1e-8, max_iterations=3) == 3
+    assert count(rtol=1e-8, precondition=times(inverse)) == 1
+    assert count(rtol=1e-8, start=solution) == 1  # the one that checks the start
+    assert not conjugate_gradient(apply, torch.zeros_like(rhs)).any()
+
+
+def test_conjugate_gradient_keeps_items_apart():
+    # A diagonal matrix, so that no rounding of sums in another order grows along the iterations.
+    values = torch.linspace(1, 30, 80, dtype=torch.float64).view(4, 20)
+    rhs = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rhs[1] *= 1e6
+    rhs[2] = 0
+    together = conjugate_gradient(lambda x: values * x, rhs, rtol=1e-2)
+    for item in range(4):
+        part = slice(item, item + 1)
+        alone = conjugate_gradient(lambda x, part=part: values[part] * x, rhs[part], rtol=1e-2)
+        torch.testing.assert_close(together[part], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_conjugate_gradient_raises_on_what_is_not_finite():
+    rhs = torch.ones(2, 3)
+    rhs[1, 1] = math.nan
+    with pytest.raises(DivergenceError, match=r"conjugate gradients.*iteration 0"):
+        conjugate_gradient(lambda x: x, rhs)
+    with pytest.raises(DivergenceError, match=r"conjugate gradients.*iteration 1"):
+        conjugate_gradient(lambda x: x * math.inf, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "working"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_working_dtype(dtype, working):
+    assert working_dtype(dtype) == working
+
+
+def test_generators_are_independent_of_their_neighbours():
+    keys = [(0, 0), (0, 1), (1, 0), (1,), (0,), (7, 1), (7, 1, 0), (5, 2**40)]
+    draws = [torch.randn(2000, generator=g) for g in make_generators(keys)]
+    alone = torch.randn(2000, generator=make_generators([(1, 0)])[0])
+    assert torch.equal(draws[2], alone)
+    correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(len(keys))
+    # Four and a half standard errors of a correlation of 2000 pairs.
+    assert float(correlation.abs().max()) < 4.5 / math.sqrt(2000)
+
+
+def test_draw_normal_takes_one_source_or_one_an_image(dtype, device):
+    like = torch.empty(3, 2, 50, 50, dtype=dtype, device=device)
+    keys = [(7, i) for i in range(3)]
+    per_image = draw_normal(like, make_generators(keys, device))
+    assert (per_image.shape, per_image.dtype) == (like.shape, dtype)
+    assert per_image.device.type == device.type
+    assert torch.equal(per_image[2:], draw_normal(like[2:], make_generators(keys[2:], device)))
+    shared = torch.Generator(device).manual_seed(0)
+    first, second = draw_normal(like, shared), draw_normal(like, shared)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, draw_normal(like, torch.Generator(device).manual_seed(0)))
+    assert draw_normal(like).shape == like.shape
+    for draw in (per_image, first):
+        # Four standard errors of the mean and of the variance.
+        assert abs(float(draw.mean())) < 4 / math.sqrt(draw.numel())
+        assert abs(float(draw.var()) - 1) < 4 * math.sqrt(2 / draw.numel())
+
+
+def test_draw_normal_counts_its_generators():
+    with pytest.raises(ValueError, match="generator must be one or one for each of 3 images"):
+        draw_normal(torch.empty(3, 2), make_generators([(0,), (1,)]))
+
+
+def test_expand_level():
+    like = torch.zeros(3, 2, 4, 4, dtype=torch.float64)
+    assert torch.equal(expand_level(0.5, like), torch.full((3, 1, 1, 1), 0.5).double())
+    levels = torch.tensor([1.0, 2.0, 3.0])
+    expanded = expand_level(levels, like)
+    assert expanded.shape == (3, 1, 1, 1)
+    assert expanded.dtype == torch.float64
+    assert torch.equal((like + expanded)[:, 1, 2, 3], levels.double())
+    assert expand_level(torch.tensor(2.0), like).unique().tolist() == [2.0]
+    with pytest.raises(ValueError, match=r"sigma must be a float or have shape \(3,\)"):
+        expand_level(torch.ones(2), like)
