@@ -41,3 +41,9 @@ def data_folder():
 def weights_folder():
     """Folder with weights that do not ship with the package, those of LPIPS among them."""
     return folder_from("NCVSD_WEIGHTS")
+
+
+@pytest.fixture(scope="session")
+def parity_folder():
+    """Folder with weights and outputs of the published networks."""
+    return folder_from("NCVSD_PARITY")

@@ -56,7 +56,7 @@ def make_cases():
         Case("sr2_box", ops.SuperResolution(2, filter="box"), flat, (2, 2, 3, 4), "superres"),
         Case("sr3_box", ops.SuperResolution(3, "box"), (2, 1, 3, 9), (2, 1, 1, 3), "superres"),
         Case("gaussian", ops.GaussianBlur(1.2, 5), odd, odd, "blur"),
-        Case("motion", ops.MotionBlur(4, 0.5, seed=1, boundary="reflect"), odd, odd, "blur"),
+        Case("motion", ops.MotionBlur(4, 0.5, seed=1, boundary="reflect"), odd, odd, "motion_blur"),
         Case("denoise", ops.Denoise(), odd, odd, "denoise"),
     ]
     kernels = {
@@ -114,7 +114,7 @@ def test_solve_normal_inverts_the_matrix(case, a, b):
     # Closed forms lose a few units of rounding times the condition number, conjugate gradients
     # stop at a residual of 1e-10, which the condition number multiplies in the solution.
     condition = 1 + a / b * float(torch.linalg.matrix_norm(matrix, ord=2).max()) ** 2
-    iterates = case.family == "blur" and case.operator.boundary != "circular"
+    iterates = isinstance(case.operator, ops.Blur) and case.operator.boundary != "circular"
     unit = 2e-10 if iterates else 1e-14
     assert (solution - expected).norm() <= unit * condition * expected.norm()
     if iterates:
