@@ -93,14 +93,21 @@ def small_images(num=20, seed=0):
     return ImageData(torch.randint(0, 256, (num, 3, 8, 8), generator=generator, dtype=torch.uint8))
 
 
+COMMON = {
+    "network": TINY,
+    "images": 48,
+    "batch_size": 8,
+    "warmup_images": 16,
+    "precision": "float32",
+}
+
+
 def teacher_config(**changes):
-    settings = {"warmup_images": 16, "decay_steps": 2.0, "ema_stds": (0.1,)} | changes
-    return TeacherConfig(**{"network": TINY, "images": 48, "batch_size": 8} | settings)
+    return TeacherConfig(**COMMON | {"decay_steps": 2.0, "ema_stds": (0.1,)} | changes)
 
 
 def distill_config(**changes):
-    settings = {"warmup_images": 16, "adversarial_images": 16} | changes
-    return DistillConfig(**{"network": TINY, "images": 48, "batch_size": 8} | settings)
+    return DistillConfig(**COMMON | {"adversarial_images": 16} | changes)
 
 
 def parameters(run):

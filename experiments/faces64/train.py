@@ -7,6 +7,8 @@ python experiments/faces64/train.py distill --data DIR/faces64/train.zip --out r
 import argparse
 from pathlib import Path
 
+import torch
+
 from ncvsd_inverse.distill import (
     DistillConfig,
     DistillRun,
@@ -39,6 +41,7 @@ def main() -> None:
             args.out / "distill",
             teacher.averaged("teacher"),
         )
+    print(f"computes in {config.compute_dtype}, {torch.get_num_threads()} threads")
     done = run.run(seconds=args.seconds, on_log=lambda line: print(line, flush=True))
     print("done" if done else "stopped; the same command goes on", run.images_seen)
 

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
+
 from ncvsd_inverse.checks import check_choice, check_count, check_non_negative, check_positive
-from ncvsd_inverse.networks import UNetShape
+from ncvsd_inverse.networks import UNetShape, inference_dtype
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +32,8 @@ class TrainConfig:
         sigma_data: std of the images, image units.
         ema_stds: relative stds of the averaged weights that are kept, power-function EMA.
         flip: whether images are mirrored left to right at random.
-        precision: dtype of the network passes; weights and optimiser stay float32.
+        precision: dtype of the network passes, weights and optimiser stay float32; "auto" is
+            bfloat16 where the machine multiplies it in hardware, else float32.
         compile: whether torch.compile fuses the networks.
         seed: seed of weights, batches and noise; >= 0.
 
@@ -50,7 +53,7 @@ class TrainConfig:
     sigma_data: float = 0.5
     ema_stds: tuple[float, ...] = (0.05, 0.10)
     flip: bool = True
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     seed: int = 0
 
@@ -61,9 +64,16 @@ class TrainConfig:
         for name in ("learning_rate", "decay_steps", "t_std", "sigma_data"):
             check_positive(name, getattr(self, name))
         check_non_negative("warmup_images", self.warmup_images)
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         if not self.ema_stds or not all(0 < std < 0.28 for std in self.ema_stds):
             raise ValueError(f"ema_stds must lie in (0, 0.28), got {self.ema_stds}")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the network passes on this machine."""
+        if self.precision == "auto":
+            return inference_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

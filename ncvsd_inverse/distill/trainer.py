@@ -84,7 +84,7 @@ class Run(ABC, Generic[Config]):
     ) -> None:
         """Register a module to train under `name`; `rate` scales the learning rate."""
         if isinstance(module, Network):
-            module.compute_dtype = getattr(torch, self.config.precision)
+            module.compute_dtype = self.config.compute_dtype
         constrain_weights_(module)
         self.modules[name] = module.train()
         optimizer = torch.optim.Adam(module.parameters(), betas=self.config.betas)
@@ -321,7 +321,7 @@ class DistillRun(Run[DistillConfig]):
             networks = _start_networks(config.kind, teacher)
         self.teacher = teacher
         if isinstance(teacher, Network):
-            teacher.eval().requires_grad_(False).compute_dtype = getattr(torch, config.precision)
+            teacher.eval().requires_grad_(False).compute_dtype = config.compute_dtype
             if config.compile:
                 teacher.compile()
         generator, score, self.discriminator = networks
