@@ -382,3 +382,7 @@ def _to_picture(task: Task, y: Tensor) -> Tensor:
         return y
     shown: Tensor = torch.fft.fftshift(torch.log1p(y), dim=(-2, -1))
     return 2 * shown / shown.max() - 1
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ ncvsd_faces64.{safetensors,json}, ncvsd_faces64_teacher.{safetensors,json} and a
 import argparse
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,23 +69,20 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/faces64"))
     parser.add_argument("--val", type=Path, required=True, help="zip or folder of held-out images")
     parser.add_argument("--out", type=Path, required=True, help="folder for the priors")
+    parser.add_argument("--images", type=int, default=64, help="held-out images to judge on")
     parser.add_argument("--hours", type=float, nargs=2, default=(0.0, 0.0), help="teacher, student")
     parser.add_argument("--hardware", default="two CPU cores")
     args = parser.parse_args()
 
     held_out = ImageData.read(args.val)
-    images = held_out.images(torch.arange(min(64, len(held_out))))
-    trained = TeacherRun(
-        TeacherConfig.from_toml(HERE / "teacher.toml"), held_out, args.runs / "teacher"
-    )
+    images = held_out.images(torch.arange(min(args.images, len(held_out))))
+    # Judging is short: compiling the networks would take longer than it saves.
+    teacher_config = replace(TeacherConfig.from_toml(HERE / "teacher.toml"), compile=False)
+    trained = TeacherRun(teacher_config, held_out, args.runs / "teacher")
     trained.load()
     teacher = trained.averaged("teacher")
-    distilled = DistillRun(
-        DistillConfig.from_toml(HERE / "distill.toml"),
-        held_out,
-        args.runs / "distill",
-        teacher,
-    )
+    config = replace(DistillConfig.from_toml(HERE / "distill.toml"), compile=False)
+    distilled = DistillRun(config, held_out, args.runs / "distill", teacher)
     distilled.load()
 
     commit = subprocess.run(
