@@ -21,6 +21,7 @@ from ncvsd_inverse.checks import (
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, working_dtype
 from ncvsd_inverse.protocols import (
+    DiagonalOperator,
     Generators,
     LikelihoodStep,
     LinearOperator,
@@ -52,8 +53,10 @@ class ExactGaussian:
 
         (k A^T A + I) u = k A^T (y + s e_y) + x0 + rho e_x,    k = rho^2 / s^2,
 
-    has exactly that law. Operators without `solve_normal` are solved by conjugate gradients
-    until the residual is at most `tolerances[dtype]` times the right-hand side.
+    has exactly that law. Where A^T A is diagonal in a fast basis, M = k A^T A + I has a root and
+    one standard normal does: u = M^-1 (k A^T y + x0) + M^(-1/2) rho e_x. Operators without
+    `solve_normal` are solved by conjugate gradients until the residual is at most
+    `tolerances[dtype]` times the right-hand side.
 
     Args:
         operator: a forward model with an adjoint.
@@ -101,8 +104,12 @@ class ExactGaussian:
             self._adjoint_y = self._adjoint_y.to(self._y)
         center = x0.to(self._y.dtype)
         eps_x = draw_normal(center, generator)
-        eps_y = draw_normal(self._y, generator)
         gain = (rho / self.sigma_lik) ** 2
+        if isinstance(self.operator, DiagonalOperator) and self.operator.is_diagonal:
+            rhs = gain * self._adjoint_y + center
+            spread = self.operator.solve_normal_spread(rhs, rho * eps_x, a=gain, b=1.0)
+            return spread.to(x0.dtype)
+        eps_y = draw_normal(self._y, generator)
         rhs = gain * (self._adjoint_y + self.sigma_lik * self.operator.adjoint(eps_y))
         rhs = rhs + center + rho * eps_x
         return self._solve(rhs, gain).to(x0.dtype)

@@ -45,6 +45,20 @@ class SolvableOperator(LinearOperator, Protocol):
 
 
 @runtime_checkable
+class DiagonalOperator(SolvableOperator, Protocol):
+    """A solvable operator that can, where `is_diagonal`, also take the root of the inverse."""
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether `solve_normal_spread` can be called."""
+        ...
+
+    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, *, a: float, b: float) -> Tensor:
+        """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, shape (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
 class Prior(Protocol):
     """A sampler of clean images given noisy ones."""
 

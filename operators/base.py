@@ -90,6 +90,22 @@ class LinearBase(BaseOperator):
     @abstractmethod
     def _solve_normal(self, rhs: Tensor, a: float, b: float) -> Tensor: ...
 
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether A^T A is diagonal in a basis that makes `solve_normal_spread` as cheap."""
+        return False
+
+    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, *, a: float, b: float) -> Tensor:
+        """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, if `is_diagonal`.
+
+        Args:
+            rhs: shape (B, C, H, W).
+            eps: the shape of rhs; standard normals make a draw of precision M.
+            a: weight of A^T A, >= 0.
+            b: weight of the identity, > 0.
+        """
+        raise TypeError(f"{type(self).__name__} has no closed-form root")
+
 
 def check_image_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Return `shape` as a tuple; ValueError unless it is (B, C, H, W), all at least 1."""

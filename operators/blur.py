@@ -126,6 +126,26 @@ class Blur(LinearBase):
         )
         return solution.to(rhs.dtype)
 
+    @property
+    def is_diagonal(self) -> bool:
+        """True for the circular boundary: A^T A is diagonal in Fourier space."""
+        return self.boundary == "circular"
+
+    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, *, a: float, b: float) -> Tensor:
+        """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, shape (B, C, H, W).
+
+        Raises:
+            TypeError: unless the boundary is "circular".
+        """
+        if not self.is_diagonal:
+            return super().solve_normal_spread(rhs, eps, a=a, b=b)
+        self._check("rhs", rhs, rhs.shape)
+        working = rhs.to(working_dtype(rhs.dtype))
+        scale = (a * self._transfer(working).abs().square() + b).rsqrt()
+        spectrum = torch.fft.rfft2(working) * scale + torch.fft.rfft2(eps.to(working))
+        drawn: Tensor = torch.fft.irfft2(spectrum * scale, s=rhs.shape[-2:])
+        return drawn.to(rhs.dtype)
+
     def _check(self, name: str, images: Tensor, image_shape: Sequence[int]) -> None:
         check_broadcasts("kernel", self.kernel, name, images)
         sides, kernel_sides = tuple(image_shape[-2:]), tuple(self.kernel.shape[-2:])

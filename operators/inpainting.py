@@ -116,6 +116,17 @@ class Inpaint(LinearBase):
         mask = self._mask_for("rhs", rhs).to(working_dtype(rhs.dtype))
         return (rhs / (a * mask + b)).to(rhs.dtype)
 
+    @property
+    def is_diagonal(self) -> bool:
+        """True: A^T A is the mask."""
+        return True
+
+    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, *, a: float, b: float) -> Tensor:
+        """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, shape (B, C, H, W)."""
+        mask = self._mask_for("rhs", rhs).to(working_dtype(rhs.dtype))
+        scale = (a * mask + b).rsqrt()
+        return ((rhs * scale + eps) * scale).to(rhs.dtype)
+
     def _mask_for(self, name: str, images: Tensor) -> Tensor:
         """Return the mask in the dtype and device of `images`, once they fit it."""
         check_images(name, images)

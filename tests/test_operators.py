@@ -123,6 +123,25 @@ def test_solve_normal_inverts_the_matrix(case, a, b):
 
 
 @each_operator
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-2)])
+def test_solve_normal_spread_adds_the_root_of_the_inverse(case, a, b):
+    rhs, eps = normal(*case.shape), normal(*case.shape, seed=9)
+    if not case.operator.is_diagonal:
+        with pytest.raises(TypeError, match="no closed-form root"):
+            case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
+        return
+    matrix = dense(case)
+    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(system)
+    root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
+    expected = (
+        torch.linalg.solve(system, rhs.flatten(1)) + (root @ eps.flatten(1)[..., None])[..., 0]
+    )
+    drawn = case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
+    torch.testing.assert_close(drawn, expected.view(case.shape), rtol=1e-8, atol=1e-8)
+
+
+@each_operator
 def test_shapes_and_roles(case):
     assert case.operator(normal(*case.shape)).shape == case.y_shape
     assert case.operator.input_shape(case.y_shape) == case.shape
