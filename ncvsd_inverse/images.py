@@ -6,7 +6,9 @@ A picture is a float32 tensor of shape (1, 3, H, W) in [-1, 1]; files are taken 
 import io
 import os
 import warnings
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**26
 """Largest picture that is read, 8192 x 8192 pixels: 0.8 GB as a tensor."""
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""What the names of pictures end in, where a folder or archive is searched for them."""
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -39,12 +44,68 @@ def read_image(path: str | Path) -> Tensor:
         ValueError: if the file is missing, damaged, no picture, larger than 2^26 pixels, or of a
             kind whose pixels have no stated range (32-bit integers and floats).
     """
+    return _decode(path, str(path))
+
+
+def read_images(source: str | Path, limit: int | None = None) -> Iterator[Tensor]:
+    """Read the pictures of a folder, searched through, or of a zip archive, by order of name.
+
+    What there is is looked up at once, the pictures are read one by one as they are asked for.
+
+    Args:
+        source: the folder or archive.
+        limit: most pictures to read, >= 1; None: all.
+
+    Returns:
+        An iterator over pictures, each of shape (1, 3, H, W), in [-1, 1].
+
+    Raises:
+        ValueError: if there is no picture, or the archive is damaged; later, at a picture that
+            cannot be read as `read_image` does, with its name.
+    """
+    source = Path(source)
+    if limit is not None:
+        check_count("limit", limit)
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if _is_picture(path))
+        found: list[str] = [str(path) for path in files]
+    else:
+        try:
+            with zipfile.ZipFile(source) as archive:
+                found = sorted(name for name in archive.namelist() if _is_picture(Path(name)))
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{source} must be a folder or a zip archive: {error}") from error
+    if not found:
+        raise ValueError(f"{source} must hold pictures ({', '.join(SUFFIXES)}), got none")
+    return _read_each(source, found[:limit])
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _read_each(source: Path, names: list[str]) -> Iterator[Tensor]:
+    if source.is_dir():
+        yield from map(read_image, names)
+        return
+    with zipfile.ZipFile(source) as archive:
+        for name in names:
+            title = f"{source}: {name}"
+            try:
+                content = archive.read(name)
+            except (OSError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{title} must be a readable picture: {error}") from error
+            yield _decode(io.BytesIO(content), title)
+
+
+def _decode(file: str | Path | BinaryIO, title: str) -> Tensor:
+    """Read a picture as `read_image` does; errors call it `title`."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(file) as picture:
                 width, height = picture.size
                 if not 0 < width * height <= MAX_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS}")
@@ -57,7 +118,7 @@ def read_image(path: str | Path) -> Tensor:
                 pixels = _deep_grey_to_rgb(upright) if deep else _to_rgb(upright)
     # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError among them.
     except Exception as error:
-        raise ValueError(f"{path} must be a readable picture: {error}") from error
+        raise ValueError(f"{title} must be a readable picture: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous() * 2 - 1
 
 
@@ -135,6 +196,18 @@ def centre_crop_to_multiple(x: Tensor, multiple: int) -> Tensor:
     if min(height, width) == 0:
         raise ValueError(f"x must be at least {multiple} pixels a side, got {tuple(x.shape)}")
     return _centre_crop(x, height, width)
+
+
+def centre_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop images (B, C, H, W) around the centre to `size` (height, width).
+
+    Raises:
+        ValueError: if a side is shorter.
+    """
+    check_images("x", x)
+    if x.shape[-2] < size[0] or x.shape[-1] < size[1]:
+        raise ValueError(f"x must be at least {size[0]} x {size[1]} pixels, got {tuple(x.shape)}")
+    return _centre_crop(x, *size)
 
 
 def resize_cover(x: Tensor, size: tuple[int, int]) -> Tensor:

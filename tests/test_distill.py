@@ -1,15 +1,22 @@
 """The trainer: losses at their optima, exact resume, and distillation of a known posterior."""
 
+import itertools
 import json
 import math
-import zipfile
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from ncvsd_inverse.distill import DistillConfig, DistillRun, ImageData, TeacherConfig, TeacherRun
+from ncvsd_inverse.distill import (
+    DistillConfig,
+    DistillRun,
+    ImageData,
+    TeacherConfig,
+    TeacherRun,
+    load_teacher,
+)
+from ncvsd_inverse.distill.data import Batch
 from ncvsd_inverse.distill.ema import PowerEMA, power_exponent
 from ncvsd_inverse.distill.losses import (
     View,
@@ -17,6 +24,7 @@ from ncvsd_inverse.distill.losses import (
     discriminator_losses,
     distillation_loss,
 )
+from ncvsd_inverse.distill.watch import picture_grid
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
 from ncvsd_inverse.networks import UNetShape
 from ncvsd_inverse.networks.magnitude import FourierFeatures
@@ -68,9 +76,13 @@ class Points:
     def __init__(self, prior):
         self.prior = prior
 
-    def batch(self, number, size, *, seed, flip):
-        source = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return self.prior.draw(size, generator=source)
+    image_shape = (2, 1, 1)
+    num_classes = 0
+
+    def batches(self, start, size, *, seed, rows=None):
+        for number in itertools.count(start):
+            source = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            yield Batch(self.prior.draw(size, generator=source)[rows or slice(None)], None)
 
 
 def mixture():
@@ -122,23 +134,19 @@ def parameters(run):
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
     torch.set_num_threads(1)
 
-    def make(folder):
+    def make(folder, images):
         if kind == "teacher":
-            return TeacherRun(teacher_config(), small_images(), folder)
+            return TeacherRun(teacher_config(images=images), small_images(), folder)
         trained = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
-        config = distill_config(kind=kind)
+        config = distill_config(kind=kind, images=images)
         return DistillRun(config, small_images(), folder, trained.averaged("teacher"))
 
-    whole = make(tmp_path / "whole")
-    assert whole.run(checkpoint_every=100)
-    stopped = make(tmp_path / "stopped")
-    assert not stopped.run(seconds=0.0)
-    for _ in range(3):
-        stopped.train_on_next_batch()
-    stopped.save()
-    stopped.train_on_next_batch()  # lost: after the last checkpoint
-    resumed = make(tmp_path / "stopped")
-    assert resumed.run(checkpoint_every=100)
+    whole = make(tmp_path / "whole", images=48)
+    assert whole.run(log_every=1)
+    assert not make(tmp_path / "stopped", images=48).run(seconds=0.0)
+    assert make(tmp_path / "stopped", images=24).run(log_every=1)
+    resumed = make(tmp_path / "stopped", images=48)
+    assert resumed.run(log_every=1)
     expected, got = parameters(whole), parameters(resumed)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     name = next(iter(whole.averages))
@@ -169,58 +177,93 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ncvsd_inverse.distill.trainer.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("ncvsd_inverse.distill.checkpoint.save_file", full_disk)
+    with pytest.raises(CheckpointError, match="No space"):
         run.save()
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
-def test_divergence_stops_the_run_and_names_the_module(tmp_path):
+def test_lasting_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    run = TeacherRun(teacher_config(images=24), small_images(), tmp_path)
+    run.run()
+    before = (tmp_path / "state.safetensors").read_bytes()
+    again = TeacherRun(teacher_config(images=800), small_images(), tmp_path)
+    again.load()
+    torch.nn.init.constant_(again.network.unet.out_gain, math.nan)
+    with pytest.raises(DivergenceError, match="teacher was not finite for 20 steps in a row"):
+        again.run(checkpoint_every=100)
+    assert again.skipped == {"teacher": 20}
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_passing_divergence_is_skipped_and_counted(tmp_path):
+    class OneBadBatch(ImageData):
+        def batches(self, start, size, *, seed, rows=None):
+            for number, batch in enumerate(super().batches(start, size, seed=seed, rows=rows)):
+                bad = torch.full_like(batch.images, math.nan)
+                yield Batch(bad, None) if number == 2 else batch
+
+    run = TeacherRun(teacher_config(), OneBadBatch(small_images().pixels), tmp_path)
+    lines = []
+    assert run.run(log_every=1, on_log=lines.append)
+    assert run.skipped == {"teacher": 1}
+    assert lines[-1]["skipped_teacher"] == 1
+    assert "loss_teacher" not in lines[2]
+    assert all(bool(p.isfinite().all()) for p in run.network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["teacher", "concat"])
+def test_microbatches_change_no_result(tmp_path, kind):
+    torch.set_num_threads(1)
+    logs = []
+    for microbatch in (None, 3):
+        data, folder = small_images(), tmp_path / str(microbatch)
+        if kind == "teacher":
+            run = TeacherRun(teacher_config(microbatch=microbatch), data, folder)
+        else:
+            teacher = TeacherRun(teacher_config(), data, tmp_path / "teacher").averaged("teacher")
+            run = DistillRun(distill_config(microbatch=microbatch), data, folder, teacher)
+        lines = []
+        run.run(log_every=1, on_log=lines.append)
+        logs.append(lines)
+    for whole, parts in zip(*logs, strict=True):
+        for name in (n for n in whole if n.startswith("loss")):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-4)  # order of float32 sums
+
+
+def test_an_average_of_another_length_comes_from_snapshots(tmp_path):
+    stds = (0.05, 0.10, 0.15)
+    run = TeacherRun(teacher_config(images=320, ema_stds=stds), small_images(), tmp_path / "all")
+    run.run()
+    truth = run.averages["teacher"].averages[0.10].state_dict()
+
+    few = teacher_config(images=320, ema_stds=(0.05, 0.15))
+    other = TeacherRun(few, small_images(), tmp_path / "two")
+    with pytest.raises(CheckpointError, match="snapshots"):
+        other.averaged("teacher", 0.10)
+    other.run(snapshot_every=4)
+    made = other._combined("teacher", 0.10)
+    last = run.network.state_dict()
+    for name in (name for name, _ in run.network.named_parameters()):
+        error = (made[name] - truth[name]).norm()
+        # Far nearer to the true average than the last weights are; halves round to 2^-11.
+        assert error < 0.1 * (last[name] - truth[name]).norm() + 1e-3 * truth[name].norm(), name
+
+
+def test_a_teacher_of_another_shape_is_refused_by_name(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path).averaged("teacher")
+    other = UNetShape(resolution=8, channels=(16, 32), blocks=1, attention=(), patch=2)
+    with pytest.raises(ValueError, match=r"channels \(16, 32\), not \(16, 16\)"):
+        DistillRun(distill_config(network=other), small_images(), tmp_path / "d", teacher)
+
+
+def test_a_teacher_is_loaded_from_its_run(tmp_path):
     run = TeacherRun(teacher_config(), small_images(), tmp_path)
-    torch.nn.init.constant_(run.network.unet.out_gain, math.nan)
-    with pytest.raises(DivergenceError, match=r"teacher.*step 0"):
-        run.run()
-
-
-def test_batches_pass_over_all_images_and_flip_half(tmp_path):
-    data = small_images(num=20)
-    plain = torch.cat([data.batch(n, 8, seed=3, flip=False) for n in range(5)])
-    everything = data.images(torch.arange(20)).flatten(1)
-    for epoch in (plain[:20], plain[20:]):
-        found = (epoch.flatten(1)[:, None] == everything[None]).all(2)
-        assert found.sum(0).tolist() == [1] * 20
-    flipped = torch.cat([data.batch(n, 8, seed=3, flip=True) for n in range(5)])
-    same = (flipped == plain).flatten(1).all(1)
-    mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
-    assert bool((same ^ mirrored).all())
-    assert 8 <= int(mirrored.sum()) <= 32  # of 40, four standard deviations
-    assert not torch.equal(
-        plain, torch.cat([data.batch(n, 8, seed=4, flip=False) for n in range(5)])
-    )
-
-
-def test_images_are_read_from_zips_and_folders(tmp_path):
-    data = small_images(num=3)
-    for number, pixels in enumerate(data.pixels):
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        picture.save(tmp_path / f"{number}.png")
-    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-        for path in sorted(tmp_path.glob("*.png")):
-            archive.write(path, path.name)
-    assert torch.equal(ImageData.read(tmp_path / "all.zip").pixels, data.pixels)
-    assert torch.equal(ImageData.read(tmp_path).pixels, data.pixels)
-
-    Image.new("RGB", (9, 8)).save(tmp_path / "odd.png")
-    with pytest.raises(ValueError, match=r"one size.*odd\.png"):
-        ImageData.read(tmp_path)
-    (tmp_path / "odd.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="cannot be read"):
-        ImageData.read(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="must hold images"):
-        ImageData.read(tmp_path / "empty")
-    with pytest.raises(ValueError, match="existing"):
-        ImageData.read(tmp_path / "nowhere")
+    run.run()
+    loaded, x = load_teacher(tmp_path), torch.randn(2, 3, 8, 8)
+    sigma = torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, sigma), run.averaged("teacher")(x, sigma))
 
 
 def test_configuration_round_trip_and_errors(tmp_path):
@@ -328,3 +371,17 @@ def test_a_mixture_is_distilled_to_its_known_posterior(tmp_path):
             distances.append(sliced_wasserstein(drawn, exact) / float(exact.std(0).mean()))
         # A sampler that returned the mean would be about 1 posterior std away; 0.3 was seen.
         assert sum(distances) / 6 < 0.45, f"distances {distances} at sigma {sigma}"
+
+
+def test_pictures_of_a_run_can_be_drawn_at_any_time(tmp_path):
+    images = small_images().images(torch.arange(4))
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
+    student = DistillRun(
+        distill_config(), small_images(), tmp_path / "student", teacher.averaged("teacher")
+    )
+    before = parameters(student)
+    for run, rows in ((teacher, 1 + 2 * 4 + 1), (student, 1 + 3 * 4 + 3)):
+        grid = picture_grid(run, images)
+        assert grid.shape == (3, rows * 10 + 2, 4 * 10 + 2)  # 8 pixels and a frame of 2
+        assert float(grid.abs().max()) <= 1
+    assert all(torch.equal(value, before[key]) for key, value in parameters(student).items())

@@ -13,12 +13,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_package_of_the_tree_ships():
-    folders = [*ROOT.glob("ncvsd_inverse/**/__init__.py"), ROOT / "operators" / "__init__.py"]
-    found = set()
-    for file in folders:
-        name = ".".join(file.parent.relative_to(ROOT).parts)
-        found.add("ncvsd_inverse.operators" if name == "operators" else name)
-    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
+    folders = {file.parent for file in ROOT.glob("ncvsd_inverse/**/__init__.py")}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    mapped = PROJECT["tool"]["setuptools"]["package-dir"]
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in mapped.values())
+    assert found | set(mapped) == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_operators_are_one_folder_and_one_copy():
@@ -27,6 +26,9 @@ def test_operators_are_one_folder_and_one_copy():
     assert link.readlink() == Path("../operators")
     assert ncvsd_inverse.operators is operators
     assert not [path for path in (ROOT / "operators").iterdir() if path.suffix not in {".py", ""}]
+    presets = ROOT / "ncvsd_inverse" / "presets"
+    assert presets.is_symlink()
+    assert presets.readlink() == Path("../experiments")
     bare = subprocess.run(
         [sys.executable, "-c", "import operators"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,5 +1,8 @@
-"""Judge the trained networks of ncvsd_faces64 on held-out faces and write them as priors.
+r"""Judge the trained networks of ncvsd_faces64 on held-out faces and write them as priors.
 
+    ncvsd train faces64 --data DIR/faces64/train.zip -o runs/faces64/teacher
+    ncvsd distill faces64 --teacher runs/faces64/teacher --data DIR/faces64/train.zip \
+        -o runs/faces64/distill
     python experiments/faces64/ship.py --runs runs/faces64 --val DIR/faces64/val.zip --out DIR
 
 Prints, for each noise level, the teacher's PSNR, the posterior ratio MSE(one draw) / MSE(teacher
@@ -23,6 +26,7 @@ from ncvsd_inverse.distill import (
     TeacherConfig,
     TeacherRun,
 )
+from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 
@@ -109,7 +113,6 @@ def main() -> None:
         key=lambda std: sum(row["psnr_of_mean_of_draws"] for row in candidates[std][2].values()),
     )
     network, prior, table = candidates[best]
-    command = "python experiments/faces64/train.py {} --data faces64/train.zip"
     save_prior(
         args.out / "ncvsd_faces64_teacher",
         halved(teacher),
@@ -119,7 +122,7 @@ def main() -> None:
             "kind": "diffusion",
             "gamma": None,
             "training": {
-                "command": command.format("teacher"),
+                "command": "ncvsd train faces64 --data faces64/train.zip",
                 "commit": commit,
                 "images_seen": trained.images_seen,
                 "hours": args.hours[0],
@@ -141,7 +144,7 @@ def main() -> None:
             "kind": "ncvsd",
             "gamma": distilled.config.gamma,
             "training": {
-                "command": command.format("distill"),
+                "command": "ncvsd distill faces64 --data faces64/train.zip",
                 "commit": commit,
                 "images_seen": distilled.images_seen,
                 "teacher_images_seen": trained.images_seen,
@@ -160,16 +163,16 @@ def main() -> None:
             ),
         },
     )
-    write_picture(
-        args.out / "ncvsd_faces64.png",
-        load_prior(args.out / "ncvsd_faces64", dtype=torch.float32),
-        load_prior(args.out / "ncvsd_faces64_teacher", dtype=torch.float32),
-        images[:8],
-    )
+    student = load_prior(args.out / "ncvsd_faces64", dtype=torch.float32)
+    slow = load_prior(args.out / "ncvsd_faces64_teacher", dtype=torch.float32)
+    if isinstance(student, NCVSDPrior) and isinstance(slow, DiffusionPrior):
+        write_picture(args.out / "ncvsd_faces64.png", student, slow, images[:8])
 
 
-def halved(network: nn.Module) -> nn.Module:
+def halved(network: nn.Module) -> Denoiser | ConcatDenoiser:
     """Return `network` with its parameters rounded to half precision, in place; buffers stay."""
+    if not isinstance(network, Denoiser | ConcatDenoiser):
+        raise TypeError(f"only the light networks ship, got {type(network).__name__}")
     for parameter in network.parameters():
         parameter.data = parameter.data.half()
     return network

@@ -1,18 +1,35 @@
 """Settings of a training run, checked when made; they must not know how a run proceeds."""
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 
 from ncvsd_inverse.checks import check_choice, check_count, check_non_negative, check_positive
 from ncvsd_inverse.networks import UNetShape, inference_dtype
 
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _check_numbers(name: str, values: object, length: int | None) -> None:
+    if not isinstance(values, tuple) or (length is not None and len(values) != length):
+        wanted = f"{length} numbers" if length else "a list of numbers"
+        raise TypeError(f"{name} must be {wanted}, got {values!r}")
+    for value in values:
+        _check_number(name, value)
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,15 @@ class TrainConfig:
         t_std: std of log t.
         sigma_data: std of the images, image units.
         ema_stds: relative stds of the averaged weights that are kept, power-function EMA.
+        any_size: whether the networks take images of any size that their levels divide; then
+            they train on random crops of `network.resolution`.
         flip: whether images are mirrored left to right at random.
+        microbatch: most images of a process in one pass, for machines with little memory; the
+            gradients of a batch add up over the passes. None: all at once.
         precision: dtype of the network passes, weights and optimiser stay float32; "auto" is
             bfloat16 where the machine multiplies it in hardware, else float32.
+        loss_scale: factor on losses before the backward pass, taken out of the gradients again;
+            for float16, > 0.
         compile: whether torch.compile fuses the networks.
         seed: seed of weights, batches and noise; >= 0.
 
@@ -52,19 +75,33 @@ class TrainConfig:
     t_std: float = 1.6
     sigma_data: float = 0.5
     ema_stds: tuple[float, ...] = (0.05, 0.10)
+    any_size: bool = False
     flip: bool = True
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    microbatch: int | None = None
+    precision: Precision = "auto"
+    loss_scale: float = 1.0
     compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.network, UNetShape):
+            raise TypeError(f"network must be a UNetShape, got {self.network!r}")
         for name in ("images", "batch_size"):
             check_count(name, getattr(self, name))
+        if self.microbatch is not None:
+            check_count("microbatch", self.microbatch)
+        for name in ("any_size", "flip", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, length in (("betas", 2), ("ema_stds", None)):
+            _check_numbers(name, getattr(self, name), length)
+        if not math.isfinite(_check_number("t_mean", self.t_mean)):
+            raise ValueError(f"t_mean must be finite, got {self.t_mean}")
         check_count("seed", self.seed, least=0)
-        for name in ("learning_rate", "decay_steps", "t_std", "sigma_data"):
+        for name in ("learning_rate", "decay_steps", "t_std", "sigma_data", "loss_scale"):
             check_positive(name, getattr(self, name))
         check_non_negative("warmup_images", self.warmup_images)
-        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
+        check_choice("precision", self.precision, get_args(Precision))
         if not self.ema_stds or not all(0 < std < 0.28 for std in self.ema_stds):
             raise ValueError(f"ema_stds must lie in (0, 0.28), got {self.ema_stds}")
 
@@ -73,7 +110,8 @@ class TrainConfig:
         """The dtype of the network passes on this machine."""
         if self.precision == "auto":
             return inference_dtype("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.float32 if self.precision == "float32" else torch.bfloat16
+        dtype: torch.dtype = getattr(torch, self.precision)
+        return dtype
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

@@ -1,118 +1,628 @@
-"""Training images in memory; it must not know what is trained on them."""
+"""Training images, in memory or streamed; it must not know what is trained on them.
 
-import io
-import zipfile
+Batch number n is always the same for one seed and batch size, whether the run was resumed, and
+whichever process asks for whichever rows of it.
+"""
+
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from ncvsd_inverse.checks import check_count, check_non_negative
+from ncvsd_inverse.distill.sources import ImageFiles, open_images, read_pixels, read_size
 from ncvsd_inverse.numerics import make_generators
 
-SUFFIXES = {".png", ".webp", ".jpg", ".jpeg", ".bmp"}
 _ORDER_STREAM = 1
+_THREADS = 8
+_NAMED = 5
+_USABLE_PER_FAULT = 100
+
+Value = TypeVar("Value")
+
+
+class Batch(NamedTuple):
+    """Images to train on.
+
+    Attributes:
+        images: float32 (B, C, H, W) in [-1, 1].
+        labels: one-hot classes, float32 (B, K); None without labels.
+    """
+
+    images: Tensor
+    labels: Tensor | None
 
 
 class TrainingData(Protocol):
-    """What a run trains on."""
+    """What a run trains on.
 
-    def batch(self, number: int, size: int, *, seed: int, flip: bool) -> Tensor:
-        """Return training batch `number` (from 0), float32 (size, C, H, W), always the same."""
+    Attributes:
+        image_shape: shape (C, H, W) of the images of a batch.
+        num_classes: number of classes; 0 without labels.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def batches(
+        self, start: int, size: int, *, seed: int, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Yield batches number `start`, `start` + 1, ... of `size` images, without end.
+
+        Args:
+            start: number of the first batch, from 0.
+            size: images in a batch, over all processes.
+            seed: seed of the order of the images and of what happens to them, >= 0.
+            rows: the rows of each batch that are wanted, this process's share; None: all.
+        """
         ...
 
 
-class ImageData:
-    """Images of one size, decoded once.
+class _Draws(NamedTuple):
+    """What is drawn for the wanted rows of a batch.
 
-    Args:
-        pixels: uint8 images, shape (N, C, H, W).
+    Attributes:
+        indices: which images.
+        corners: where crops lie, (top, left) as shares of the room there is, in [0, 1).
+        mirrored: which images are mirrored, (B,).
     """
 
-    def __init__(self, pixels: Tensor) -> None:
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not len(pixels):
+    indices: list[int]
+    corners: list[tuple[float, float]]
+    mirrored: Tensor
+
+
+class _Order:
+    """One endless sequence of images, cut into batches, with the crops and flips of each batch.
+
+    Args:
+        num: number of images.
+        size: images in a batch.
+        seed: seed of the sequence.
+        rows: the rows of each batch that are wanted.
+        flip: whether images are mirrored.
+    """
+
+    def __init__(self, num: int, size: int, *, seed: int, rows: slice, flip: bool) -> None:
+        self.num = num
+        self.size = size
+        self.seed = seed
+        self.rows = rows
+        self.flip = flip
+        self._shuffled = (-1, torch.empty(0))
+
+    def draw(self, number: int) -> _Draws:
+        """Return what is drawn for batch `number`: for all of it, so that rows do not matter."""
+        places = torch.arange(number * self.size, (number + 1) * self.size)
+        epochs = places // self.num
+        indices = torch.cat(
+            [
+                self._shuffle(epoch)[places[epochs == epoch] % self.num]
+                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+            ]
+        )
+        (source,) = make_generators([(self.seed, _ORDER_STREAM, number, 1)])
+        mirrored = (torch.rand(self.size, generator=source) < 0.5) & self.flip
+        corners = torch.rand(self.size, 2, generator=source)
+        return _Draws(indices[self.rows].tolist(), corners[self.rows].tolist(), mirrored[self.rows])
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        if self._shuffled[0] != epoch:
+            (source,) = make_generators([(self.seed, _ORDER_STREAM, epoch)])
+            self._shuffled = (epoch, torch.randperm(self.num, generator=source))
+        return self._shuffled[1]
+
+
+class _ShuffledImages(ABC):
+    """What data in memory and streamed data share.
+
+    Args:
+        num: number of images.
+        image_shape: shape (C, H, W) of the images of a batch.
+        flip: whether images are mirrored left to right with probability 1/2.
+        labels: class numbers, int64 (N,); None without labels.
+        num_classes: number of classes; 0 without labels.
+    """
+
+    def __init__(
+        self,
+        num: int,
+        image_shape: tuple[int, int, int],
+        *,
+        flip: bool,
+        labels: Tensor | None,
+        num_classes: int,
+    ) -> None:
+        self.image_shape = image_shape
+        self.flip = flip
+        self.labels = labels
+        self.num_classes = num_classes
+        self.skipped: list[str] = []
+        self._num = num
+
+    def __len__(self) -> int:
+        """Return the number of images; those that were skipped count, another stands for each."""
+        return self._num
+
+    def batches(
+        self, start: int, size: int, *, seed: int, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Yield batches number `start`, `start` + 1, ... of `size` images, without end.
+
+        Every pass over the images is a shuffle of its own, and batches are cut from one endless
+        sequence of them.
+
+        Args:
+            start: number of the first batch, from 0.
+            size: images in a batch, over all processes.
+            seed: seed of order, crops and flips, >= 0.
+            rows: the rows of each batch that are wanted, this process's share; None: all.
+
+        Raises:
+            ValueError: if an argument is out of range; while streaming, also when more than 1%
+                of the images have turned out to be unusable.
+        """
+        check_count("start", start, least=0)
+        check_count("size", size)
+        check_count("seed", seed, least=0)
+        wanted = slice(None) if rows is None else rows
+        if not range(size)[wanted]:
+            raise ValueError(f"rows must hold some of {size} images, got {rows}")
+        order = _Order(len(self), size, seed=seed, rows=wanted, flip=self.flip)
+        return self._finish(self._load(order, start))
+
+    @abstractmethod
+    def _load(self, order: _Order, start: int) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield batches from `start` on, uint8 (B, C, H, W), and which images are in them."""
+
+    def _finish(self, loaded: Iterator[tuple[Tensor, list[int]]]) -> Iterator[Batch]:
+        for pixels, indices in loaded:
+            yield Batch(_to_floats(pixels), self._one_hot(indices))
+
+    def _one_hot(self, indices: list[int]) -> Tensor | None:
+        if self.labels is None:
+            return None
+        return torch.nn.functional.one_hot(self.labels[indices], self.num_classes).float()
+
+
+class ImageData(_ShuffledImages):
+    """Images in memory.
+
+    Args:
+        pixels: uint8 images of one size, shape (N, C, H, W), or, with `crop`, a sequence of
+            images (C, H, W) of any sizes.
+        crop: side of the square that is cut from each image at random, pixels, at most the
+            images' sides; None: whole images.
+        flip: whether images are mirrored left to right with probability 1/2.
+        labels: class numbers, int64 (N,); None without labels.
+        num_classes: number of classes; None: one more than the largest label.
+
+    Attributes:
+        skipped: names of the images that could not be used; the next good one stands in for each.
+
+    Raises:
+        ValueError: if shapes, dtype or labels are not as stated.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor | Sequence[Tensor],
+        *,
+        crop: int | None = None,
+        flip: bool = True,
+        labels: Tensor | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        _check_pixels(pixels, crop)
+        channels, height, width = pixels[0].shape
+        super().__init__(
+            len(pixels),
+            (channels, crop or height, crop or width),
+            flip=flip,
+            labels=labels,
+            num_classes=_check_labels(labels, len(pixels), num_classes),
+        )
+        self.pixels = pixels
+        self.crop = crop
+
+    @staticmethod
+    def read(source: str | Path) -> "ImageData":
+        """Decode every image of a source (see `read_data`), in the order of their names.
+
+        Raises:
+            ValueError: also if a single image cannot be used: figures of held-out images must
+                not depend on which of them could be read.
+        """
+        files = open_images(source)
+        faults = _Faults(files, allowed=0)
+        sizes = _measure(files, None, faults)
+        _check_one_size(files, sizes)
+        return _decode(files, sizes, faults)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Return images by number, whole, as float32 in [-1, 1], shape (B, C, H, W).
+
+        Raises:
+            ValueError: if the images were given as a sequence.
+        """
+        if not isinstance(self.pixels, Tensor):
+            raise ValueError("images must have one size to be returned whole")
+        return _to_floats(self.pixels[indices])
+
+    def _load(self, order: _Order, start: int) -> Iterator[tuple[Tensor, list[int]]]:
+        for number in itertools.count(start):
+            draws = order.draw(number)
+            if self.crop is None and isinstance(self.pixels, Tensor):
+                pixels = self.pixels[draws.indices]
+            else:
+                chosen = (self.pixels[index] for index in draws.indices)
+                pixels = _cut(chosen, draws.corners, self.crop)
+            yield _mirror(pixels, draws.mirrored), draws.indices
+
+
+class StreamedData(_ShuffledImages):
+    """Images that are decoded when they are needed, by worker processes; `read_data` makes it.
+
+    Attributes:
+        skipped: names of the images that could not be used, as far as is known by now; the next
+            good one stands in for each.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        sizes: Tensor,
+        faults: "_Faults",
+        *,
+        crop: int | None,
+        flip: bool,
+        labels: Tensor | None,
+        num_classes: int,
+        workers: int,
+    ) -> None:
+        height, width = (crop, crop) if crop else sizes.amax(0).tolist()
+        super().__init__(
+            len(sizes), (3, height, width), flip=flip, labels=labels, num_classes=num_classes
+        )
+        self.skipped = faults.names()
+        self.crop = crop
+        self.workers = workers
+        self._files = files
+        self._sizes = sizes
+        self._faults = faults
+
+    def _load(self, order: _Order, start: int) -> Iterator[tuple[Tensor, list[int]]]:
+        loader = DataLoader(
+            _Decoder(self._files, self._sizes, self.crop, self._faults.allowed, order),
+            sampler=itertools.count(start),
+            batch_size=None,
+            num_workers=self.workers,
+            # A fork would copy this process in the middle of what its other threads are doing.
+            multiprocessing_context="spawn" if self.workers else None,
+            # The loader draws a seed for its workers: not from the state that all share.
+            generator=torch.Generator(),
+        )
+        # Only the loop holds the loader's iterator, so the workers end when it does.
+        for pixels, indices, broken in loader:
+            self._faults.add(broken)
+            self.skipped = self._faults.names()
+            yield pixels, indices
+
+
+class _Decoded(NamedTuple):
+    """Rows of a batch: uint8 pixels (B, 3, H, W), which images, and what could not be decoded."""
+
+    pixels: Tensor
+    indices: list[int]
+    broken: dict[int, str]
+
+
+class _Decoder(Dataset[_Decoded]):
+    """What a worker does: it makes a batch from its number."""
+
+    def __init__(
+        self, files: ImageFiles, sizes: Tensor, crop: int | None, allowed: int, order: _Order
+    ) -> None:
+        self.files = files
+        self.sizes = sizes
+        self.crop = crop
+        self.allowed = allowed
+        self.order = order
+
+    def __getitem__(self, number: int) -> _Decoded:
+        draws = self.order.draw(number)
+        images: list[Tensor] = []
+        indices: list[int] = []
+        broken: dict[int, str] = {}
+        for start in draws.indices:
+            for index in _in_turn(start, len(self.sizes)):
+                height, width = self.sizes[index].tolist()
+                if height == 0 or index in broken:
+                    continue
+                try:
+                    images.append(read_pixels(self.files, index, (height, width)))
+                except ValueError as error:
+                    broken[index] = str(error)
+                    if len(broken) > self.allowed:
+                        return _Decoded(torch.empty(0), [], broken)  # who asked will refuse it
+                else:
+                    indices.append(index)
+                    break
+        pixels = _mirror(_cut(images, draws.corners, self.crop), draws.mirrored)
+        return _Decoded(pixels, indices, broken)
+
+
+def read_data(
+    source: str | Path,
+    *,
+    crop: int | None = None,
+    flip: bool = True,
+    resolution: int | None = None,
+    labels: bool = False,
+    memory_gib: float = 4.0,
+    workers: int = 2,
+) -> ImageData | StreamedData:
+    """Read training images: into memory if they fit there, else streamed by worker processes.
+
+    Both give the same batches. Images become RGB, whatever they were. An image that cannot be
+    decoded, or is smaller than `crop`, is skipped: the next good one stands in for it, and its
+    name is found in `skipped`.
+
+    Args:
+        source: a folder of image files, sub-folders included; a zip of them (EDM's layout); or a
+            Hugging Face dataset on disk, a folder that `save_to_disk` wrote or one of parquet
+            files, whose images are in the column `image` (needs the package datasets).
+        crop: side of the squares that are cut at random from images of any sizes, pixels; None:
+            images are taken whole and must have one size.
+        flip: whether images are mirrored left to right with probability 1/2.
+        resolution: side that images must have (with `crop`: that squares must have); None: any.
+        labels: whether classes are read: from dataset.json or the first sub-folder's name, or
+            from the column `label`.
+        memory_gib: memory for decoded images in each training process, GiB, >= 0.
+        workers: processes that decode streamed images; 0 decodes in the training process. They
+            are spawned, so a script must guard its start by `if __name__ == "__main__"`.
+
+    Raises:
+        ImportError: if a Hugging Face dataset is given and the package datasets is missing.
+        ValueError: if there are no images, more than 1% of them cannot be used, sizes are not as
+            they must be, or a label is missing; the message names images.
+    """
+    for name, side in (("crop", crop), ("resolution", resolution)):
+        if side is not None:
+            check_count(name, side)
+    check_non_negative("memory_gib", memory_gib)
+    check_count("workers", workers, least=0)
+    files = open_images(source)
+    numbers, num_classes = files.read_labels() if labels else (None, 0)
+    classes = None if numbers is None else torch.tensor(numbers)
+    faults = _Faults(files, allowed=len(files.names) // _USABLE_PER_FAULT)
+    sizes = _measure(files, crop, faults)
+    if crop is None:
+        _check_one_size(files, sizes)
+    height, width = (crop, crop) if crop else sizes.amax(0).tolist()
+    if resolution is not None and (height, width) != (resolution, resolution):
+        raise ValueError(
+            f"images in {files.source} must be {resolution} x {resolution} pixels "
+            f"(the resolution), got {height} x {width}"
+        )
+    if 3 * int(sizes.prod(1).sum()) <= memory_gib * 2**30:
+        return _decode(
+            files, sizes, faults, crop=crop, flip=flip, labels=classes, num_classes=num_classes
+        )
+    return StreamedData(
+        files,
+        sizes,
+        faults,
+        crop=crop,
+        flip=flip,
+        labels=classes,
+        num_classes=num_classes,
+        workers=workers,
+    )
+
+
+class _Faults:
+    """The images of a source that cannot be used, and why; ValueError when they are too many.
+
+    Args:
+        files: the image files.
+        allowed: how many may be unusable.
+    """
+
+    def __init__(self, files: ImageFiles, *, allowed: int) -> None:
+        self.files = files
+        self.allowed = allowed
+        self.reasons: dict[int, str] = {}
+
+    def add(self, reasons: dict[int, str]) -> None:
+        """Note images by number; ValueError that names some if there are now too many."""
+        self.reasons |= reasons
+        if len(self.reasons) > self.allowed:
+            some = sorted(self.reasons)[:_NAMED]
+            named = "; ".join(f"{self.files.names[index]}: {self.reasons[index]}" for index in some)
+            raise ValueError(
+                f"at most {self.allowed} of the {len(self.files.names)} images in "
+                f"{self.files.source} may be unusable, got {len(self.reasons)}: {named}"
+                + ("; ..." if len(self.reasons) > len(some) else "")
+            )
+
+    def names(self) -> list[str]:
+        """Return the names of the images that cannot be used."""
+        return [self.files.names[index] for index in sorted(self.reasons)]
+
+    def stand_ins(self) -> Tensor:
+        """Return, for every image, itself or the next one that can be used, (N,)."""
+        num = len(self.files.names)
+        chosen = torch.arange(num)
+        for bad in self.reasons:
+            chosen[bad] = next(i for i in _in_turn(bad, num) if i not in self.reasons)
+        return chosen
+
+
+def _measure(files: ImageFiles, crop: int | None, faults: _Faults) -> Tensor:
+    """Return height and width of every image from the headers, (N, 2); 0 if it cannot be used."""
+
+    def measure(index: int) -> tuple[int, int] | str:
+        try:
+            size = read_size(files, index)
+        except ValueError as error:
+            return str(error)
+        if crop is not None and min(size) < crop:
+            return f"{size[0]} x {size[1]} pixels, smaller than crop {crop}"
+        return size
+
+    found = _in_threads(measure, len(files.names))
+    faults.add({index: size for index, size in enumerate(found) if isinstance(size, str)})
+    return torch.tensor([(0, 0) if isinstance(size, str) else size for size in found])
+
+
+def _check_one_size(files: ImageFiles, sizes: Tensor) -> None:
+    """ValueError that names two images unless all that can be used have one size."""
+    usable = sizes[:, 0] > 0
+    first = int(usable.nonzero()[0])
+    others = (usable & (sizes != sizes[first]).any(1)).nonzero()
+    if len(others):
+        named = " and ".join(
+            f"{sizes[index, 0]} x {sizes[index, 1]} ({files.names[index]})"
+            for index in (first, int(others[0]))
+        )
+        raise ValueError(
+            f"images in {files.source} must have one size, unless cropped: got {named}"
+        )
+
+
+def _decode(
+    files: ImageFiles,
+    sizes: Tensor,
+    faults: _Faults,
+    *,
+    crop: int | None = None,
+    flip: bool = True,
+    labels: Tensor | None = None,
+    num_classes: int | None = None,
+) -> ImageData:
+    """Decode all images into one block of memory."""
+    # Whole images become one tensor, in which those that cannot be used take their room too.
+    room = (sizes if crop else sizes.amax(0).expand_as(sizes)).tolist()
+    store = torch.empty(sum(3 * height * width for height, width in room), dtype=torch.uint8)
+    slots = torch.split(store, [3 * height * width for height, width in room])
+
+    def decode(index: int) -> str | None:
+        if index in faults.reasons:
+            return None
+        height, width = room[index]
+        try:
+            pixels = read_pixels(files, index, (height, width))
+        except ValueError as error:
+            return str(error)
+        slots[index].copy_(pixels.flatten())
+        return None
+
+    found = _in_threads(decode, len(room))
+    faults.add({index: reason for index, reason in enumerate(found) if reason is not None})
+    stand_ins = faults.stand_ins()
+    images: Tensor | list[Tensor]
+    if crop is None:
+        images = store.view(-1, 3, *room[0])
+        for bad in faults.reasons:
+            images[bad] = images[stand_ins[bad]]
+    else:
+        images = [slots[index].view(3, *room[index]) for index in stand_ins.tolist()]
+    data = ImageData(
+        images,
+        crop=crop,
+        flip=flip,
+        labels=None if labels is None else labels[stand_ins],
+        num_classes=num_classes,
+    )
+    data.skipped = faults.names()
+    return data
+
+
+def _in_threads(function: Callable[[int], Value], num: int) -> list[Value]:
+    """Return function(0), ..., function(num - 1), called in several threads."""
+    # Filters of warnings belong to the process: threads that set them leave them in any state.
+    with warnings.catch_warnings(), ThreadPool(_THREADS) as pool:
+        return pool.map(function, range(num), chunksize=16)
+
+
+def _in_turn(start: int, num: int) -> Iterator[int]:
+    """Return start, start + 1, ... around to start - 1."""
+    return itertools.chain(range(start, num), range(start))
+
+
+def _cut(
+    images: Iterable[Tensor], corners: Iterable[tuple[float, float]], crop: int | None
+) -> Tensor:
+    """Stack images (C, H, W), or squares cut from them where `corners` say, (B, C, H, W)."""
+    from torchvision.transforms.v2 import functional
+
+    if crop is None:
+        return torch.stack(list(images))
+    squares = []
+    for image, corner in zip(images, corners, strict=True):
+        top, left = (
+            int(share * (side - crop + 1))
+            for share, side in zip(corner, image.shape[1:], strict=True)
+        )
+        squares.append(functional.crop(image, top, left, crop, crop))
+    return torch.stack(squares)
+
+
+def _mirror(pixels: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror the chosen images of (B, C, H, W) left to right."""
+    if not bool(mirrored.any()):
+        return pixels
+    from torchvision.transforms.v2 import functional
+
+    return torch.where(mirrored.view(-1, 1, 1, 1), functional.horizontal_flip(pixels), pixels)
+
+
+def _to_floats(pixels: Tensor) -> Tensor:
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def _check_pixels(pixels: Tensor | Sequence[Tensor], crop: int | None) -> None:
+    """ValueError unless `pixels` are uint8 images of one size, or of sizes that can be cropped."""
+    if crop is not None:
+        check_count("crop", crop)
+    if isinstance(pixels, Tensor):
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or not pixels.numel():
             raise ValueError(
                 "pixels must be uint8 of shape (N, C, H, W), "
                 f"got {pixels.dtype} {tuple(pixels.shape)}"
             )
-        self.pixels = pixels
-        self._order = (-1, torch.empty(0))
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.pixels)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Self:
-        """Decode every image of a zip archive or a folder as RGB, in the order of their names.
-
-        Raises:
-            ValueError: if there are no images, one cannot be decoded, or sizes differ; the
-                message names the image.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        source = Path(path)
-        if not source.exists():
-            raise ValueError(f"data must be an existing zip or folder, got {source}")
-        decoded: list[Tensor] = []
-        try:
-            for name, content in _files(source):
-                with Image.open(io.BytesIO(content)) as picture:
-                    array = np.array(picture.convert("RGB"))
-                tensor = torch.from_numpy(array).permute(2, 0, 1)
-                if decoded and tensor.shape != decoded[0].shape:
-                    raise ValueError(
-                        f"images in {source} must have one size, got "
-                        f"{tuple(decoded[0].shape)} and {tuple(tensor.shape)} ({name})"
-                    )
-                decoded.append(tensor)
-        except (UnidentifiedImageError, zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"data in {source} cannot be read: {error}") from error
-        if not decoded:
-            raise ValueError(f"data must hold images ({', '.join(sorted(SUFFIXES))}): {source}")
-        return cls(torch.stack(decoded))
-
-    def images(self, indices: Tensor) -> Tensor:
-        """Return images as float32 in [-1, 1], shape (B, C, H, W)."""
-        return self.pixels[indices].float() / 127.5 - 1
-
-    def batch(self, number: int, size: int, *, seed: int, flip: bool) -> Tensor:
-        """Return training batch `number` (from 0), the same one whenever asked.
-
-        Every pass over the images is a shuffle of its own, so that batches are cut from one
-        endless sequence; with `flip`, each image is mirrored with probability 1/2.
-
-        Returns:
-            float32 images in [-1, 1], shape (size, C, H, W).
-        """
-        places = torch.arange(number * size, (number + 1) * size)
-        epochs = places // len(self)
-        indices = torch.cat(
-            [
-                self._shuffle(epoch, seed)[places[epochs == epoch] % len(self)]
-                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-            ]
+    elif not pixels or crop is None:
+        raise ValueError(
+            "pixels must be a tensor (N, C, H, W), or with crop a sequence of images, "
+            f"got {len(pixels)} images and crop {crop}"
         )
-        images = self.images(indices)
-        if flip:
-            (source,) = make_generators([(seed, _ORDER_STREAM, number, 1)])
-            mirrored = torch.rand(size, generator=source) < 0.5
-            images[mirrored] = images[mirrored].flip(-1)
-        return images
-
-    def _shuffle(self, epoch: int, seed: int) -> Tensor:
-        if self._order[0] != epoch:
-            (source,) = make_generators([(seed, _ORDER_STREAM, epoch)])
-            self._order = (epoch, torch.randperm(len(self), generator=source))
-        return self._order[1]
+    for image in pixels if isinstance(pixels, Sequence) else pixels[:1]:
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != len(pixels[0]):
+            raise ValueError(
+                f"pixels must be uint8 images (C, H, W), got {image.dtype} {tuple(image.shape)}"
+            )
+        if crop is not None and min(image.shape[1:]) < crop:
+            raise ValueError(f"crop must fit all images, got {crop} for {tuple(image.shape)}")
 
 
-def _files(source: Path) -> list[tuple[str, bytes]]:
-    if source.is_dir():
-        paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-        return [(path.name, path.read_bytes()) for path in paths]
-    with zipfile.ZipFile(source) as archive:
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
-        return [(name, archive.read(name)) for name in names]
+def _check_labels(labels: Tensor | None, num: int, num_classes: int | None) -> int:
+    """Return the number of classes; ValueError unless every image has one of them."""
+    if labels is None:
+        return 0
+    if labels.dtype != torch.int64 or labels.shape != (num,):
+        raise ValueError(
+            f"labels must be int64 of shape ({num},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    classes = high + 1 if num_classes is None else num_classes
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must lie in 0 to {classes - 1}, got {low} to {high}")
+    return classes

@@ -1,10 +1,10 @@
 """Power-function averages of weights; they must not know what is trained.
 
-Source: Karras et al., arXiv 2312.02696, section 3.1.
+Source: Karras et al., arXiv 2312.02696, section 3 and appendix C.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,12 +30,13 @@ class PowerEMA:
 
     def __init__(self, module: nn.Module, stds: tuple[float, ...]) -> None:
         self.averages = {std: copy.deepcopy(module).requires_grad_(False) for std in stds}
+        self._exponents = {std: power_exponent(std) for std in stds}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the parameters after optimiser step number `step`, the first being 1."""
         for std, average in self.averages.items():
-            keep = (1 - 1 / step) ** (power_exponent(std) + 1)
+            keep = (1 - 1 / step) ** (self._exponents[std] + 1)
             targets: list[Tensor] = list(average.parameters())
             sources: list[Tensor] = [source.detach() for source in module.parameters()]
             torch._foreach_lerp_(targets, sources, 1 - keep)
@@ -55,3 +56,35 @@ class PowerEMA:
             average.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             )
+
+
+def combination_weights(
+    steps: Sequence[int], stds: Sequence[float], target_step: int, target_std: float
+) -> list[float]:
+    """Return the weights of stored averages whose sum is nearest to an average of another std.
+
+    Nearest in the mean square of the profiles, the weights that an average gives to the steps
+    of the run: power functions (g + 1) tau^g / t^(g + 1) up to its own step t.
+
+    Args:
+        steps: step at which each average was stored, >= 1.
+        stds: relative std of each, in (0, 0.2887).
+        target_step: step at which the wanted average ends.
+        target_std: its relative std.
+    """
+    ends = np.array([*steps, target_step], dtype=np.float64)
+    powers = np.array([power_exponent(std) for std in (*stds, target_std)])
+
+    def overlap(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Return the integral of two profiles' product, up to the earlier of their ends."""
+        a, b, g, h = ends[i], ends[j], powers[i], powers[j]
+        first = np.minimum(a, b)
+        # In logarithms: the powers overflow for long runs and short averages.
+        log = (g + h + 1) * np.log(first) - (g + 1) * np.log(a) - (h + 1) * np.log(b)
+        result: np.ndarray = (g + 1) * (h + 1) / (g + h + 1) * np.exp(log)
+        return result
+
+    stored, wanted = np.arange(len(ends) - 1), np.full(1, len(ends) - 1)
+    gram = overlap(stored[:, None], stored[None, :])
+    weights = np.linalg.lstsq(gram, overlap(stored, wanted), rcond=None)[0]
+    return [float(weight) for weight in weights]

@@ -1,103 +1,158 @@
-"""Training loops: a teacher by denoising, a generative denoiser by NCVSD distillation.
+"""The engine of a training run: batches, optimisers, averages, checkpoints, processes, statistics.
 
-They must not know measurements or solvers. Everything random in step n follows from the seed and
-n alone, so a run that is stopped and resumed takes the steps that it would have taken.
+It must not know what is trained; `teacher.py` and `student.py` do. Everything random in step n
+follows from the seed, n and the place of the image in the batch, so a run that is stopped and
+resumed, or spread over more processes, takes the same steps.
 """
 
 import copy
 import json
 import math
-import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ncvsd_inverse.distill.config import DistillConfig, TeacherConfig, TrainConfig
-from ncvsd_inverse.distill.data import TrainingData
-from ncvsd_inverse.distill.ema import PowerEMA
-from ncvsd_inverse.distill.losses import (
-    ConditionalDenoiser,
-    UnconditionalDenoiser,
-    View,
-    add_noise,
-    adversarial_loss,
-    denoising_loss,
-    discriminator_losses,
-    distillation_loss,
-    generate,
-    score_loss,
-)
+from ncvsd_inverse.distill.checkpoint import read_checkpoint, write_checkpoint, write_text
+from ncvsd_inverse.distill.config import TrainConfig
+from ncvsd_inverse.distill.data import Batch, TrainingData
+from ncvsd_inverse.distill.ema import PowerEMA, combination_weights
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
-from ncvsd_inverse.networks import (
-    ConcatDenoiser,
-    ConcatDiscriminator,
-    ControlledDenoiser,
-    ControlledDiscriminator,
-    Denoiser,
-    Network,
-    constrain_weights_,
-    project_gradients_,
-)
+from ncvsd_inverse.networks import Network, constrain_weights_, project_gradients_
 from ncvsd_inverse.numerics import draw_normal, make_generators
-from ncvsd_inverse.schedules import karras
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 CHECKPOINT = "state.safetensors"
-_STEP_STREAM = 2
+LOG = "log.jsonl"
+SNAPSHOTS = "snapshots"
+MOST_SKIPS = 20
+"""Steps in a row without a finite loss after which a run stops."""
+
+_NOISE_STREAM = 2
+
+
+class Noise:
+    """The random numbers of a microbatch, a generator an image."""
+
+    def __init__(self, seed: int, places: range, device: torch.device) -> None:
+        self.generators = make_generators([(seed, _NOISE_STREAM, p) for p in places], device)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Draw standard normals of the shape of `like`, (B, ...)."""
+        return draw_normal(like, self.generators)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Draw numbers in [0, 1) of the shape of `like`, (B,)."""
+        out = torch.empty_like(like)
+        for item, source in zip(out, self.generators, strict=True):
+            item.uniform_(generator=source)
+        return out
+
+
+class Micro:
+    """One pass's share of a batch: images (b, C, H, W), labels (b, K) or None, and noise."""
+
+    def __init__(self, batch: Batch, noise: Noise) -> None:
+        self.images = batch.images
+        self.labels = batch.labels
+        self.noise = noise
+
+
+def with_labels(network: Callable[..., Tensor], labels: Tensor | None) -> Callable[..., Tensor]:
+    """Return `network` with the labels (B, K) filled in; itself without labels."""
+    return network if labels is None else partial(network, labels=labels)
+
+
+def log_variance(module: nn.Module, sigma: Tensor) -> Tensor:
+    """Return the learned log variance of a denoiser at levels (B,), shape (B, 1, 1, 1)."""
+    head: Callable[[Tensor], Tensor] = module.log_variance  # type: ignore[assignment]
+    return head(sigma)
 
 
 class Run(ABC, Generic[Config]):
-    """One training run in one folder.
+    """One training run in one folder, on one process or many.
 
-    The folder holds `config.json`, `log.jsonl` (a line of statistics every so often) and
-    `state.safetensors` (everything needed to go on, written whole or not at all).
+    The folder holds `config.json`, `log.jsonl` (a line of statistics every so often),
+    `state.safetensors` (everything needed to go on) and `snapshots/` (averages of the weights,
+    from which averages of other lengths are made afterwards).
 
     Args:
         config: the settings.
         data: the training images.
         folder: where the run lives; an existing run there is resumed.
-
-    Raises:
-        ValueError: if the folder holds a run with other settings.
+        accelerator: the processes and device to run on; None: one made with its defaults, which
+            follow `accelerate launch` or `torchrun`.
     """
 
-    def __init__(self, config: Config, data: TrainingData, folder: str | Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: TrainingData,
+        folder: str | Path,
+        *,
+        accelerator: "Accelerator | None" = None,
+    ) -> None:
+        from accelerate import Accelerator
+
         self.config = config
         self.data = data
         self.folder = Path(folder)
+        # Precision is the networks' own affair: accelerate is to leave dtypes alone.
+        self.accelerator = accelerator or Accelerator(mixed_precision="no")
+        self.device: torch.device = self.accelerator.device
         self.step = 0
         self.modules: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Adam] = {}
         self.averages: dict[str, PowerEMA] = {}
-        self.sums: dict[str, list[float]] = {}
+        self.skipped: dict[str, int] = {}
+        self._rates: dict[str, float] = {}
+        self._skips_in_row: dict[str, int] = {}
+        self._sums: dict[str, list[float]] = {}
+        processes = self.accelerator.num_processes
+        if config.batch_size % processes:
+            raise ValueError(
+                f"batch_size must be a multiple of the number of processes, {processes}, "
+                f"got {config.batch_size}"
+            )
 
     def add(
         self, name: str, module: nn.Module, *, rate: float = 1.0, average: bool = False
-    ) -> None:
-        """Register a module to train under `name`; `rate` scales the learning rate."""
+    ) -> Callable[..., Tensor]:
+        """Register a module to train; return it ready for passes whose gradients are wanted.
+
+        Args:
+            name: its name in logs and checkpoints.
+            module: as initialised; moved to the run's device.
+            rate: scale of its learning rate.
+            average: whether its averages are kept.
+        """
         if isinstance(module, Network):
             module.compute_dtype = self.config.compute_dtype
+        module.to(self.device).train()
         constrain_weights_(module)
-        self.modules[name] = module.train()
-        optimizer = torch.optim.Adam(module.parameters(), betas=self.config.betas)
-        optimizer.param_groups[0]["rate"] = rate
-        self.optimizers[name] = optimizer
+        self.modules[name] = module
+        self._rates[name] = rate
+        self.skipped[name] = self._skips_in_row[name] = 0
         if average:
             self.averages[name] = PowerEMA(module, self.config.ema_stds)
         if self.config.compile:
             module.compile()
+        self.optimizers[name] = torch.optim.Adam(module.parameters(), betas=self.config.betas)
+        ready: Callable[..., Tensor] = self.accelerator.prepare_model(module)
+        return ready
 
     @abstractmethod
-    def train_step(self, images: Tensor, source: torch.Generator) -> None:
-        """Take one step on `images` (B, C, H, W), drawing all noise from `source`."""
+    def train_step(self, micros: list[Micro]) -> None:
+        """Take one step of every module on this process's share of a batch."""
 
     @property
     def images_seen(self) -> int:
@@ -107,64 +162,84 @@ class Run(ABC, Generic[Config]):
     def run(
         self,
         *,
-        seconds: float = float("inf"),
+        seconds: float = math.inf,
         checkpoint_every: int = 200,
+        snapshot_every: int = 1000,
         log_every: int = 20,
         on_log: Callable[[dict[str, float]], None] | None = None,
+        on_checkpoint: Callable[[], None] | None = None,
     ) -> bool:
         """Train until the configured number of images, or for about `seconds`.
 
         Args:
             seconds: wall time after which to stop at a checkpoint.
             checkpoint_every: steps between checkpoints.
+            snapshot_every: steps between stored averages.
             log_every: steps between lines of the log.
-            on_log: called with each line.
+            on_log: called on the main process with each line.
+            on_checkpoint: called on the main process after each checkpoint.
 
         Returns:
             True if the run has reached its number of images.
 
         Raises:
-            DivergenceError: if a loss is not finite; the last checkpoint stays.
+            ValueError: if the folder holds a run with other settings.
+            DivergenceError: after `MOST_SKIPS` steps in a row without a finite loss; the last
+                checkpoint stays.
         """
         self._open_folder()
-        started, ticked = time.monotonic(), time.monotonic()
-        while self.images_seen < self.config.images and time.monotonic() - started < seconds:
-            self.train_on_next_batch()
+        started = ticked = time.monotonic()
+        batches = self._batches()
+        while self.images_seen < self.config.images:
+            if self._agree(time.monotonic() - started >= seconds):
+                break
+            self.train_step(self._micros(next(batches)))
+            self.step += 1
+            for name, average in self.averages.items():
+                average.update(self.modules[name], self.step)
             if self.step % log_every == 0:
                 now = time.monotonic()
-                line = self._statistics(log_every * self.config.batch_size / (now - ticked))
+                self._log(log_every * self.config.batch_size / (now - ticked), on_log)
                 ticked = now
-                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(line) + "\n")
-                if on_log:
-                    on_log(line)
+            if self.step % snapshot_every == 0:
+                self._snapshot()
             if self.step % checkpoint_every == 0:
                 self.save()
+                if on_checkpoint and self.accelerator.is_main_process:
+                    on_checkpoint()
         self.save()
         return self.images_seen >= self.config.images
 
-    def train_on_next_batch(self) -> None:
-        """Take the next step of the run."""
-        config = self.config
-        (source,) = make_generators([(config.seed, _STEP_STREAM, self.step)])
-        images = self.data.batch(self.step, config.batch_size, seed=config.seed, flip=config.flip)
-        self.train_step(images, source)
-        self.step += 1
-        for name, average in self.averages.items():
-            average.update(self.modules[name], self.step)
+    def descend(self, name: str, losses: Iterator[Tensor]) -> None:
+        """Take one optimiser step of module `name`.
 
-    def descend(self, name: str, loss: Tensor) -> None:
-        """Take one optimiser step of module `name` on `loss`, a mean over pixels."""
-        module, optimizer = self.modules[name], self.optimizers[name]
-        value = float(loss.detach())
-        if not torch.isfinite(loss.detach()):
-            raise DivergenceError(f"loss of {name} is {value} at step {self.step}")
-        self.sums.setdefault(name, []).append(value)
+        Args:
+            name: the module.
+            losses: for each microbatch its losses, one an image, shape (b,); each is computed
+                when asked for, so that one graph is alive at a time.
+        """
+        module, optimizer, config = self.modules[name], self.optimizers[name], self.config
+        processes = self.accelerator.num_processes
+        # Processes average their gradients: so scaled, the sum is that of one process.
+        scale = config.loss_scale * processes / config.batch_size
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for loss in losses:
+            total += loss.detach().double().sum()
+            torch.autograd.backward(loss.sum() * scale)
+        total = self.accelerator.reduce(total, "sum") / config.batch_size
+        value = float(total)
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not (math.isfinite(value) and bool(torch.isfinite(norm))):
+            self._skip(name, value)
+            return
+        self._skips_in_row[name] = 0
+        self._sums.setdefault(name, []).append(value)
+        if config.loss_scale != 1:
+            torch._foreach_div_(gradients, config.loss_scale)
         project_gradients_(module)
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * self.learning_rate()
+        optimizer.param_groups[0]["lr"] = self._rates[name] * self.learning_rate()
         optimizer.step()
         constrain_weights_(module)
 
@@ -174,45 +249,49 @@ class Run(ABC, Generic[Config]):
         rise = min((self.images_seen + config.batch_size) / max(config.warmup_images, 1), 1.0)
         return config.learning_rate * rise / math.sqrt(max(self.step / config.decay_steps, 1.0))
 
-    def draw_t(self, source: torch.Generator) -> Tensor:
-        """Draw the noise levels of a batch's losses, (B,)."""
-        eps = torch.randn(self.config.batch_size, generator=source)
+    def draw_t(self, micro: Micro) -> Tensor:
+        """Draw the noise levels of a microbatch's losses, (b,)."""
+        eps = micro.noise.normal(micro.images[:, 0, 0, 0])
         return (self.config.t_mean + self.config.t_std * eps).exp()
 
     def averaged(self, name: str, std: float | None = None) -> nn.Module:
         """Return a copy of module `name` with averaged weights, ready for use.
 
-        `std` is one of the configured relative stds; the smallest if None.
+        Args:
+            name: the module.
+            std: relative std of the average, in (0, 0.2887): a configured one, or any other,
+                which is put together from the snapshots; the smallest configured if None.
+
+        Raises:
+            CheckpointError: if `std` is not configured and the run has no snapshots.
         """
-        module = copy.deepcopy(self.averages[name].averages[std or min(self.config.ema_stds)])
+        configured = self.averages[name].averages
+        std = min(configured) if std is None else std
+        if std in configured:
+            module = copy.deepcopy(configured[std])
+        else:
+            module = copy.deepcopy(configured[min(configured)])
+            module.load_state_dict(self._combined(name, std))
         constrain_weights_(module)
         return module.eval()
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
-        state: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            state |= {f"module.{name}.{k}": v for k, v in module.state_dict().items()}
-        for name, average in self.averages.items():
-            state |= {f"average.{name}.{k}": v for k, v in average.state_dict().items()}
-        for name, optimizer in self.optimizers.items():
-            for index, moments in optimizer.state_dict()["state"].items():
-                state |= {f"optimizer.{name}.{index}.{k}": v for k, v in moments.items()}
-        state = {key: value.detach().contiguous() for key, value in state.items()}
-        header = {"step": str(self.step), "config": json.dumps(self.describe())}
-        target = self.folder / CHECKPOINT
-        temporary = target.with_suffix(".tmp")
-        save_file(state, temporary, metadata=header)
-        os.replace(temporary, target)  # noqa: PTH105 (Path.replace is the same call)
+        if self.accelerator.is_main_process:
+            state = _prefixed("module", {k: m.state_dict() for k, m in self.modules.items()})
+            state |= _prefixed("average", {k: a.state_dict() for k, a in self.averages.items()})
+            for name, optimizer in self.optimizers.items():
+                moments = optimizer.state_dict()["state"]
+                state |= _prefixed(f"optimizer.{name}", moments)
+            header = {"step": self.step, "skipped": self.skipped, "config": self.describe()}
+            write_checkpoint(self.folder / CHECKPOINT, state, header)
+        self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
         """Go on from the folder's checkpoint; CheckpointError if it does not fit."""
         path = self.folder / CHECKPOINT
+        state, header = read_checkpoint(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata()
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            step = int(header["step"])
             for name, module in self.modules.items():
                 module.load_state_dict(_part(state, f"module.{name}."))
             for name, average in self.averages.items():
@@ -222,171 +301,146 @@ class Run(ABC, Generic[Config]):
                 for key, value in _part(state, f"optimizer.{name}.").items():
                     index, _, entry = key.partition(".")
                     moments.setdefault(int(index), {})[entry] = value
-                full = optimizer.state_dict()
-                optimizer.load_state_dict({"state": moments, "param_groups": full["param_groups"]})
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from error
-        self.step = step
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self.step = int(header["step"])
+            self.skipped = {name: int(header["skipped"][name]) for name in self.modules}
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {path} does not fit the run: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as saved with the run."""
-        return {"kind": type(self).__name__, **self.config.to_dict()}
+        return {"run": type(self).__name__, **self.config.to_dict()}
+
+    def _batches(self) -> Iterator[Batch]:
+        """Return this process's rows of every batch from the current step on."""
+        share = self.config.batch_size // self.accelerator.num_processes
+        first = self.accelerator.process_index * share
+        return self.data.batches(
+            self.step,
+            self.config.batch_size,
+            seed=self.config.seed,
+            rows=slice(first, first + share),
+        )
+
+    def _micros(self, batch: Batch) -> list[Micro]:
+        """Cut this process's share of a batch into microbatches."""
+        config, share = self.config, len(batch.images)
+        first = self.step * config.batch_size + self.accelerator.process_index * share
+        most = config.microbatch or share
+        micros = []
+        for start in range(0, share, most):
+            rows = slice(start, min(start + most, share))
+            places = range(first + rows.start, first + rows.stop)
+            labels = None if batch.labels is None else batch.labels[rows].to(self.device)
+            part = Batch(batch.images[rows].to(self.device), labels)
+            micros.append(Micro(part, Noise(config.seed, places, self.device)))
+        return micros
+
+    def _agree(self, stops: bool) -> bool:
+        """Tell whether any process wants to stop, so that all stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stops
+        votes = self.accelerator.reduce(torch.tensor(float(stops), device=self.device), "sum")
+        return float(votes) > 0
+
+    def _skip(self, name: str, value: float) -> None:
+        self.skipped[name] += 1
+        self._skips_in_row[name] += 1
+        if self._skips_in_row[name] >= MOST_SKIPS:
+            raise DivergenceError(
+                f"loss or gradient of the {name} was not finite for {MOST_SKIPS} steps in a row, "
+                f"the last loss {value} at step {self.step}; the last checkpoint in {self.folder} "
+                "is kept"
+            )
 
     def _open_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "config.json"
-        mine = json.loads(json.dumps(self.describe()))
-        if path.exists():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            # The length of a run may change; what it computes may not.
-            changed = {k for k in mine | theirs if mine.get(k) != theirs.get(k)} - {"images"}
-            if changed:
-                raise ValueError(
-                    f"folder {self.folder} holds a run with other settings: {sorted(changed)}"
-                )
-        path.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "config.json"
+            mine = json.loads(json.dumps(self.describe()))
+            if path.exists():
+                theirs = json.loads(path.read_text(encoding="utf-8"))
+                # How long and in what pieces a run computes may change; what it computes may not.
+                free = {"images", "microbatch", "compile"}
+                changed = {k for k in mine | theirs if mine.get(k) != theirs.get(k)} - free
+                if changed:
+                    raise ValueError(
+                        f"folder {self.folder} holds a run with other settings: {sorted(changed)}"
+                    )
+            write_text(path, json.dumps(mine, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
         if self.step == 0 and (self.folder / CHECKPOINT).exists():
             self.load()
+        if self.accelerator.is_main_process:
+            self._forget_lines_after_checkpoint()
 
-    def _statistics(self, speed: float) -> dict[str, float]:
+    def _forget_lines_after_checkpoint(self) -> None:
+        """Drop log lines of steps that will be taken again."""
+        path = self.folder / LOG
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except ValueError:  # the line that was being written when the run was killed
+                continue
+        write_text(path, "".join(kept))
+
+    def _log(self, speed: float, on_log: Callable[[dict[str, float]], None] | None) -> None:
         line: dict[str, float] = {"step": self.step, "images": self.images_seen}
-        line |= {f"loss_{k}": sum(v) / len(v) for k, v in self.sums.items()}
+        line |= {f"loss_{name}": sum(v) / len(v) for name, v in self._sums.items()}
+        line |= {f"skipped_{name}": count for name, count in self.skipped.items() if count}
         line |= {"learning_rate": self.learning_rate(), "images_per_second": round(speed, 2)}
-        self.sums.clear()
-        return line
+        self._sums.clear()
+        if self.accelerator.is_main_process:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            if on_log:
+                on_log(line)
+
+    def _snapshot(self) -> None:
+        if self.accelerator.is_main_process and self.averages:
+            (self.folder / SNAPSHOTS).mkdir(exist_ok=True)
+            averages = {name: average.state_dict() for name, average in self.averages.items()}
+            write_checkpoint(
+                self.folder / SNAPSHOTS / f"{self.step:08d}.safetensors",
+                {k: v.half() for k, v in _prefixed("average", averages).items()},
+                {"step": self.step},
+            )
+
+    def _combined(self, name: str, std: float) -> dict[str, Tensor]:
+        """Return the state of module `name` averaged with another std, from the snapshots."""
+        paths = sorted((self.folder / SNAPSHOTS).glob("*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"{self.folder / SNAPSHOTS} must hold snapshots for std {std}")
+        stored = [
+            (step, known, _part(state, f"average.{name}.{known}."))
+            for state, step in ((s, int(h["step"])) for s, h in map(read_checkpoint, paths))
+            for known in self.config.ema_stds
+        ]
+        weights = combination_weights(
+            [step for step, _, _ in stored],
+            [known for _, known, _ in stored],
+            max(step for step, _, _ in stored),
+            std,
+        )
+        combined = dict(self.modules[name].state_dict())
+        for key, _ in self.modules[name].named_parameters():
+            parts = torch.stack([state[key].float() for _, _, state in stored])
+            combined[key] = torch.tensordot(torch.tensor(weights), parts, dims=1)
+        return combined
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _prefixed(prefix: str, groups: Mapping[Any, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}.{key}": value
+        for name, group in groups.items()
+        for key, value in group.items()
+    }
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-class TeacherRun(Run[TeacherConfig]):
-    """Training of a teacher: denoising with learned uncertainty weighting.
-
-    Attributes:
-        network: the teacher.
-    """
-
-    def __init__(
-        self,
-        config: TeacherConfig,
-        data: TrainingData,
-        folder: str | Path,
-        *,
-        network: nn.Module | None = None,
-    ) -> None:
-        super().__init__(config, data, folder)
-        torch.manual_seed(config.seed)
-        self.network = network or Denoiser(config.network, sigma_data=config.sigma_data)
-        self.add("teacher", self.network, average=True)
-
-    def train_step(self, images: Tensor, source: torch.Generator) -> None:
-        """Take one denoising step."""
-        t = self.draw_t(source)
-        eps = draw_normal(images, source)
-        loss = denoising_loss(self.network, images, t, eps, sigma_data=self.config.sigma_data)
-        self.descend("teacher", loss.mean())
-
-
-class DistillRun(Run[DistillConfig]):
-    """NCVSD distillation: score model, discriminator and generator, a step of each in turn.
-
-    Args:
-        config: the settings.
-        data: the training images.
-        folder: where the run lives; an existing run there is resumed.
-        teacher: E[x0 | x] as `teacher(x, sigma)`; a `Denoiser` unless `networks` are given.
-        networks: generator, score model and discriminator to start from, for teachers that are
-            not a `Denoiser`; by default all start from the teacher's weights.
-
-    The three steps share one batch of images, y and generated images: each step's loss is the
-    same function of the same distribution, so each gradient has the mean that it would have on a
-    batch of its own. They differ in t and eps.
-    """
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        data: TrainingData,
-        folder: str | Path,
-        teacher: UnconditionalDenoiser,
-        *,
-        networks: tuple[nn.Module, nn.Module, nn.Module] | None = None,
-    ) -> None:
-        super().__init__(config, data, folder)
-        torch.manual_seed(config.seed)
-        if networks is None:
-            if not isinstance(teacher, Denoiser):
-                raise TypeError("teacher must be a Denoiser unless networks are given")
-            networks = _start_networks(config.kind, teacher)
-        self.teacher = teacher
-        if isinstance(teacher, Network):
-            teacher.eval().requires_grad_(False).compute_dtype = config.compute_dtype
-            if config.compile:
-                teacher.compile()
-        generator, score, self.discriminator = networks
-        self.generator = cast("ConditionalDenoiser", generator)
-        self.score = cast("ConditionalDenoiser", score)
-        self.add("generator", generator, rate=config.generator_rate, average=True)
-        self.add("score", score)
-        self.add("discriminator", self.discriminator, rate=config.generator_rate)
-        self._levels = torch.tensor(karras(config.num_levels, config.sigma_max, config.sigma_min))
-
-    def train_step(self, images: Tensor, source: torch.Generator) -> None:
-        """Take a step of the score model, of the discriminator and of the generator."""
-        config = self.config
-        picks = torch.randint(len(self._levels), (len(images),), generator=source)
-        sigma = self._levels[picks]
-        y = View(add_noise(images, sigma, draw_normal(images, source)), sigma)
-        z = draw_normal(images, source)
-        generated, sigma_hat = generate(self.generator, y, z, gamma=config.gamma)
-        fake = generated.detach()
-        adversarial = self.images_seen >= config.adversarial_images
-
-        self.descend(
-            "score",
-            score_loss(
-                self.score,
-                fake,
-                y,
-                self.draw_t(source),
-                draw_normal(images, source),
-                sigma_data=config.sigma_data,
-            ).mean(),
-        )
-        t = self.draw_t(source)
-        eps = (draw_normal(images, source), draw_normal(images, source))
-        if adversarial:
-            real_loss, fake_loss = discriminator_losses(self.discriminator, images, fake, y, t, eps)
-            self.descend("discriminator", (real_loss + fake_loss).mean() / 2)
-        t, eps_x = self.draw_t(source), draw_normal(images, source)
-        loss = distillation_loss(
-            self.teacher,
-            self.score,
-            generated,
-            self.generator.log_variance(sigma_hat),
-            y,
-            t,
-            eps_x,
-            sigma_data=config.sigma_data,
-        ).mean()
-        if adversarial:
-            self.discriminator.requires_grad_(False)
-            loss = loss + adversarial_loss(self.discriminator, generated, y, t, eps_x).mean()
-            self.discriminator.requires_grad_(True)
-        self.descend("generator", loss)
-
-
-def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return generator, score model and discriminator, all started from the teacher's weights."""
-    if kind == "concat":
-        return (
-            ConcatDenoiser.from_teacher(teacher),
-            ConcatDenoiser.from_teacher(teacher),
-            ConcatDiscriminator.from_teacher(teacher),
-        )
-    return (
-        ControlledDenoiser.from_teacher(teacher),
-        ControlledDenoiser.from_teacher(teacher),
-        ControlledDiscriminator.from_teacher(teacher),
-    )

@@ -93,6 +93,15 @@ def load_prior(
     )
 
 
+def load_network(name_or_path: str | Path) -> TrainedNetwork:
+    """Load the network of a trained prior as it was trained, float32 on the CPU, to train on.
+
+    Arguments and errors as for `load_prior`.
+    """
+    stem = _locate(name_or_path)
+    return _read_network(stem, _read_card(stem))
+
+
 def load_card(name_or_path: str | Path) -> PriorCard:
     """Read the card of a trained prior, without its weights; arguments as for `load_prior`."""
     return _read_card(_locate(name_or_path))

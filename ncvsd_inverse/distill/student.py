@@ -1,0 +1,207 @@
+"""NCVSD distillation of a teacher into a generative denoiser; it must not know measurements.
+
+Source: Peng et al., arXiv 2506.09416.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.distill.config import DistillConfig
+from ncvsd_inverse.distill.data import TrainingData
+from ncvsd_inverse.distill.losses import (
+    View,
+    add_noise,
+    adversarial_loss,
+    discriminator_losses,
+    distillation_loss,
+    generate,
+    score_loss,
+)
+from ncvsd_inverse.distill.trainer import Micro, Run, log_variance, with_labels
+from ncvsd_inverse.networks import (
+    ConcatDenoiser,
+    ConcatDiscriminator,
+    ControlledDenoiser,
+    ControlledDiscriminator,
+    Denoiser,
+    Network,
+)
+from ncvsd_inverse.schedules import karras
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Draw(NamedTuple):
+    """What the generator drew for a microbatch."""
+
+    y: View
+    z: Tensor
+    generated: Tensor
+    sigma_hat: Tensor
+
+
+class DistillRun(Run[DistillConfig]):
+    """NCVSD distillation: score model, discriminator and generator, a step of each in turn.
+
+    The three steps share one batch of images, y and generated images. Each step's loss is a
+    function of (image, y, generated image) whose law is the same in all three, so each gradient
+    has the mean that it would have on a batch of its own, and the images are generated once. t
+    and eps are drawn anew in each step.
+
+    Args:
+        config: the settings.
+        data: the training images.
+        folder: where the run lives; an existing run there is resumed.
+        teacher: E[x0 | x] as `teacher(x, sigma)`; a `Denoiser` unless `networks` are given.
+        networks: generator, score model and discriminator to start from, for teachers that are
+            not a `Denoiser`; by default all start from the teacher's weights.
+        accelerator: the processes and device to run on; None: accelerate's defaults.
+
+    Attributes:
+        generator: the network that is distilled.
+
+    Raises:
+        TypeError: if `teacher` is no `Denoiser` and no networks are given.
+        ValueError: if its shape is not the configured one; the fields that differ are named.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        data: TrainingData,
+        folder: str | Path,
+        teacher: Callable[..., Tensor],
+        *,
+        networks: tuple[nn.Module, nn.Module, nn.Module] | None = None,
+        accelerator: "Accelerator | None" = None,
+    ) -> None:
+        super().__init__(config, data, folder, accelerator=accelerator)
+        torch.manual_seed(config.seed)
+        if networks is None:
+            if not isinstance(teacher, Denoiser):
+                raise TypeError("teacher must be a Denoiser unless networks are given")
+            _check_shapes(teacher, config)
+            networks = _start_networks(config.kind, teacher)
+        if isinstance(teacher, Network):
+            teacher.to(self.device).eval().requires_grad_(False)
+            teacher.compute_dtype = config.compute_dtype
+            if config.compile:
+                teacher.compile()
+        self.teacher = teacher
+        self.generator, self.score, self.discriminator = networks
+        rate = config.generator_rate
+        self._generator = self.add("generator", self.generator, rate=rate, average=True)
+        self._score = self.add("score", self.score)
+        self._discriminator = self.add("discriminator", self.discriminator, rate=rate)
+        levels = karras(config.num_levels, config.sigma_max, config.sigma_min)
+        self._levels = torch.tensor(levels, device=self.device)
+
+    def train_step(self, micros: list[Micro]) -> None:
+        """Take a step of the score model, of the discriminator and of the generator."""
+        adversarial = self.images_seen >= self.config.adversarial_images
+        # One microbatch keeps its graph for the generator's step; more are generated again.
+        once = len(micros) == 1
+        with torch.set_grad_enabled(once):
+            draws = [self._draw(micro) for micro in micros]
+        pairs = list(zip(micros, draws, strict=True))
+        self.descend("score", self._score_losses(pairs))
+        if adversarial:
+            self.descend("discriminator", self._discriminator_losses(pairs))
+        self.descend("generator", self._generator_losses(pairs, adversarial, once))
+
+    def _draw(self, micro: Micro) -> Draw:
+        """Draw a noise level and noise for each image and generate from its noisy view."""
+        images = micro.images
+        places = micro.noise.uniform(images[:, 0, 0, 0]) * len(self._levels)
+        sigma = self._levels[places.long().clamp(max=len(self._levels) - 1)]
+        y = View(add_noise(images, sigma, micro.noise.normal(images)), sigma)
+        return self._generate(micro, y, micro.noise.normal(images))
+
+    def _generate(self, micro: Micro, y: View, z: Tensor) -> Draw:
+        network = with_labels(self._generator, micro.labels)
+        return Draw(y, z, *generate(network, y, z, gamma=self.config.gamma))
+
+    def _score_losses(self, pairs: list[tuple[Micro, Draw]]) -> Iterator[Tensor]:
+        for micro, draw in pairs:
+            t = self.draw_t(micro)
+            loss = score_loss(
+                with_labels(self._score, micro.labels),
+                log_variance(self.score, t),
+                draw.generated.detach(),
+                draw.y,
+                t,
+                micro.noise.normal(micro.images),
+                sigma_data=self.config.sigma_data,
+            )
+            yield loss.flatten(1).mean(1)
+
+    def _discriminator_losses(self, pairs: list[tuple[Micro, Draw]]) -> Iterator[Tensor]:
+        for micro, draw in pairs:
+            # Real and fake images go through together, so the labels are needed twice.
+            labels = None if micro.labels is None else micro.labels.repeat(2, 1)
+            real, fake = discriminator_losses(
+                with_labels(self._discriminator, labels),
+                micro.images,
+                draw.generated.detach(),
+                draw.y,
+                self.draw_t(micro),
+                (micro.noise.normal(micro.images), micro.noise.normal(micro.images)),
+            )
+            yield (real + fake) / 2
+
+    def _generator_losses(
+        self, pairs: list[tuple[Micro, Draw]], adversarial: bool, once: bool
+    ) -> Iterator[Tensor]:
+        for micro, first in pairs:
+            draw = first if once else self._generate(micro, first.y, first.z)
+            t, eps = self.draw_t(micro), micro.noise.normal(micro.images)
+            loss = distillation_loss(
+                with_labels(self.teacher, micro.labels),
+                with_labels(self.score, micro.labels),
+                draw.generated,
+                log_variance(self.generator, draw.sigma_hat),
+                draw.y,
+                t,
+                eps,
+                sigma_data=self.config.sigma_data,
+            )
+            loss = loss.flatten(1).mean(1)
+            if adversarial:
+                self.discriminator.requires_grad_(False)
+                judge = with_labels(self.discriminator, micro.labels)
+                loss = loss + adversarial_loss(judge, draw.generated, draw.y, t, eps)
+                self.discriminator.requires_grad_(True)
+            yield loss
+
+
+def _check_shapes(teacher: Denoiser, config: DistillConfig) -> None:
+    """ValueError that lists what differs unless the networks have the teacher's shape."""
+    theirs = asdict(teacher.shape) | {
+        "any_size": teacher.any_size,
+        "sigma_data": teacher.sigma_data,
+    }
+    mine = asdict(config.network) | {"any_size": config.any_size, "sigma_data": config.sigma_data}
+    differing = [f"{k} {mine[k]}, not {theirs[k]}" for k in theirs if mine[k] != theirs[k]]
+    if differing:
+        raise ValueError(f"network must have the teacher's shape, got {'; '.join(differing)}")
+
+
+def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return generator, score model and discriminator, all started from the teacher's weights."""
+    if kind == "concat":
+        return (
+            ConcatDenoiser.from_teacher(teacher),
+            ConcatDenoiser.from_teacher(teacher),
+            ConcatDiscriminator.from_teacher(teacher),
+        )
+    return (
+        ControlledDenoiser.from_teacher(teacher),
+        ControlledDenoiser.from_teacher(teacher),
+        ControlledDiscriminator.from_teacher(teacher),
+    )

@@ -1,0 +1,106 @@
+"""Training of a teacher by denoising; it must not know what the teacher is for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.distill.checkpoint import read_checkpoint
+from ncvsd_inverse.distill.config import TeacherConfig
+from ncvsd_inverse.distill.data import TrainingData
+from ncvsd_inverse.distill.losses import denoising_loss
+from ncvsd_inverse.distill.trainer import CHECKPOINT, Micro, Run, log_variance, with_labels
+from ncvsd_inverse.errors import CheckpointError
+from ncvsd_inverse.networks import Denoiser, constrain_weights_
+from ncvsd_inverse.priors.zoo import load_network
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def load_teacher(source: str | Path) -> Denoiser:
+    """Return a trained teacher, float32 on the CPU.
+
+    Args:
+        source: the folder of a teacher's run, whose shortest average is taken, or a name or path
+            that `load_prior` accepts.
+
+    Raises:
+        ValueError: if it is neither, or no teacher.
+        CheckpointError: if a file is damaged or does not fit.
+    """
+    folder = Path(source)
+    if (folder / CHECKPOINT).is_file():
+        state, header = read_checkpoint(folder / CHECKPOINT)
+        settings = dict(header["config"])
+        if settings.pop("run", None) != TeacherRun.__name__:
+            raise ValueError(f"teacher must be the folder of a teacher's run, got {source}")
+        config = TeacherConfig.from_dict(settings)
+        network: nn.Module = _new_teacher(config)
+        prefix = f"average.teacher.{min(config.ema_stds)}."
+        averages = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        try:
+            network.load_state_dict(averages)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder / CHECKPOINT} does not fit: {error}") from error
+        constrain_weights_(network)
+    else:
+        network = load_network(source)
+    if not isinstance(network, Denoiser):
+        raise ValueError(f"teacher must be a denoiser, got {type(network).__name__} in {source}")
+    return network
+
+
+def _new_teacher(config: TeacherConfig) -> Denoiser:
+    return Denoiser(config.network, sigma_data=config.sigma_data, any_size=config.any_size)
+
+
+class TeacherRun(Run[TeacherConfig]):
+    """Training of a teacher: EDM's denoising loss with learned uncertainty weighting.
+
+    Args:
+        config: the settings.
+        data: the training images.
+        folder: where the run lives; an existing run there is resumed.
+        network: the teacher to train; None: a `Denoiser` as configured.
+        accelerator: the processes and device to run on; None: accelerate's defaults.
+
+    Attributes:
+        network: the teacher.
+
+    Sources:
+        Karras et al., arXiv 2206.00364 (loss) and 2312.02696 (uncertainty weighting).
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        data: TrainingData,
+        folder: str | Path,
+        *,
+        network: nn.Module | None = None,
+        accelerator: "Accelerator | None" = None,
+    ) -> None:
+        super().__init__(config, data, folder, accelerator=accelerator)
+        torch.manual_seed(config.seed)
+        self.network = network or _new_teacher(config)
+        self._network = self.add("teacher", self.network, average=True)
+
+    def train_step(self, micros: list[Micro]) -> None:
+        """Take one denoising step."""
+        self.descend("teacher", self._losses(micros))
+
+    def _losses(self, micros: list[Micro]) -> Iterator[Tensor]:
+        for micro in micros:
+            t = self.draw_t(micro)
+            loss = denoising_loss(
+                with_labels(self._network, micro.labels),
+                log_variance(self.network, t),
+                micro.images,
+                t,
+                micro.noise.normal(micro.images),
+                sigma_data=self.config.sigma_data,
+            )
+            yield loss.flatten(1).mean(1)

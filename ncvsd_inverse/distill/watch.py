@@ -1,0 +1,174 @@
+"""What a person sees of a run: a progress bar, TensorBoard, picture grids.
+
+It must not change what the run computes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.distill.config import TrainConfig
+from ncvsd_inverse.distill.student import DistillRun
+from ncvsd_inverse.distill.teacher import TeacherRun
+from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser
+from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, save_prior
+
+PICTURES = "pictures"
+SIGMAS = (0.2, 0.5, 1.0, 2.0)
+COLUMNS = 8
+
+
+class Watcher:
+    """Callbacks of a run that show how it goes.
+
+    Args:
+        run: the run to watch; its folder gets `tensorboard/` and `pictures/`.
+        images: a few training images to add noise to, shape (N, C, H, W), in [-1, 1].
+    """
+
+    def __init__(self, run: TeacherRun | DistillRun, images: Tensor) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run = run
+        self.images = images[:COLUMNS]
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.images_seen)
+        self._advance: Callable[[dict[str, float]], None] = lambda line: None
+
+    def on_log(self, line: dict[str, float]) -> None:
+        """Take one line of the log."""
+        for name, value in line.items():
+            if name not in ("step", "images"):
+                self._writer.add_scalar(name, value, int(line["images"]))
+        self._advance(line)
+
+    def on_checkpoint(self) -> None:
+        """Draw the picture grid of the current averages."""
+        grid = picture_grid(self.run, self.images)
+        folder = self.run.folder / PICTURES
+        folder.mkdir(exist_ok=True)
+        _write_picture(folder / f"{self.run.images_seen:09d}.png", grid)
+        self._writer.add_image("pictures", (grid + 1) / 2, self.run.images_seen)
+        self._writer.flush()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Show a progress bar on standard error for as long as the context lasts."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        config: TrainConfig = self.run.config
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images, {task.fields[speed]:.0f}/s, left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("training", total=config.images, speed=0.0)
+
+            def advance(line: dict[str, float]) -> None:
+                progress.update(
+                    task, completed=int(line["images"]), speed=line["images_per_second"]
+                )
+
+            self._advance = advance
+            try:
+                yield
+            finally:
+                self._writer.close()
+
+
+@torch.no_grad()
+def picture_grid(run: TeacherRun | DistillRun, images: Tensor) -> Tensor:
+    """Return the pictures of a run, shape (C, height, width), in [-1, 1].
+
+    Rows: the images; for each of `SIGMAS` the noisy images and what the network makes of them
+    (two draws of a student, the mean of a teacher); images generated from fixed noise (by a
+    student in 1, 2 and 4 steps, by a teacher in 35).
+    """
+    from torchvision.utils import make_grid
+
+    images = images.to(run.device)
+    shape = tuple(images.shape[1:])
+    sources = make_generators([(0, i) for i in range(len(images))], run.device)
+    eps = torch.stack([torch.randn(shape, generator=g, device=run.device) for g in sources])
+    size = (shape[1], shape[2])
+    rows = [images]
+    if isinstance(run, DistillRun):
+        student = NCVSDPrior(
+            copy.deepcopy(run.averaged("generator")),
+            image_shape=None if run.config.any_size else shape,
+            gamma=run.config.gamma,
+        )
+        for sigma in SIGMAS:
+            u = images + sigma * eps
+            rows += [u, student.sample(u, sigma, generator=sources)]
+            rows += [student.sample(u, sigma, generator=sources)]
+        rows += [student.generate(len(images), n, seed=0, size=size) for n in (1, 2, 4)]
+    else:
+        teacher = DiffusionPrior(
+            run.averaged("teacher"),
+            num_steps=35,
+            image_shape=None if run.config.any_size else shape,
+        )
+        for sigma in SIGMAS:
+            u = images + sigma * eps
+            rows += [u, teacher.denoise(u, sigma)]
+        rows.append(teacher.generate(len(images), seed=0, size=size))
+    pictures = torch.cat(rows).clamp(-1, 1)
+    grid: Tensor = make_grid(pictures, nrow=len(images), padding=2, pad_value=1.0)
+    return grid.cpu()
+
+
+def save_run_prior(run: TeacherRun | DistillRun, data: str) -> Path:
+    """Write the averaged network of a run as a prior in its folder; return its path's stem.
+
+    Args:
+        run: a run, finished or not.
+        data: name of the training images, for the card.
+    """
+    config = run.config
+    distilled = isinstance(run, DistillRun)
+    network = run.averaged("generator" if distilled else "teacher").cpu()
+    if not isinstance(network, ConcatDenoiser | ControlledDenoiser | Denoiser):
+        raise TypeError(f"only the built-in networks can be saved, got {type(network).__name__}")
+    side = config.network.resolution
+    stem = run.folder / "prior"
+    save_prior(
+        stem,
+        network,
+        {
+            "name": run.folder.name,
+            "kind": "ncvsd" if distilled else "diffusion",
+            "image_shape": None if config.any_size else (config.network.image_channels, side, side),
+            "gamma": run.config.gamma if isinstance(run, DistillRun) else None,
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "licence": "that of the training images; not stated",
+            "data": data,
+            "training": {"config": run.describe(), "images_seen": run.images_seen},
+            "evaluation": {},
+            "weaknesses": "not judged; see `ncvsd evaluate`",
+            "intended_use": "not stated",
+        },
+    )
+    return stem
+
+
+def _write_picture(path: Path, picture: Tensor) -> None:
+    """Write a picture (C, height, width) in [-1, 1] whole or not at all."""
+    from ncvsd_inverse.images import write_image
+
+    write_image(path, picture[None])

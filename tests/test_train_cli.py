@@ -1,0 +1,75 @@
+"""`ncvsd train` and `ncvsd distill`: two commands from pictures to a prior."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ncvsd_inverse import load_prior
+from ncvsd_inverse.cli import app
+
+NETWORK = """
+precision = "float32"
+warmup_images = 8
+[network]
+resolution = 8
+channels = [16, 16]
+blocks = 1
+attention = []
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    source = np.random.default_rng(0)
+    for number in range(12):
+        pixels = source.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def run(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's dependencies
+def test_two_commands_make_a_prior(tmp_path, pictures):
+    (tmp_path / "teacher.toml").write_text("images = 16\nbatch_size = 4\n" + NETWORK)
+    (tmp_path / "distill.toml").write_text("images = 16\nbatch_size = 4\n" + NETWORK)
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    out = run("train", tmp_path / "teacher.toml", "--data", pictures, "-o", teacher)
+    assert "finished after 16 images" in out
+    assert "float32" in out
+    words = ["--teacher", teacher, "--data", pictures, "-o", student]
+    out = run("distill", tmp_path / "distill.toml", *words, "--seconds", "0")
+    assert "stopped, the same command goes on" in out
+    out = run("distill", tmp_path / "distill.toml", *words)
+    assert "finished after 16 images" in out
+
+    assert load_prior(teacher / "prior").nfe_per_sample > 1
+    prior = load_prior(student / "prior")
+    assert prior.generate(2, num_steps=2, seed=0).shape == (2, 3, 8, 8)
+    assert list((student / "tensorboard").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wrong_pictures_and_settings_are_named(tmp_path, pictures):
+    (tmp_path / "teacher.toml").write_text("images = 16\nbatch_size = 4\n" + NETWORK)
+    (tmp_path / "typo.toml").write_text("images = 16\nlearnin_rate = 4\n" + NETWORK)
+    (tmp_path / "type.toml").write_text('images = 16\nlearning_rate = "fast"\n' + NETWORK)
+    words = ["--data", str(pictures), "-o", str(tmp_path / "run")]
+    for name, error, message in [
+        ("typo.toml", ValueError, "unknown keys: learnin_rate"),
+        ("type.toml", (TypeError, ValueError), "learning_rate"),
+    ]:
+        result = CliRunner().invoke(app, ["train", str(tmp_path / name), *words])
+        assert isinstance(result.exception, error)
+        assert message in str(result.exception)
+    Image.new("RGB", (9, 8)).save(pictures / "odd.png")
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "teacher.toml"), *words])
+    assert isinstance(result.exception, ValueError)
+    assert "odd.png" in str(result.exception)
