@@ -1,9 +1,11 @@
-"""Small numerical tools: random draws per image, levels that broadcast, conjugate gradients.
+"""Small numerical tools: random draws, levels that broadcast, conjugate gradients, statistics.
 
 It must not know what an image, an operator or a prior is.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -131,3 +133,106 @@ def conjugate_gradient(
         ratio = torch.where(rz > 0, rz_next / rz, torch.zeros_like(rz))
         direction, rz = z + ratio * direction, rz_next
     return x
+
+
+def ensemble_crps(draws: Tensor, truth: Tensor) -> Tensor:
+    """Return the continuous ranked probability score of draws, for every entry on its own.
+
+    The fair score: its mean is that of infinitely many draws, whatever their number m. With pairs
+    of two different draws,
+
+        mean_i |draw_i - truth| - 1/2 mean_(i != j) |draw_i - draw_j|
+
+    Args:
+        draws: independent draws, shape (m, ...), m >= 2.
+        truth: what came true, shape (...).
+
+    Returns:
+        Scores in the units of `truth`, shape (...); lower is better; one can be below 0.
+
+    Source:
+        Gneiting & Raftery, JASA 102 (2007) for the score; Ferro, QJRMS 140 (2014) for fairness.
+    """
+    num = len(draws)
+    # Sorted, the k-th of m draws is the larger of a pair k times and the smaller m - 1 - k times.
+    signs = torch.arange(num, dtype=draws.dtype, device=draws.device) * 2 - (num - 1)
+    pairs = torch.tensordot(signs, draws.sort(0).values, dims=1)
+    scores: Tensor = (draws - truth).abs().mean(0) - pairs / (num * (num - 1))
+    return scores
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums from which mean and covariance of many rows follow; two of them add to that of both.
+
+    Attributes:
+        count: number of rows.
+        total: their sum, shape (D,), float64.
+        products: sum of their outer products, shape (D, D), float64.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def none(cls) -> Self:
+        """Return the moments of no rows, to add to."""
+        return cls(0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Self:
+        """Return the moments of `rows`, shape (N, D), on the CPU."""
+        exact = rows.detach().to("cpu", torch.float64)
+        return cls(len(exact), exact.sum(0), exact.T @ exact)
+
+    def __add__(self, other: Self) -> Self:
+        """Return the moments of the rows of both."""
+        return type(self)(
+            self.count + other.count, self.total + other.total, self.products + other.products
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row, shape (D,)."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance of the rows, shape (D, D)."""
+        mean = self.mean
+        return (self.products - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """Return the squared 2-Wasserstein distance of the Gaussians with the moments of two sets.
+
+    With means m and covariances C it is |m1 - m2|^2 + tr(C1 + C2) - 2 tr((C1 C2)^(1/2)). The last
+    trace is the sum of the singular values of R1 R2, where R is the symmetric root of C by its
+    eigenvectors: no root of a matrix that is not symmetric is taken, and singular covariances do
+    no harm.
+
+    Raises:
+        ValueError: if a set has fewer than two rows or the rows differ in length.
+
+    Source:
+        Dowson & Landau, J. Multivariate Analysis 12 (1982).
+    """
+    for name, moments in (("first", first), ("second", second)):
+        if moments.count < 2:
+            raise ValueError(f"{name} must be moments of at least 2 rows, got {moments.count}")
+    if first.total.shape != second.total.shape:
+        raise ValueError(
+            f"second must have rows of length {len(first.total)}, got {len(second.total)}"
+        )
+    covariances = (first.covariance, second.covariance)
+    roots = [_symmetric_root(covariance) for covariance in covariances]
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    spread = covariances[0].trace() + covariances[1].trace() - 2 * overlap
+    return float((first.mean - second.mean).square().sum() + spread)
+
+
+def _symmetric_root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root

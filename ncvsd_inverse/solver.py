@@ -162,19 +162,21 @@ def solve(
                 y.new_zeros(len(chains), *shape[1:]),
                 levels,
                 make_generators([keys[chain] for chain in chains], y.device),
-                average=average,
+                average=average if estimate == "ema" else None,
                 advance=advance,
             )
             lasts.append(last)
-            misfits.append(_misfit(part, y_part, last))
-            if estimate == "ema":
-                averages.append(averaged)
-
-    misfit = torch.cat(misfits).view(restarts, num_samples, shape[0])
-    best = misfit.argmin(0, keepdim=True)[..., None, None, None]
+            averages.append(averaged)
+            if restarts > 1:
+                misfits.append(_misfit(part, y_part, last))
 
     def keep_best(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).view(restarts, num_samples, *shape).take_along_dim(best, 0)[0]
+        runs = torch.cat(parts).view(restarts, num_samples, *shape)
+        if restarts == 1:
+            return runs[0]
+        misfit = torch.cat(misfits).view(restarts, num_samples, shape[0])
+        best = misfit.argmin(0, keepdim=True)[..., None, None, None]
+        return runs.take_along_dim(best, 0)[0]
 
     samples = keep_best(lasts)
     mean = samples.mean(0)
@@ -208,10 +210,13 @@ def _gibbs(
     schedule: Sequence[float],
     generators: Sequence[torch.Generator],
     *,
-    average: Average,
+    average: Average | None,
     advance: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
-    """Run one chain an image from x0 = 0; return its last x0 and its average, (N, C, H, W)."""
+    """Run one chain an image from x0 = 0; return its last x0 and its average, (N, C, H, W).
+
+    Without `average` the last x0 stands for it.
+    """
     averaged = x0
     for sweep, rho in enumerate(schedule, start=1):
         where = f"sweep {sweep} of {len(schedule)} at rho = {rho:.4g}"
@@ -222,8 +227,8 @@ def _gibbs(
             raise DivergenceError(f"{where}: {error}") from error
         if not bool(x0.sum().isfinite()):
             raise DivergenceError(f"x0 must stay finite, got NaN or infinity in {where}")
-        keep = average.mu if sweep > 1 and rho < average.below else 0.0
-        averaged = x0 + keep * (averaged - x0)
+        keep = average.mu if average and sweep > 1 and rho < average.below else 0.0
+        averaged = x0 + keep * (averaged - x0) if keep else x0
         advance()
     return x0, averaged
 

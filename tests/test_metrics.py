@@ -3,11 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import linalg, stats
 from scipy.ndimage import gaussian_filter
 
 from ncvsd_inverse import metrics
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.images import read_image
+from ncvsd_inverse.images import read_image, read_images
+from ncvsd_inverse.numerics import Moments, frechet_distance
 
 
 @pytest.fixture
@@ -109,6 +111,10 @@ def test_lpips_refuses_other_weights(tmp_path, monkeypatch):
         ("ssim", torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20), "x must be at least 11"),
         ("lpips", torch.zeros(1, 3, 31, 64), torch.zeros(1, 3, 31, 64), "x must be at least 32"),
         ("lpips", torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64), "x must have 3 channels"),
+        ("crps", torch.zeros(1, 1, 3, 8, 8), torch.zeros(1, 3, 8, 8), "draws must have shape"),
+        ("crps", torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), "draws must have shape"),
+        ("crps", torch.zeros(2, 2, 3, 8, 8), torch.zeros(1, 3, 8, 8), "draws must have shape"),
+        ("crps", torch.full((2, 1, 1, 2, 2), math.nan), torch.zeros(1, 1, 2, 2), "draws must be"),
     ],
 )
 def test_bad_images_name_the_argument(metric, x, reference, message):
@@ -120,3 +126,124 @@ def test_unknown_backbone():
     x = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match="net must be one of alex, squeeze, got 'vgg'"):
         metrics.lpips(x, x, net="vgg")
+
+
+@pytest.mark.parametrize("num", [2, 3, 40])
+def test_crps_of_gaussian_draws_is_its_closed_form(num, generator):
+    """The fair score of draws of N(1, 0.3^2) is that of the law itself, on average."""
+    truth = torch.tensor([0.4, 1.0, 1.5], dtype=torch.float64)
+    z = ((truth - 1) / 0.3).numpy()
+    law = z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / math.sqrt(math.pi)
+    reference = truth.view(3, 1, 1, 1).expand(3, 1, 100, 300)
+    eps = torch.randn(num, *reference.shape, generator=generator, dtype=torch.float64)
+    # 30,000 pixels of std below 0.3 leave a standard error below 0.002.
+    assert metrics.crps(1 + 0.3 * eps, reference).tolist() == pytest.approx(0.3 * law, abs=7e-3)
+
+
+def test_crps_by_its_definition(generator):
+    draws = torch.randn(5, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    reference = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    pairs = (draws[:, None] - draws[None]).abs().sum((0, 1)) / (5 * 4)
+    expected = ((draws - reference).abs().mean(0) - pairs / 2).mean((1, 2, 3))
+    assert torch.allclose(metrics.crps(draws, reference), expected)
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    """Rows whose moments are known: +-a along each axis about a mean."""
+
+    def rows(mean, stds):
+        # 2 D rows, of which one pair differs in each number: variance 2 a^2 / (2 D - 1).
+        mean, stds = torch.tensor(mean), torch.tensor(stds)
+        steps = torch.diag(stds * math.sqrt((2 * len(stds) - 1) / 2))
+        return torch.cat([mean + steps, mean - steps])
+
+    first = Moments.of(rows([0.0, 1.0, 5.0], [1.0, 2.0, 0.5]))
+    second = Moments.of(rows([0.5, 1.0, 3.0], [1.5, 2.0, 0.0]))
+    assert first.covariance.diagonal().tolist() == pytest.approx([1, 4, 0.25])
+    # |difference of means|^2 + |difference of stds|^2
+    expected = 0.5**2 + 2**2 + 0.5**2 + 0.5**2
+    assert frechet_distance(first, second) == pytest.approx(expected, abs=1e-5)
+    assert frechet_distance(second, first) == pytest.approx(expected, abs=1e-5)
+
+
+def correlated(num, dim, seed):
+    source = torch.Generator().manual_seed(seed)
+    factor = torch.randn(dim, dim, generator=source)
+    return torch.randn(num, dim, generator=source) @ factor + torch.randn(dim, generator=source)
+
+
+def test_frechet_distance_against_scipy():
+    first, second = Moments.of(correlated(50, 7, 0)), Moments.of(correlated(80, 7, 1))
+    root = linalg.sqrtm((first.covariance @ second.covariance).numpy())
+    expected = (first.mean - second.mean).square().sum()
+    expected += first.covariance.trace() + second.covariance.trace() - 2 * np.trace(root).real
+    assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("num", [5, 100])
+def test_frechet_distance_of_equal_and_of_shifted_sets(num):
+    """Also of fewer rows than numbers in each, whose covariance is singular."""
+    rows = correlated(num, 20, 0).double()
+    moments = Moments.of(rows)
+    assert frechet_distance(moments, moments) == pytest.approx(0, abs=1e-8)
+    shifted = Moments.of(rows + torch.linspace(0, 1, 20).double())
+    squares = float(torch.linspace(0, 1, 20).double().square().sum())
+    assert frechet_distance(moments, shifted) == pytest.approx(squares, rel=1e-9)
+
+
+def test_moments_add_up():
+    rows = correlated(100, 6, 0) + 50
+    parts = sum((Moments.of(part) for part in rows.split(17)), Moments.none())
+    assert parts.count == 100
+    assert torch.allclose(parts.mean, rows.double().mean(0))
+    assert torch.allclose(parts.covariance, torch.cov(rows.double().T), rtol=1e-9)
+
+
+def test_frechet_distance_refuses_what_has_no_moments():
+    two, longer = Moments.of(torch.eye(2)), Moments.of(torch.eye(3))
+    with pytest.raises(ValueError, match="first must be moments of at least 2 rows, got 1"):
+        frechet_distance(Moments.of(torch.ones(1, 2)), two)
+    with pytest.raises(ValueError, match="second must be moments of at least 2 rows, got 0"):
+        frechet_distance(two, Moments.none())
+    with pytest.raises(ValueError, match="second must have rows of length 2, got 3"):
+        frechet_distance(two, longer)
+
+
+def test_alex_features_are_torchvisions(weights_folder, generator):
+    from safetensors.torch import load_file
+    from torchvision.models import alexnet
+
+    x = torch.rand(2, 3, 64, 48, generator=generator) * 2.4 - 1.2
+    network = alexnet(weights=None).eval()
+    state = load_file(weights_folder / "lpips_alex_features.safetensors")
+    network.load_state_dict(state, strict=False)
+    # ImageNet's means and stds of [0, 1], rounded as the LPIPS package does for [-1, 1].
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = network.features[:12]((x.clamp(-1, 1) - shift) / scale).mean((2, 3))
+    features = metrics.alex_features(x)
+    assert features.shape == (2, 256)
+    assert torch.allclose(features, expected, atol=1e-5)
+    assert torch.equal(metrics.alex_features(x.double()), features)
+    assert metrics.alex_features(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
+
+
+def test_fd_alex_grows_with_damage(weights_folder, data_folder, generator):
+    faces = torch.cat(list(read_images(data_folder / "faces64" / "val.zip")))
+    first, second = faces[::2], faces[1::2]
+    chance = metrics.fd_alex([second], first.split(50))
+    eps = torch.randn(second.shape, generator=generator)
+    noisy = [metrics.fd_alex([second + std * eps], [first]) for std in (0.05, 0.1, 0.2)]
+    # Chance is most of the first: 128 images have few directions of 256.
+    assert 0 < chance < noisy[0] < noisy[1] / 1.5 < noisy[2] / 4
+    assert metrics.fd_alex([first], first.split(30)) == pytest.approx(0, abs=1e-3)
+
+
+def test_alex_features_refuse_other_images():
+    with pytest.raises(ValueError, match="x must be at least 32 pixels high and wide"):
+        metrics.alex_features(torch.zeros(1, 3, 31, 64))
+    with pytest.raises(ValueError, match="x must have 3 channels for AlexNet"):
+        metrics.alex_features(torch.zeros(1, 1, 64, 64))
+    with pytest.raises(ValueError, match="x must be finite"):
+        metrics.alex_features(torch.full((1, 3, 64, 64), math.nan))

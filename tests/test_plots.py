@@ -4,8 +4,10 @@ import sys
 import pytest
 import torch
 
+from ncvsd_inverse import plots
+from ncvsd_inverse.distill.evaluate import Figure, LevelFigures, PosteriorRatio
 from ncvsd_inverse.images import read_image
-from ncvsd_inverse.plots import COLUMNS, GridRow, save_picture_grid
+from ncvsd_inverse.plots import COLUMNS, GridRow, save_evaluation_plot, save_picture_grid
 
 
 def row(generator, std=True, channels=3):
@@ -63,3 +65,49 @@ def test_no_window_system_is_touched(tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def level(sigma, ratio, teacher=None):
+    def parts(value):
+        values = (value, 0.9, 0.1, value - 2)
+        return PosteriorRatio(*(Figure(each, 0.05) for each in values))
+
+    return LevelFigures(
+        sigma=sigma,
+        teacher_psnr=Figure(30 - sigma, 0.2),
+        prior=parts(ratio),
+        mean_psnr=Figure(29 - sigma, 0.2),
+        psnr_gap=Figure(1.0, 0.1),
+        crps=Figure(0.1 * sigma, 0.01),
+        teacher=None if teacher is None else parts(teacher),
+    )
+
+
+def test_figures_are_plotted_over_sigma_beside_what_is_right():
+    levels = [level(0.1, 1.8, 1.5), level(1.0, 2.1, 1.6)]
+    ratio, parts, psnr, _ = plots._plot_levels(levels).axes
+    drawn = [list(line.get_ydata()) for line in ratio.get_lines()]
+    assert [1.8, 2.1] in drawn
+    assert [1.5, 1.6] in drawn
+    assert [2, 2] in drawn
+    assert [0.9, 0.9] in [list(line.get_ydata()) for line in parts.get_lines()]
+    references = [float(line.get_ydata()[0]) for line in parts.get_lines() if dotted(line)]
+    assert sorted(references) == [0, 1]
+    assert [29.9, 29.0] in [list(line.get_ydata()) for line in psnr.get_lines()]
+    assert ratio.get_xscale() == "log"
+    assert [text.get_text() for text in ratio.get_legend().get_texts()] == [
+        "prior",
+        "teacher's diffusion",
+    ]
+
+
+def dotted(line):
+    return line.get_linestyle() == ":"
+
+
+def test_evaluation_plot_is_a_picture(tmp_path):
+    save_evaluation_plot(tmp_path / "a.png", [level(2.0, 1.9), level(0.5, 2.0)])
+    assert read_image(tmp_path / "a.png").shape[-1] > 500
+    with pytest.raises(ValueError, match="levels must hold at least one level, got none"):
+        save_evaluation_plot(tmp_path / "b.png", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
