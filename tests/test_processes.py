@@ -34,7 +34,7 @@ run = teacher
 if kind == "distill":
     config = DistillConfig(**common, adversarial_images=16)
     run = DistillRun(config, data, folder, teacher.averaged("teacher"))
-print("ready", flush=True)
+print("processes", run.accelerator.num_processes, flush=True)
 run.run(checkpoint_every=int(every), log_every=1)
 """
 
@@ -61,17 +61,17 @@ def losses(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacher", "distill"])
 def test_two_processes_give_the_losses_of_one(tmp_path, script, kind):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    # accelerate's own launcher starts one process a machine on CPUs; torch's starts several.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = [kind, str(folder), str(folder), "20", "100"]
         command = [sys.executable, str(script), *arguments]
         if processes > 1:
-            count = ["--num_processes", str(processes)]
-            command = [*launch, *count, str(script), *arguments]
+            command = [*launch, str(processes), str(script), *arguments]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count(f"processes {processes}\n") == processes
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == len(two) == 20
     for alone, together in zip(one, two, strict=True):
@@ -101,7 +101,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, script, kind):
         process = subprocess.Popen(
             commands[1], env=environment(), stdout=subprocess.PIPE, text=True
         )
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == "processes 1\n"
         time.sleep(source.uniform(0.0, 0.6))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL

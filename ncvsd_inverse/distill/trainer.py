@@ -107,7 +107,9 @@ class Run(ABC, Generic[Config]):
         self.data = data
         self.folder = Path(folder)
         # Precision is the networks' own affair: accelerate is to leave dtypes alone.
-        self.accelerator = accelerator or Accelerator(mixed_precision="no")
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision="no", cpu=not torch.cuda.is_available()
+        )
         self.device: torch.device = self.accelerator.device
         self.step = 0
         self.modules: dict[str, nn.Module] = {}
