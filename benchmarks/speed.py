@@ -65,15 +65,13 @@ def loop(prior_name: str, repeats: int) -> None:
 
 def imports(repeats: int) -> None:
     """Print the import time over torch's, each in a fresh interpreter."""
+    statements = ("import torch", "from ncvsd_inverse import solve")
     runs: dict[str, Callable[[], object]] = {
-        module: lambda module=module: subprocess.run(
-            [sys.executable, "-c", f"import {module}"], check=True
-        )
-        for module in ("torch", "ncvsd_inverse")
+        code: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)
+        for code in statements
     }
-    medians = alternate(runs, repeats)
-    ratio = medians["ncvsd_inverse"] / medians["torch"]
-    print(f"import torch {medians['torch']:.2f} s, import ncvsd_inverse {ratio:.3f} times that")
+    base, ours = alternate(runs, repeats).values()
+    print(f"{statements[0]}: {base:.2f} s; {statements[1]}: {ours / base:.3f} times that")
 
 
 def convolutions(repeats: int) -> None:
