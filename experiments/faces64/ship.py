@@ -23,11 +23,12 @@ from ncvsd_inverse.distill import (
     DistillConfig,
     DistillRun,
     ImageData,
-    TeacherConfig,
-    TeacherRun,
+    load_teacher,
 )
+from ncvsd_inverse.distill.checkpoint import read_checkpoint
+from ncvsd_inverse.distill.evaluate import evaluate
+from ncvsd_inverse.distill.trainer import CHECKPOINT
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
-from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 
 HERE = Path(__file__).parent
@@ -40,31 +41,6 @@ DATA = (
     "resized from 200x200"
 )
 INTENDED_USE = "Research on restoring aligned, cropped 64x64 colour photographs of faces."
-
-
-@torch.no_grad()
-def judge(prior: NCVSDPrior, teacher: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
-    """Return the figures of each noise level on `images` (B, 3, 64, 64)."""
-    table = {}
-    for number, sigma in enumerate(LEVELS):
-        sources = make_generators([(number, i) for i in range(len(images))])
-        eps = torch.stack([torch.randn(SHAPE, generator=source) for source in sources])
-        u = images + sigma * eps
-        mean = teacher(u, torch.full((len(images),), sigma))
-        draws = torch.stack([prior.sample(u, sigma, generator=sources) for _ in range(DRAWS)])
-        teacher_mse = (mean - images).square().mean()
-        spread = draws.var(0).mean()
-        bias = (draws.mean(0) - mean).square().mean() - spread / DRAWS
-        table[str(sigma)] = {
-            "teacher_psnr": float(10 * torch.log10(4 / teacher_mse)),
-            "posterior_ratio": float((draws - images).square().mean() / teacher_mse),
-            "variance_over_teacher_mse": float(spread / teacher_mse),
-            "squared_bias_over_teacher_mse": float(bias / teacher_mse),
-            "psnr_of_mean_of_draws": float(
-                10 * torch.log10(4 / (draws.mean(0) - images).square().mean())
-            ),
-        }
-    return table
 
 
 def main() -> None:
@@ -80,15 +56,15 @@ def main() -> None:
 
     held_out = ImageData.read(args.val)
     images = held_out.images(torch.arange(min(args.images, len(held_out))))
+    teacher = load_teacher(args.runs / "teacher")
+    judge = DiffusionPrior(teacher, image_shape=SHAPE)
     # Judging is short: compiling the networks would take longer than it saves.
-    teacher_config = replace(TeacherConfig.from_toml(HERE / "teacher.toml"), compile=False)
-    trained = TeacherRun(teacher_config, held_out, args.runs / "teacher")
-    trained.load()
-    teacher = trained.averaged("teacher")
     config = replace(DistillConfig.from_toml(HERE / "distill.toml"), compile=False)
     distilled = DistillRun(config, held_out, args.runs / "distill", teacher)
     distilled.load()
 
+    _, header = read_checkpoint(args.runs / "teacher" / CHECKPOINT)
+    seen = header["step"] * header["config"]["batch_size"]
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -104,15 +80,16 @@ def main() -> None:
     for std in distilled.config.ema_stds:
         network = distilled.averaged("generator", std)
         prior = NCVSDPrior(network, image_shape=SHAPE, gamma=distilled.config.gamma)
-        candidates[std] = network, prior, judge(prior, teacher, images)
+        figures = evaluate(prior, judge, images, levels=LEVELS, draws=DRAWS)
+        candidates[std] = network, figures
         print(f"ema std {std}")
-        print(json.dumps(candidates[std][2], indent=1))
+        print(json.dumps(figures.to_dict(), indent=1))
     # The better average is the one whose mean of draws is nearer to the images, over all levels.
     best = max(
         candidates,
-        key=lambda std: sum(row["psnr_of_mean_of_draws"] for row in candidates[std][2].values()),
+        key=lambda std: sum(level.mean_psnr.value for level in candidates[std][1].levels),
     )
-    network, prior, table = candidates[best]
+    network, figures = candidates[best]
     save_prior(
         args.out / "ncvsd_faces64_teacher",
         halved(teacher),
@@ -124,13 +101,13 @@ def main() -> None:
             "training": {
                 "command": "ncvsd train faces64 --data faces64/train.zip",
                 "commit": commit,
-                "images_seen": trained.images_seen,
+                "images_seen": seen,
                 "hours": args.hours[0],
                 "hardware": args.hardware,
             },
             "evaluation": {
                 "data": f"first {len(images)} images of faces64 val",
-                "psnr": {level: row["teacher_psnr"] for level, row in table.items()},
+                "psnr": {str(row.sigma): row.teacher_psnr.value for row in figures.levels},
             },
             "weaknesses": "A first, small teacher, stopped early: fine detail is soft.",
         },
@@ -147,14 +124,14 @@ def main() -> None:
                 "command": "ncvsd distill faces64 --data faces64/train.zip",
                 "commit": commit,
                 "images_seen": distilled.images_seen,
-                "teacher_images_seen": trained.images_seen,
+                "teacher_images_seen": seen,
                 "ema_std": best,
                 "hours": args.hours[1],
                 "hardware": args.hardware,
             },
             "evaluation": {
                 "data": f"first {len(images)} images of faces64 val, {DRAWS} draws each",
-                "levels": table,
+                **figures.to_dict(),
             },
             "weaknesses": (
                 "A first, modest prior, trained for about an hour on two CPU cores: its draws vary "

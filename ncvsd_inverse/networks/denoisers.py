@@ -191,7 +191,23 @@ def constrain_weights_(module: nn.Module) -> None:
             branch.additional_skips_weight.data.clamp_(0, 1)
 
 
-class ControlledDenoiser(Preconditioned):
+class Conditional(Network):
+    """Base of networks that are given a second noisy view and start from a teacher's weights."""
+
+    @classmethod
+    def from_teacher(cls, teacher: Denoiser) -> Self:
+        """Return a network that starts from the weights of `teacher`.
+
+        A denoiser then computes what the teacher does and ignores its condition; a discriminator
+        has the teacher's encoder.
+        """
+        network = cls(teacher.shape, sigma_data=teacher.sigma_data, any_size=teacher.any_size)
+        copy = _copy_widened if hasattr(network, "unet") else _copy_branches
+        copy(network, teacher.state_dict())
+        return network
+
+
+class ControlledDenoiser(Preconditioned, Conditional):
     """The published conditional network: a second encoder reads the condition.
 
     Its bottleneck and skips are blended into the main path by learned weights that start at 0.
@@ -221,13 +237,6 @@ class ControlledDenoiser(Preconditioned):
         )
         return self.unscaled(x, sigma, self.dec(main, control, noise, labels))
 
-    @classmethod
-    def from_teacher(cls, teacher: Denoiser) -> Self:
-        """Return a network that computes what `teacher` does and ignores its condition."""
-        network = cls(teacher.shape, sigma_data=teacher.sigma_data, any_size=teacher.any_size)
-        _copy_branches(network, teacher)
-        return network
-
 
 class ConcatUNet(UNet):
     """A U-Net that reads the condition as extra channels and a second noise embedding."""
@@ -243,7 +252,7 @@ class ConcatUNet(UNet):
         return mp_sum(self.embed(noise, labels), extra, self.condition_weight)
 
 
-class ConcatDenoiser(Preconditioned):
+class ConcatDenoiser(Preconditioned, Conditional):
     """A light conditional network: one U-Net, the condition concatenated to its input.
 
     About half the cost of ControlledDenoiser; the one that suits a CPU.
@@ -270,15 +279,8 @@ class ConcatDenoiser(Preconditioned):
         views = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
         return self.unscaled(x, sigma, self.unet(torch.cat(views, dim=1), embedding))
 
-    @classmethod
-    def from_teacher(cls, teacher: Denoiser) -> Self:
-        """Return a network that computes what `teacher` does and ignores its condition."""
-        network = cls(teacher.shape, sigma_data=teacher.sigma_data, any_size=teacher.any_size)
-        _copy_widened(network, teacher.state_dict())
-        return network
 
-
-class ControlledDiscriminator(Network):
+class ControlledDiscriminator(Conditional):
     """The published discriminator: two encoders, concatenated, pooled, one linear layer."""
 
     def __init__(
@@ -306,15 +308,8 @@ class ControlledDiscriminator(Network):
         logits: Tensor = self.out_conv(pooled)
         return logits.squeeze(1)
 
-    @classmethod
-    def from_teacher(cls, teacher: Denoiser) -> Self:
-        """Return a discriminator whose encoders are those of `teacher`."""
-        network = cls(teacher.shape, sigma_data=teacher.sigma_data, any_size=teacher.any_size)
-        _copy_branches(network, teacher)
-        return network
 
-
-class ConcatDiscriminator(Network):
+class ConcatDiscriminator(Conditional):
     """The light discriminator: one encoder, the condition concatenated to its input."""
 
     def __init__(
@@ -342,17 +337,10 @@ class ConcatDiscriminator(Network):
         logits: Tensor = self.out_conv(last.float().mean((2, 3)))
         return logits.squeeze(1)
 
-    @classmethod
-    def from_teacher(cls, teacher: Denoiser) -> Self:
-        """Return a discriminator whose encoder starts from that of `teacher`."""
-        network = cls(teacher.shape, sigma_data=teacher.sigma_data, any_size=teacher.any_size)
-        _copy_widened(network, teacher.state_dict())
-        return network
 
-
-def _copy_branches(network: nn.Module, teacher: Denoiser) -> None:
-    """Start every branch of a two-encoder network from the U-Net of `teacher`."""
-    state, source = network.state_dict(), teacher.state_dict()
+def _copy_branches(network: Network, source: dict[str, Tensor]) -> None:
+    """Start every branch of a two-encoder network from a teacher's U-Net."""
+    state = network.state_dict()
     for name in state:
         branch, _, rest = name.partition(".")
         twin = f"unet.{rest}" if branch in ("enc", "ctrl", "dec") else name
