@@ -540,14 +540,19 @@ def _fit(path: Path, x: Tensor, prior: Prior) -> Tensor:
     return fitted
 
 
-def _load(name: str, device: str | None) -> tuple[Prior, torch.device]:
-    """Load a prior and say where and how it computes."""
+def _find_device(device: str | None) -> torch.device:
+    """Return the device that was asked for, else the best there is; ValueError if unusable."""
     name_of_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        where = torch.empty(0, device=name_of_device).device
+        return torch.empty(0, device=name_of_device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device must be usable here, got {device!r}: {reason}") from None
+
+
+def _load(name: str, device: str | None) -> tuple[Prior, torch.device]:
+    """Load a prior and say where and how it computes."""
+    where = _find_device(device)
     prior = load_prior(name, device=where)
     network = getattr(prior, "network", None)
     dtypes = (
@@ -623,6 +628,9 @@ Microbatch = Annotated[
     int | None, typer.Option("--microbatch", help="Most images of a process in one pass.")
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="Stop at a checkpoint after this.")]
+Shard = Annotated[
+    bool, typer.Option("--fsdp", help="Spread the networks over the processes, to fit larger ones.")
+]
 
 
 @app.command()
@@ -634,17 +642,20 @@ def train(
     batch_size: Batch = None,
     microbatch: Microbatch = None,
     seconds: Seconds = float("inf"),
+    shard: Shard = False,
 ) -> None:
     """Train a diffusion teacher; the same command goes on after a stop.
 
-    Runs on one process, or on many under `accelerate launch` or `torchrun`.
+    Runs on one process, or on many under `accelerate launch` or `torchrun`; --fsdp, or
+    `accelerate launch --use_fsdp`, shards the networks over them.
     """
     from ncvsd_inverse.distill import TeacherRun
     from ncvsd_inverse.distill.presets import load_teacher_config
 
     changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch}
     settings = replace(load_teacher_config(config), **_given(changes))
-    _train(TeacherRun(settings, _read_training_data(data, settings), out), data, seconds)
+    pictures = _read_training_data(data, settings)
+    _train(TeacherRun(settings, pictures, out, shard=shard), data, seconds)
 
 
 @app.command()
@@ -659,10 +670,12 @@ def distill(
     batch_size: Batch = None,
     microbatch: Microbatch = None,
     seconds: Seconds = float("inf"),
+    shard: Shard = False,
 ) -> None:
     """Distil a teacher into a generative denoiser; the same command goes on after a stop.
 
-    Runs on one process, or on many under `accelerate launch` or `torchrun`.
+    Runs on one process, or on many under `accelerate launch` or `torchrun`; --fsdp, or
+    `accelerate launch --use_fsdp`, shards the networks over them.
     """
     from ncvsd_inverse.distill import DistillRun, load_teacher
     from ncvsd_inverse.distill.presets import load_distill_config
@@ -670,7 +683,55 @@ def distill(
     changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch}
     settings = replace(load_distill_config(config), **_given(changes))
     pictures = _read_training_data(data, settings)
-    _train(DistillRun(settings, pictures, out, load_teacher(teacher)), data, seconds)
+    run = DistillRun(settings, pictures, out, load_teacher(teacher), shard=shard)
+    _train(run, data, seconds)
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Zip, folder or dataset folder of pictures.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Zip of latents to write.")],
+    vae: Annotated[
+        str | None,
+        typer.Option("--vae", help="A name on Hugging Face or a folder; stabilityai/sd-vae-ft-mse"),
+    ] = None,
+    size: Annotated[int, typer.Option("--size", help="Side that pictures are brought to.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch", help="Pictures at a time.")] = 8,
+    labels: Annotated[
+        bool, typer.Option("--labels/--no-labels", help="Write the classes of the pictures too.")
+    ] = True,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store float16, in half the room of float32.")
+    ] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", help="Processes that decode pictures; 0: none besides.")
+    ] = 2,
+    device: Device = None,
+) -> None:
+    """Encode pictures to latents of the Stable Diffusion VAE, to train the imagenet512 presets on.
+
+    Pictures are resized to cover a square and cropped around the centre. DST appears when it is
+    whole.
+    """
+    from ncvsd_inverse.distill.latents import SD_VAE, encode_images
+
+    encoded = encode_images(
+        source,
+        target,
+        vae=vae or SD_VAE,
+        size=size,
+        batch_size=batch_size,
+        labels=labels,
+        half=half,
+        workers=workers,
+        device=_find_device(device),
+        progress=sys.stderr.isatty(),
+    )
+    typer.echo(f"{target}: {encoded.images} latents, {encoded.num_classes} classes")
+    for name in encoded.skipped:
+        typer.echo(f"skipped {name}")
 
 
 def _given(changes: dict[str, int | None]) -> dict[str, Any]:
@@ -687,6 +748,7 @@ def _read_training_data(source: Path, settings: "TrainConfig") -> "TrainingData"
         source,
         crop=side if settings.any_size else None,
         resolution=None if settings.any_size else side,
+        channels=settings.network.image_channels,
         flip=settings.flip,
         labels=settings.network.num_classes > 0,
     )
@@ -698,6 +760,7 @@ def _train(run: "TeacherRun | DistillRun", source: Path, seconds: float) -> None
 
     if not run.accelerator.is_main_process:
         run.run(seconds=seconds)
+        run.accelerator.wait_for_everyone()
         return
     typer.echo(
         f"{run.folder}: {run.accelerator.num_processes} process(es) on {run.device}, "
@@ -710,6 +773,8 @@ def _train(run: "TeacherRun | DistillRun", source: Path, seconds: float) -> None
     stem = save_run_prior(run, source.name)
     state = "finished" if done else "stopped, the same command goes on"
     typer.echo(f"{state} after {run.images_seen} images; load_prior('{stem}')")
+    # A process that ended before would take the others with it.
+    run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

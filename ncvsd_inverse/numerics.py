@@ -37,6 +37,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the rows of `tensor` that this process holds: all, unless it is spread (DTensor)."""
+    to_local = getattr(tensor, "to_local", None)  # importing DTensor to ask would take long
+    part: Tensor = tensor if to_local is None else to_local()
+    return part
+
+
 def draw_normal(like: Tensor, generator: Generators = None) -> Tensor:
     """Draw standard normals of the shape, dtype and device of `like`, (B, ...).
 

@@ -1,6 +1,5 @@
-"""The trainer: losses at their optima, exact resume, and distillation of a known posterior."""
+"""The trainer: losses at their optima and exact resume."""
 
-import itertools
 import json
 import math
 
@@ -27,62 +26,10 @@ from ncvsd_inverse.distill.losses import (
 from ncvsd_inverse.distill.watch import picture_grid
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
 from ncvsd_inverse.networks import UNetShape
-from ncvsd_inverse.networks.magnitude import FourierFeatures
-from ncvsd_inverse.priors import GaussianMixturePrior, NCVSDPrior
+from ncvsd_inverse.priors import GaussianMixturePrior
 from ncvsd_inverse.priors.views import combine_views
 
 TINY = UNetShape(resolution=8, channels=(16, 16), blocks=1, attention=(), patch=2)
-
-
-class PointNetwork(nn.Module):
-    """A conditional network on points, images of shape (2, 1, 1); one output is a logit."""
-
-    def __init__(self, outputs=2, width=128, sigma_data=1.0):
-        super().__init__()
-        self.sigma_data, self.outputs = sigma_data, outputs
-        self.fourier = FourierFeatures(32)
-        self.layers = nn.Sequential(
-            nn.Linear(4 + 64 + 2, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, outputs),
-        )
-        self.uncertainty = nn.Linear(32, 1)
-        nn.init.zeros_(self.uncertainty.weight)
-        nn.init.zeros_(self.uncertainty.bias)
-
-    def log_variance(self, sigma):
-        return self.uncertainty(self.fourier(sigma.log() / 4)).reshape(-1, 1, 1, 1)
-
-    def forward(self, x, sigma, condition, condition_sigma, labels=None):
-        s, levels = self.sigma_data, torch.stack([sigma, condition_sigma], 1)
-        scale = (levels**2 + s**2).rsqrt()
-        views = [x.flatten(1) * scale[:, :1], condition.flatten(1) * scale[:, 1:]]
-        noise = (levels.log() / 4).unbind(1)
-        features = [*views, self.fourier(noise[0]), self.fourier(noise[1]), levels.log() / 4]
-        out = self.layers(torch.cat(features, 1))
-        if self.outputs == 1:
-            return out.squeeze(1)
-        skip, gain = s**2 * scale[:, :1] ** 2, sigma[:, None] * s * scale[:, :1]
-        return (skip * x.flatten(1) + gain * out).reshape(x.shape)
-
-
-class Points:
-    """Training data drawn from a prior, as a run asks for it."""
-
-    def __init__(self, prior):
-        self.prior = prior
-
-    image_shape = (2, 1, 1)
-    num_classes = 0
-
-    def batches(self, start, size, *, seed, rows=None):
-        for number in itertools.count(start):
-            source = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            yield Batch(self.prior.draw(size, generator=source)[rows or slice(None)], None)
 
 
 def mixture():
@@ -91,13 +38,6 @@ def mixture():
         [torch.diag(torch.tensor(v)) for v in ([0.10, 0.20], [0.20, 0.10], [0.15, 0.15])]
     )
     return GaussianMixturePrior(torch.tensor([0.3, 0.3, 0.4]), means, covariances)
-
-
-def sliced_wasserstein(a, b, directions=64):
-    """2-Wasserstein distance of samples (N, 2), averaged in the square over directions."""
-    angle = torch.arange(directions) * math.pi / directions
-    axes = torch.stack([angle.cos(), angle.sin()])
-    return float(((a @ axes).sort(0).values - (b @ axes).sort(0).values).square().mean().sqrt())
 
 
 def small_images(num=20, seed=0):
@@ -329,56 +269,12 @@ def test_losses_vanish_at_the_known_optimum():
     assert all(torch.allclose(half, torch.full((64,), math.log(2))) for half in halves)
 
 
-@pytest.mark.slow
-def test_a_mixture_is_distilled_to_its_known_posterior(tmp_path):
-    """One call of the distilled network follows the exact posterior of a 2-D mixture."""
-    prior, gamma = mixture(), 0.414
-    torch.manual_seed(0)
-    networks = (PointNetwork(), PointNetwork(), PointNetwork(outputs=1, width=64))
-    config = DistillConfig(
-        network=TINY,  # not used: the networks are given
-        images=512 * 4000,
-        batch_size=512,
-        learning_rate=3e-3,
-        decay_steps=500.0,
-        generator_rate=0.5,
-        sigma_data=1.0,
-        sigma_min=0.05,
-        sigma_max=10.0,
-        t_mean=-0.5,
-        t_std=1.0,
-        ema_stds=(0.1,),
-    )
-    run = DistillRun(config, Points(prior), tmp_path, prior.denoise, networks=networks)
-    assert run.run(checkpoint_every=10_000, log_every=10_000)
-    student = NCVSDPrior(run.averaged("generator"), image_shape=(2, 1, 1), gamma=gamma)
-
-    source = torch.Generator().manual_seed(1)
-    for sigma in (0.6, 1.0, 3.0):
-        images = prior.draw(4000, generator=source)
-        y = images + sigma * torch.randn(images.shape, generator=source)
-        mean = prior.denoise(y, sigma)
-        draws = student.sample(y, sigma, generator=source)
-        ratio = float((draws - images).square().mean() / (mean - images).square().mean())
-        # 2 for the posterior, 1 for its mean; a run of this length was seen to end in 1.84 to 2.03.
-        assert 1.75 < ratio < 2.25, f"posterior ratio {ratio:.2f} at sigma {sigma}"
-
-        distances = []
-        for one in y[:6]:
-            views = one.expand(2000, -1, -1, -1)
-            drawn = student.sample(views, sigma, generator=source).flatten(1)
-            exact = prior.sample(views, sigma, generator=source).flatten(1)
-            distances.append(sliced_wasserstein(drawn, exact) / float(exact.std(0).mean()))
-        # A sampler that returned the mean would be about 1 posterior std away; 0.3 was seen.
-        assert sum(distances) / 6 < 0.45, f"distances {distances} at sigma {sigma}"
-
-
-def test_pictures_of_a_run_can_be_drawn_at_any_time(tmp_path):
+@pytest.mark.parametrize("gamma", [0.414, 0.0])
+def test_pictures_of_a_run_can_be_drawn_at_any_time(tmp_path, gamma):
     images = small_images().images(torch.arange(4))
     teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
-    student = DistillRun(
-        distill_config(), small_images(), tmp_path / "student", teacher.averaged("teacher")
-    )
+    config = distill_config(gamma=gamma)
+    student = DistillRun(config, small_images(), tmp_path / "student", teacher.averaged("teacher"))
     before = parameters(student)
     for run, rows in ((teacher, 1 + 2 * 4 + 1), (student, 1 + 3 * 4 + 3)):
         grid = picture_grid(run, images)

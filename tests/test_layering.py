@@ -33,6 +33,7 @@ STRANGERS = {
 HEAVY = {
     "accelerate",
     "deepinv",
+    "diffusers",
     "kornia",
     "lpips",
     "matplotlib",

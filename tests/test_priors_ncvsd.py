@@ -277,7 +277,7 @@ def test_bad_zeta_is_refused(zeta):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gamma": 0.0}, "gamma must be positive"),
+        ({"gamma": -0.1}, "gamma must be non-negative"),
         ({"sigma_min": 0.0}, "sigma_min must be positive"),
         ({"sigma_max": math.inf}, "sigma_max must be positive and finite"),
         ({"sigma_min": 90.0}, "sigma_min must be below sigma_max"),

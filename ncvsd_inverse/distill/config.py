@@ -1,8 +1,9 @@
 """Settings of a training run, checked when made; they must not know how a run proceeds."""
 
+import json
 import math
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, get_args
 
@@ -50,7 +51,7 @@ class TrainConfig:
         ema_stds: relative stds of the averaged weights that are kept, power-function EMA.
         any_size: whether the networks take images of any size that their levels divide; then
             they train on random crops of `network.resolution`.
-        flip: whether images are mirrored left to right at random.
+        flip: whether images are mirrored left to right at random; false for latents.
         microbatch: most images of a process in one pass, for machines with little memory; the
             gradients of a batch add up over the passes. None: all at once.
         precision: dtype of the network passes, weights and optimiser stay float32; "auto" is
@@ -136,10 +137,35 @@ class TrainConfig:
         """Return plain data, JSON-able."""
         return asdict(self)
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the settings that have a default, as read from JSON.
+
+        They hold for a run that was started before a setting existed.
+        """
+        known = (entry for entry in fields(cls) if entry.default is not MISSING)
+        values = {entry.name: entry.default for entry in known}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
 
 @dataclass(frozen=True)
 class TeacherConfig(TrainConfig):
-    """Settings of a teacher's training by denoising (EDM)."""
+    """Settings of a teacher's training by denoising (EDM).
+
+    Attributes:
+        dropout: probability that a value within a residual block is dropped in training, in
+            [0, 1). What is dropped follows from the seed, the step and the process, so a resumed
+            run takes the same steps; a run cut into other microbatches or over other processes
+            drops other values and is the same in law only.
+    """
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not check_non_negative("dropout", self.dropout) < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True)

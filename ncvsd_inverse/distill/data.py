@@ -1,7 +1,8 @@
 """Training images, in memory or streamed; it must not know what is trained on them.
 
-Batch number n is always the same for one seed and batch size, whether the run was resumed, and
-whichever process asks for whichever rows of it.
+They are pictures, or latents that stand for pictures (see `latents.py`). Batch number n is always
+the same for one seed and batch size, whether the run was resumed, and whichever process asks for
+whichever rows of it.
 """
 
 import itertools
@@ -17,22 +18,52 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ncvsd_inverse.checks import check_count, check_non_negative
-from ncvsd_inverse.distill.sources import ImageFiles, open_images, read_pixels, read_size
+from ncvsd_inverse.distill.latents import draw_latents
+from ncvsd_inverse.distill.sources import (
+    LATENT_CHANNELS,
+    Faults,
+    ImageFiles,
+    open_images,
+    read_moments,
+    read_pixels,
+    read_size,
+)
 from ncvsd_inverse.numerics import make_generators
 
 _ORDER_STREAM = 1
+_LATENT_STREAM = 3
 _THREADS = 8
-_NAMED = 5
-_USABLE_PER_FAULT = 100
 
 Value = TypeVar("Value")
+
+
+class _Kind(NamedTuple):
+    """How images of a kind are read.
+
+    Attributes:
+        read: reads one, by its number and size, as float32 or uint8 (V, H, W).
+        values: V, the values of a pixel.
+        dtype: their dtype.
+        channels: channels of a batch.
+        name: what they are called.
+    """
+
+    read: Callable[[ImageFiles, int, tuple[int, int]], Tensor]
+    values: int
+    dtype: torch.dtype
+    channels: int
+    name: str
+
+
+_PICTURES = _Kind(read_pixels, 3, torch.uint8, 3, "pictures")
+_LATENTS = _Kind(read_moments, 2 * LATENT_CHANNELS, torch.float32, LATENT_CHANNELS, "latents")
 
 
 class Batch(NamedTuple):
     """Images to train on.
 
     Attributes:
-        images: float32 (B, C, H, W) in [-1, 1].
+        images: float32 (B, C, H, W): pictures in [-1, 1], or latents of std 0.5.
         labels: one-hot classes, float32 (B, K); None without labels.
     """
 
@@ -72,11 +103,13 @@ class _Draws(NamedTuple):
         indices: which images.
         corners: where crops lie, (top, left) as shares of the room there is, in [0, 1).
         mirrored: which images are mirrored, (B,).
+        places: where in the endless sequence each image stands.
     """
 
     indices: list[int]
     corners: list[tuple[float, float]]
     mirrored: Tensor
+    places: list[int]
 
 
 class _Order:
@@ -111,7 +144,17 @@ class _Order:
         (source,) = make_generators([(self.seed, _ORDER_STREAM, number, 1)])
         mirrored = (torch.rand(self.size, generator=source) < 0.5) & self.flip
         corners = torch.rand(self.size, 2, generator=source)
-        return _Draws(indices[self.rows].tolist(), corners[self.rows].tolist(), mirrored[self.rows])
+        return _Draws(
+            indices[self.rows].tolist(),
+            corners[self.rows].tolist(),
+            mirrored[self.rows],
+            places[self.rows].tolist(),
+        )
+
+    def draw_latents(self, moments: list[Tensor], places: list[int]) -> Tensor:
+        """Draw latents from their means and stds, each (8, H, W), anew at each place."""
+        keys = [(self.seed, _LATENT_STREAM, place) for place in places]
+        return draw_latents(torch.stack(moments), make_generators(keys))
 
     def _shuffle(self, epoch: int) -> Tensor:
         if self._shuffled[0] != epoch:
@@ -180,11 +223,14 @@ class _ShuffledImages(ABC):
 
     @abstractmethod
     def _load(self, order: _Order, start: int) -> Iterator[tuple[Tensor, list[int]]]:
-        """Yield batches from `start` on, uint8 (B, C, H, W), and which images are in them."""
+        """Yield batches from `start` on, and which images are in them.
+
+        Pictures are uint8 (B, C, H, W) as yet, latents float32 as they are trained on.
+        """
 
     def _finish(self, loaded: Iterator[tuple[Tensor, list[int]]]) -> Iterator[Batch]:
-        for pixels, indices in loaded:
-            yield Batch(_to_floats(pixels), self._one_hot(indices))
+        for x, indices in loaded:
+            yield Batch(_to_floats(x) if x.dtype == torch.uint8 else x, self._one_hot(indices))
 
     def _one_hot(self, indices: list[int]) -> Tensor | None:
         if self.labels is None:
@@ -238,13 +284,15 @@ class ImageData(_ShuffledImages):
 
         Raises:
             ValueError: also if a single image cannot be used: figures of held-out images must
-                not depend on which of them could be read.
+                not depend on which of them could be read; and if the source holds latents.
         """
         files = open_images(source)
-        faults = _Faults(files, allowed=0)
+        if files.latents:
+            raise ValueError(f"{files.source} must hold pictures, got latents")
+        faults = Faults(files, allowed=0)
         sizes = _measure(files, None, faults)
         _check_one_size(files, sizes)
-        return _decode(files, sizes, faults)
+        return ImageData(_decode(files, sizes, faults, crop=None))
 
     def images(self, indices: Tensor) -> Tensor:
         """Return images by number, whole, as float32 in [-1, 1], shape (B, C, H, W).
@@ -267,8 +315,49 @@ class ImageData(_ShuffledImages):
             yield _mirror(pixels, draws.mirrored), draws.indices
 
 
+class LatentData(_ShuffledImages):
+    """Latents in memory: each visit draws a latent anew from its means and stds.
+
+    Args:
+        moments: means, then stds of the latents' entries, float32 (N, 8, H, W), as a VAE gives
+            them.
+        labels: class numbers, int64 (N,); None without labels.
+        num_classes: number of classes; None: one more than the largest label.
+
+    Attributes:
+        skipped: names of the latents that could not be used; the next good one stands in for each.
+
+    Raises:
+        ValueError: if shapes, dtype or labels are not as stated.
+    """
+
+    def __init__(
+        self, moments: Tensor, *, labels: Tensor | None = None, num_classes: int | None = None
+    ) -> None:
+        channels = 2 * LATENT_CHANNELS
+        if moments.dtype != torch.float32 or moments.ndim != 4 or moments.shape[1] != channels:
+            raise ValueError(
+                f"moments must be float32 of shape (N, {channels}, H, W), "
+                f"got {moments.dtype} {tuple(moments.shape)}"
+            )
+        super().__init__(
+            len(moments),
+            (LATENT_CHANNELS, moments.shape[2], moments.shape[3]),
+            flip=False,
+            labels=labels,
+            num_classes=_check_labels(labels, len(moments), num_classes),
+        )
+        self.moments = moments
+
+    def _load(self, order: _Order, start: int) -> Iterator[tuple[Tensor, list[int]]]:
+        for number in itertools.count(start):
+            draws = order.draw(number)
+            moments = [self.moments[index] for index in draws.indices]
+            yield order.draw_latents(moments, draws.places), draws.indices
+
+
 class StreamedData(_ShuffledImages):
-    """Images that are decoded when they are needed, by worker processes; `read_data` makes it.
+    """Images or latents that worker processes decode when they are needed; `read_data` makes it.
 
     Attributes:
         skipped: names of the images that could not be used, as far as is known by now; the next
@@ -279,7 +368,7 @@ class StreamedData(_ShuffledImages):
         self,
         files: ImageFiles,
         sizes: Tensor,
-        faults: "_Faults",
+        faults: Faults,
         *,
         crop: int | None,
         flip: bool,
@@ -289,7 +378,11 @@ class StreamedData(_ShuffledImages):
     ) -> None:
         height, width = (crop, crop) if crop else sizes.amax(0).tolist()
         super().__init__(
-            len(sizes), (3, height, width), flip=flip, labels=labels, num_classes=num_classes
+            len(sizes),
+            (_kind(files).channels, height, width),
+            flip=flip,
+            labels=labels,
+            num_classes=num_classes,
         )
         self.skipped = faults.names()
         self.crop = crop
@@ -310,16 +403,16 @@ class StreamedData(_ShuffledImages):
             generator=torch.Generator(),
         )
         # Only the loop holds the loader's iterator, so the workers end when it does.
-        for pixels, indices, broken in loader:
+        for x, indices, broken in loader:
             self._faults.add(broken)
             self.skipped = self._faults.names()
-            yield pixels, indices
+            yield x, indices
 
 
 class _Decoded(NamedTuple):
-    """Rows of a batch: uint8 pixels (B, 3, H, W), which images, and what could not be decoded."""
+    """Rows of a batch as `_load` yields them, which images, and what could not be decoded."""
 
-    pixels: Tensor
+    x: Tensor
     indices: list[int]
     broken: dict[int, str]
 
@@ -338,6 +431,7 @@ class _Decoder(Dataset[_Decoded]):
 
     def __getitem__(self, number: int) -> _Decoded:
         draws = self.order.draw(number)
+        read = _kind(self.files).read
         images: list[Tensor] = []
         indices: list[int] = []
         broken: dict[int, str] = {}
@@ -347,7 +441,7 @@ class _Decoder(Dataset[_Decoded]):
                 if height == 0 or index in broken:
                     continue
                 try:
-                    images.append(read_pixels(self.files, index, (height, width)))
+                    images.append(read(self.files, index, (height, width)))
                 except ValueError as error:
                     broken[index] = str(error)
                     if len(broken) > self.allowed:
@@ -355,8 +449,11 @@ class _Decoder(Dataset[_Decoded]):
                 else:
                     indices.append(index)
                     break
-        pixels = _mirror(_cut(images, draws.corners, self.crop), draws.mirrored)
-        return _Decoded(pixels, indices, broken)
+        if self.files.latents:
+            x = self.order.draw_latents(images, draws.places)
+        else:
+            x = _mirror(_cut(images, draws.corners, self.crop), draws.mirrored)
+        return _Decoded(x, indices, broken)
 
 
 def read_data(
@@ -365,15 +462,21 @@ def read_data(
     crop: int | None = None,
     flip: bool = True,
     resolution: int | None = None,
+    channels: int | None = None,
     labels: bool = False,
     memory_gib: float = 4.0,
     workers: int = 2,
-) -> ImageData | StreamedData:
+) -> ImageData | LatentData | StreamedData:
     """Read training images: into memory if they fit there, else streamed by worker processes.
 
     Both give the same batches. Images become RGB, whatever they were. An image that cannot be
     decoded, or is smaller than `crop`, is skipped: the next good one stands in for it, and its
     name is found in `skipped`.
+
+    A folder or zip of latents (of .npy files, as `ncvsd encode` writes them) gives batches of
+    latents, each drawn anew at each visit. They are taken whole and as they are: `crop` and `flip`
+    must be off, as the mirrored latent is not the latent of the mirrored picture. To train on
+    mirrored pictures too, encode these as well.
 
     Args:
         source: a folder of image files, sub-folders included; a zip of them (EDM's layout); or a
@@ -383,6 +486,7 @@ def read_data(
             images are taken whole and must have one size.
         flip: whether images are mirrored left to right with probability 1/2.
         resolution: side that images must have (with `crop`: that squares must have); None: any.
+        channels: what the network takes: 3 for pictures, 4 for latents; None: any.
         labels: whether classes are read: from dataset.json or the first sub-folder's name, or
             from the column `label`.
         memory_gib: memory for decoded images in each training process, GiB, >= 0.
@@ -392,7 +496,8 @@ def read_data(
     Raises:
         ImportError: if a Hugging Face dataset is given and the package datasets is missing.
         ValueError: if there are no images, more than 1% of them cannot be used, sizes are not as
-            they must be, or a label is missing; the message names images.
+            they must be, a label is missing (the message names images), or an option does not fit
+            what there is.
     """
     for name, side in (("crop", crop), ("resolution", resolution)):
         if side is not None:
@@ -400,9 +505,10 @@ def read_data(
     check_non_negative("memory_gib", memory_gib)
     check_count("workers", workers, least=0)
     files = open_images(source)
+    _check_kind(files, crop, flip, channels)
     numbers, num_classes = files.read_labels() if labels else (None, 0)
     classes = None if numbers is None else torch.tensor(numbers)
-    faults = _Faults(files, allowed=len(files.names) // _USABLE_PER_FAULT)
+    faults = Faults(files)
     sizes = _measure(files, crop, faults)
     if crop is None:
         _check_one_size(files, sizes)
@@ -412,61 +518,59 @@ def read_data(
             f"images in {files.source} must be {resolution} x {resolution} pixels "
             f"(the resolution), got {height} x {width}"
         )
-    if 3 * int(sizes.prod(1).sum()) <= memory_gib * 2**30:
-        return _decode(
-            files, sizes, faults, crop=crop, flip=flip, labels=classes, num_classes=num_classes
+    kind = _kind(files)
+    if kind.values * kind.dtype.itemsize * int(sizes.prod(1).sum()) > memory_gib * 2**30:
+        return StreamedData(
+            files,
+            sizes,
+            faults,
+            crop=crop,
+            flip=flip,
+            labels=classes,
+            num_classes=num_classes,
+            workers=workers,
         )
-    return StreamedData(
-        files,
-        sizes,
-        faults,
-        crop=crop,
-        flip=flip,
-        labels=classes,
-        num_classes=num_classes,
-        workers=workers,
-    )
+    images = _decode(files, sizes, faults, crop=crop)
+    if classes is not None:
+        classes = classes[_stand_ins(faults)]
+    data: ImageData | LatentData
+    if files.latents and isinstance(images, Tensor):
+        data = LatentData(images, labels=classes, num_classes=num_classes)
+    else:
+        data = ImageData(images, crop=crop, flip=flip, labels=classes, num_classes=num_classes)
+    data.skipped = faults.names()
+    return data
 
 
-class _Faults:
-    """The images of a source that cannot be used, and why; ValueError when they are too many.
+def _kind(files: ImageFiles) -> _Kind:
+    return _LATENTS if files.latents else _PICTURES
 
-    Args:
-        files: the image files.
-        allowed: how many may be unusable.
-    """
 
-    def __init__(self, files: ImageFiles, *, allowed: int) -> None:
-        self.files = files
-        self.allowed = allowed
-        self.reasons: dict[int, str] = {}
-
-    def add(self, reasons: dict[int, str]) -> None:
-        """Note images by number; ValueError that names some if there are now too many."""
-        self.reasons |= reasons
-        if len(self.reasons) > self.allowed:
-            some = sorted(self.reasons)[:_NAMED]
-            named = "; ".join(f"{self.files.names[index]}: {self.reasons[index]}" for index in some)
-            raise ValueError(
-                f"at most {self.allowed} of the {len(self.files.names)} images in "
-                f"{self.files.source} may be unusable, got {len(self.reasons)}: {named}"
-                + ("; ..." if len(self.reasons) > len(some) else "")
+def _check_kind(files: ImageFiles, crop: int | None, flip: bool, channels: int | None) -> None:
+    """ValueError unless the images of a source can be used as they are wanted."""
+    kind = _kind(files)
+    if channels not in (None, kind.channels):
+        raise ValueError(
+            f"channels (network.image_channels) must be {kind.channels} for {files.source}, "
+            f"which holds {kind.name}, got {channels}"
+            + (
+                "; `ncvsd encode` turns pictures into latents"
+                if channels == LATENT_CHANNELS
+                else ""
             )
-
-    def names(self) -> list[str]:
-        """Return the names of the images that cannot be used."""
-        return [self.files.names[index] for index in sorted(self.reasons)]
-
-    def stand_ins(self) -> Tensor:
-        """Return, for every image, itself or the next one that can be used, (N,)."""
-        num = len(self.files.names)
-        chosen = torch.arange(num)
-        for bad in self.reasons:
-            chosen[bad] = next(i for i in _in_turn(bad, num) if i not in self.reasons)
-        return chosen
+        )
+    if files.latents and crop is not None:
+        raise ValueError(
+            f"crop must be None (any_size false) for the latents in {files.source}, got {crop}"
+        )
+    if files.latents and flip:
+        raise ValueError(
+            f"flip must be false for {files.source}: "
+            "a mirrored latent is not the latent of the mirrored picture"
+        )
 
 
-def _measure(files: ImageFiles, crop: int | None, faults: _Faults) -> Tensor:
+def _measure(files: ImageFiles, crop: int | None, faults: Faults) -> Tensor:
     """Return height and width of every image from the headers, (N, 2); 0 if it cannot be used."""
 
     def measure(index: int) -> tuple[int, int] | str:
@@ -499,51 +603,49 @@ def _check_one_size(files: ImageFiles, sizes: Tensor) -> None:
 
 
 def _decode(
-    files: ImageFiles,
-    sizes: Tensor,
-    faults: _Faults,
-    *,
-    crop: int | None = None,
-    flip: bool = True,
-    labels: Tensor | None = None,
-    num_classes: int | None = None,
-) -> ImageData:
-    """Decode all images into one block of memory."""
+    files: ImageFiles, sizes: Tensor, faults: Faults, *, crop: int | None
+) -> Tensor | list[Tensor]:
+    """Decode all images into one block of memory; others stand in for those that cannot be used.
+
+    Returns:
+        Whole images as one tensor (N, V, H, W), or with `crop` a list of (V, H, W).
+    """
+    kind = _kind(files)
     # Whole images become one tensor, in which those that cannot be used take their room too.
     room = (sizes if crop else sizes.amax(0).expand_as(sizes)).tolist()
-    store = torch.empty(sum(3 * height * width for height, width in room), dtype=torch.uint8)
-    slots = torch.split(store, [3 * height * width for height, width in room])
+    lengths = [kind.values * height * width for height, width in room]
+    store = torch.empty(sum(lengths), dtype=kind.dtype)
+    slots = torch.split(store, lengths)
 
     def decode(index: int) -> str | None:
         if index in faults.reasons:
             return None
         height, width = room[index]
         try:
-            pixels = read_pixels(files, index, (height, width))
+            values = kind.read(files, index, (height, width))
         except ValueError as error:
             return str(error)
-        slots[index].copy_(pixels.flatten())
+        slots[index].copy_(values.flatten())
         return None
 
     found = _in_threads(decode, len(room))
     faults.add({index: reason for index, reason in enumerate(found) if reason is not None})
-    stand_ins = faults.stand_ins()
-    images: Tensor | list[Tensor]
-    if crop is None:
-        images = store.view(-1, 3, *room[0])
-        for bad in faults.reasons:
-            images[bad] = images[stand_ins[bad]]
-    else:
-        images = [slots[index].view(3, *room[index]) for index in stand_ins.tolist()]
-    data = ImageData(
-        images,
-        crop=crop,
-        flip=flip,
-        labels=None if labels is None else labels[stand_ins],
-        num_classes=num_classes,
-    )
-    data.skipped = faults.names()
-    return data
+    stand_ins = _stand_ins(faults)
+    if crop is not None:
+        return [slots[index].view(kind.values, *room[index]) for index in stand_ins.tolist()]
+    images = store.view(-1, kind.values, *room[0])
+    for bad in faults.reasons:
+        images[bad] = images[stand_ins[bad]]
+    return images
+
+
+def _stand_ins(faults: Faults) -> Tensor:
+    """Return, for every image, itself or the next one that can be used, (N,)."""
+    num = len(faults.files.names)
+    chosen = torch.arange(num)
+    for bad in faults.reasons:
+        chosen[bad] = next(i for i in _in_turn(bad, num) if i not in faults.reasons)
+    return chosen
 
 
 def _in_threads(function: Callable[[int], Value], num: int) -> list[Value]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.numerics import local_part
+
 
 def power_exponent(std: float) -> float:
     """Return the exponent of the power-function profile whose relative std is `std`.
@@ -37,8 +39,8 @@ class PowerEMA:
         """Take in the parameters after optimiser step number `step`, the first being 1."""
         for std, average in self.averages.items():
             keep = (1 - 1 / step) ** (self._exponents[std] + 1)
-            targets: list[Tensor] = list(average.parameters())
-            sources: list[Tensor] = [source.detach() for source in module.parameters()]
+            targets = [local_part(target) for target in average.parameters()]
+            sources = [local_part(source.detach()) for source in module.parameters()]
             torch._foreach_lerp_(targets, sources, 1 - keep)
 
     def state_dict(self) -> dict[str, Tensor]:

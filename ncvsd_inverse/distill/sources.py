@@ -1,6 +1,7 @@
 """Image files of a folder, a zip or a Hugging Face dataset; it must not know what is made of them.
 
-Nothing is ever unpacked to disk, so names inside an archive are only names.
+The files of a folder or a zip can be latents instead, as `ncvsd encode` writes them. Nothing is
+ever unpacked to disk, so names inside an archive are only names, and no file runs code.
 """
 
 import io
@@ -8,15 +9,25 @@ import json
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ncvsd_inverse.images import MAX_PIXELS, SUFFIXES, read_image
 
-_LABELS_FILE = "dataset.json"
+LATENT_CHANNELS = 4
+"""Channels of a latent; its file holds as many means and then as many stds."""
+
+LABELS_FILE = "dataset.json"
+LATENT_SUFFIX = ".npy"
+
+_USABLE_PER_FAULT = 100
+_NAMED = 5
+_NPY_HEADER_BYTES = 4096
 _ORIENTATION = 0x0112
 _QUARTER_TURNS = {5, 6, 7, 8}
 
@@ -31,6 +42,11 @@ class ImageFiles(ABC):
 
     source: Path
     names: list[str]
+
+    @property
+    def latents(self) -> bool:
+        """Whether the files are latents; else they are pictures."""
+        return _is_latent(self.names[0])
 
     @abstractmethod
     def open(self, index: int) -> BinaryIO:
@@ -61,12 +77,12 @@ class _NamedFiles(ImageFiles):
             described = dict(json.loads(content)["labels"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{_LABELS_FILE} in {self.source} must hold {{"labels": [[name, label], ...]}}: '
+                f'{LABELS_FILE} in {self.source} must hold {{"labels": [[name, label], ...]}}: '
                 f"{error}"
             ) from error
         if missing := [name for name in self.names if name not in described]:
             raise ValueError(
-                f"{_LABELS_FILE} in {self.source} must label every image, "
+                f"{LABELS_FILE} in {self.source} must label every image, "
                 f"got none for {len(missing)}, {missing[0]} among them"
             )
         return _count_classes([described[name] for name in self.names], self)
@@ -76,7 +92,7 @@ class _NamedFiles(ImageFiles):
         for name in self.names:
             if len(parts := PurePosixPath(name).parts) < 2:
                 raise ValueError(
-                    f"labels of {self.source} must come from {_LABELS_FILE} or from sub-folders, "
+                    f"labels of {self.source} must come from {LABELS_FILE} or from sub-folders, "
                     f"got {name} in neither"
                 )
             folders.append(parts[0])
@@ -86,12 +102,12 @@ class _NamedFiles(ImageFiles):
 
 
 class FolderImages(_NamedFiles):
-    """Every image file below a folder."""
+    """Every image file, or file of a latent, below a folder."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
         self.names = sorted(
-            path.relative_to(source).as_posix() for path in source.rglob("*") if _is_image(path)
+            path.relative_to(source).as_posix() for path in source.rglob("*") if _is_wanted(path)
         )
 
     def open(self, index: int) -> BinaryIO:
@@ -99,12 +115,12 @@ class FolderImages(_NamedFiles):
         return (self.source / self.names[index]).open("rb")
 
     def _read_labels_file(self) -> bytes | None:
-        path = self.source / _LABELS_FILE
+        path = self.source / LABELS_FILE
         return path.read_bytes() if path.exists() else None
 
 
 class ZipImages(_NamedFiles):
-    """Every image file in a zip archive, whose layout is free (EDM's serves).
+    """Every image file, or file of a latent, in a zip archive of any layout (EDM's serves).
 
     Raises:
         ValueError: if the file is no whole zip archive.
@@ -116,7 +132,7 @@ class ZipImages(_NamedFiles):
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{source} must be a whole zip archive: {error}") from error
         self.source = source
-        self.names = sorted({name for name in self._archive.namelist() if _is_image(Path(name))})
+        self.names = sorted({name for name in self._archive.namelist() if _is_wanted(Path(name))})
 
     def __reduce__(self) -> tuple[type["ZipImages"], tuple[Path]]:
         return ZipImages, (self.source,)  # an open file does not travel; it is opened again
@@ -126,13 +142,13 @@ class ZipImages(_NamedFiles):
         return cast("BinaryIO", self._archive.open(self.names[index]))
 
     def _read_labels_file(self) -> bytes | None:
-        if _LABELS_FILE not in self._archive.namelist():
+        if LABELS_FILE not in self._archive.namelist():
             return None
         try:
-            return self._archive.read(_LABELS_FILE)
+            return self._archive.read(LABELS_FILE)
         # zipfile says that a file is damaged, encrypted or compressed in an unknown way.
         except (zipfile.BadZipFile, RuntimeError) as error:
-            raise ValueError(f"{_LABELS_FILE} in {self.source} cannot be read: {error}") from error
+            raise ValueError(f"{LABELS_FILE} in {self.source} cannot be read: {error}") from error
 
 
 class DatasetImages(ImageFiles):
@@ -203,7 +219,7 @@ def open_images(source: str | Path) -> ImageFiles:
 
     Raises:
         ImportError: if a Hugging Face dataset is given and the package datasets is missing.
-        ValueError: if there is no such folder or archive, or it holds no images.
+        ValueError: if there is no such folder or archive, or it holds no images, or latents too.
     """
     path = Path(source)
     if not path.exists():
@@ -216,32 +232,88 @@ def open_images(source: str | Path) -> ImageFiles:
     else:
         files = FolderImages(path)
     if not files.names:
-        raise ValueError(f"{path} must hold images ({', '.join(SUFFIXES)}), got none")
+        raise ValueError(
+            f"{path} must hold images ({', '.join(SUFFIXES)}) or latents ({LATENT_SUFFIX}), "
+            "got neither"
+        )
+    if other := [name for name in files.names if _is_latent(name) != files.latents]:
+        raise ValueError(
+            f"{path} must hold images or latents ({LATENT_SUFFIX}), "
+            f"got both: {files.names[0]} and {other[0]}"
+        )
     return files
 
 
+class Faults:
+    """The images of a source that cannot be used, and why; ValueError when they are too many.
+
+    Args:
+        files: the image files.
+        allowed: how many may be unusable; None: 1%.
+    """
+
+    def __init__(self, files: ImageFiles, *, allowed: int | None = None) -> None:
+        self.files = files
+        self.allowed = len(files.names) // _USABLE_PER_FAULT if allowed is None else allowed
+        self.reasons: dict[int, str] = {}
+
+    def add(self, reasons: dict[int, str]) -> None:
+        """Note images by number; ValueError that names some if there are now too many."""
+        self.reasons |= reasons
+        if len(self.reasons) > self.allowed:
+            some = sorted(self.reasons)[:_NAMED]
+            named = "; ".join(f"{self.files.names[index]}: {self.reasons[index]}" for index in some)
+            raise ValueError(
+                f"at most {self.allowed} of the {len(self.files.names)} images in "
+                f"{self.files.source} may be unusable, got {len(self.reasons)}: {named}"
+                + ("; ..." if len(self.reasons) > len(some) else "")
+            )
+
+    def names(self) -> list[str]:
+        """Return the names of the images that cannot be used."""
+        return [self.files.names[index] for index in sorted(self.reasons)]
+
+
 def read_size(files: ImageFiles, index: int) -> tuple[int, int]:
-    """Return height and width of an image, as its header gives them.
+    """Return height and width of an image or a latent, as its header gives them.
 
     Raises:
         ValueError: if it has no readable header or is too large to read; the reason alone.
     """
-    from PIL import Image
-
+    measure = _read_latent_header if files.latents else _read_picture_header
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with files.open(index) as file, Image.open(file) as picture:
-                width, height = picture.size
-                # Pillow would decode a whole PNG to find an orientation that is not in its header.
-                if picture.format != "PNG" or "exif" in picture.info:
-                    turned = picture.getexif().get(_ORIENTATION) in _QUARTER_TURNS
-                    width, height = (height, width) if turned else (width, height)
+        with files.open(index) as file:
+            height, width = measure(file)
     except Exception as error:
         raise ValueError(_reason(error)) from error
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"{height} x {width} pixels, allowed are 1 to {MAX_PIXELS}")
     return height, width
+
+
+def _read_picture_header(file: BinaryIO) -> tuple[int, int]:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as picture:
+            width, height = picture.size
+            # Pillow would decode a whole PNG to find an orientation that is not in its header.
+            if picture.format != "PNG" or "exif" in picture.info:
+                turned = picture.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+                width, height = (height, width) if turned else (width, height)
+    return height, width
+
+
+def _read_latent_header(file: BinaryIO) -> tuple[int, int]:
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"version {version} of the format, only (1, 0) is read")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    channels = 2 * LATENT_CHANNELS
+    if dtype not in (np.float16, np.float32) or len(shape) != 3 or shape[0] != channels:
+        raise ValueError(f"{dtype} {shape}, a latent is float16 or float32 ({channels}, H, W)")
+    return shape[1], shape[2]
 
 
 def read_pixels(files: ImageFiles, index: int, size: tuple[int, int]) -> Tensor:
@@ -272,6 +344,37 @@ def read_pixels(files: ImageFiles, index: int, size: tuple[int, int]) -> Tensor:
     return x.add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
+def read_moments(files: ImageFiles, index: int, size: tuple[int, int]) -> Tensor:
+    """Read a latent's file.
+
+    Args:
+        files: the latents.
+        index: which of them.
+        size: height and width that its header gave.
+
+    Returns:
+        The means, then the stds of the latent's entries, float32, shape (8, H, W).
+
+    Raises:
+        ValueError: if it cannot be read, or means and stds are none; the reason alone.
+    """
+    try:
+        with files.open(index) as file:
+            # What a damaged file has beyond its values is not read into memory.
+            content = io.BytesIO(file.read(_NPY_HEADER_BYTES + 8 * LATENT_CHANNELS * prod(size)))
+        came = _read_latent_header(content)
+        content.seek(0)
+        values = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception as error:
+        raise ValueError(_reason(error)) from error
+    if came != size:
+        raise ValueError(f"{size[0]} x {size[1]} pixels before, now {came[0]} x {came[1]}")
+    moments = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    if not bool(moments.isfinite().all()) or float(moments[LATENT_CHANNELS:].min()) < 0:
+        raise ValueError("means that are not finite, or stds that are not, or are below 0")
+    return moments
+
+
 def _reason(error: Exception) -> str:
     """Return why an image cannot be read, in a few words."""
     from PIL import UnidentifiedImageError
@@ -280,8 +383,12 @@ def _reason(error: Exception) -> str:
     return "no picture" if isinstance(cause, UnidentifiedImageError) else str(cause)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def _is_wanted(path: Path) -> bool:
+    return path.suffix.lower() in (*SUFFIXES, LATENT_SUFFIX) and not path.name.startswith(".")
+
+
+def _is_latent(name: str) -> bool:
+    return name.lower().endswith(LATENT_SUFFIX)
 
 
 def _is_saved_dataset(folder: Path) -> bool:

@@ -47,12 +47,14 @@ class Draw(NamedTuple):
 
 
 class DistillRun(Run[DistillConfig]):
-    """NCVSD distillation: score model, discriminator and generator, a step of each in turn.
+    """NCVSD distillation: generator, score model and discriminator, a step of each in turn.
 
-    The three steps share one batch of images, y and generated images. Each step's loss is a
-    function of (image, y, generated image) whose law is the same in all three, so each gradient
-    has the mean that it would have on a batch of its own, and the images are generated once. t
-    and eps are drawn anew in each step.
+    The three steps share one batch of images, y and generated images; t and eps are drawn anew in
+    each. Each step's loss is a function of (image, y, generated image) whose law is the same in all
+    three, and the generator goes first: no network has then seen the batch before its own gradient
+    is taken, so each gradient has the law that it would have on a batch of its own. Score model and
+    discriminator see draws of the generator as it was before its step; with separate batches they
+    would see those after.
 
     Args:
         config: the settings.
@@ -62,6 +64,7 @@ class DistillRun(Run[DistillConfig]):
         networks: generator, score model and discriminator to start from, for teachers that are
             not a `Denoiser`; by default all start from the teacher's weights.
         accelerator: the processes and device to run on; None: accelerate's defaults.
+        shard: whether the networks are spread over the processes (FSDP), see `Run`.
 
     Attributes:
         generator: the network that is distilled.
@@ -80,8 +83,9 @@ class DistillRun(Run[DistillConfig]):
         *,
         networks: tuple[nn.Module, nn.Module, nn.Module] | None = None,
         accelerator: "Accelerator | None" = None,
+        shard: bool = False,
     ) -> None:
-        super().__init__(config, data, folder, accelerator=accelerator)
+        super().__init__(config, data, folder, accelerator=accelerator, shard=shard)
         torch.manual_seed(config.seed)
         if networks is None:
             if not isinstance(teacher, Denoiser):
@@ -89,10 +93,7 @@ class DistillRun(Run[DistillConfig]):
             _check_shapes(teacher, config)
             networks = _start_networks(config.kind, teacher)
         if isinstance(teacher, Network):
-            teacher.to(self.device).eval().requires_grad_(False)
-            teacher.compute_dtype = config.compute_dtype
-            if config.compile:
-                teacher.compile()
+            self.add_frozen(teacher)
         self.teacher = teacher
         self.generator, self.score, self.discriminator = networks
         rate = config.generator_rate
@@ -103,17 +104,17 @@ class DistillRun(Run[DistillConfig]):
         self._levels = torch.tensor(levels, device=self.device)
 
     def train_step(self, micros: list[Micro]) -> None:
-        """Take a step of the score model, of the discriminator and of the generator."""
+        """Take a step of the generator, of the score model and of the discriminator."""
         adversarial = self.images_seen >= self.config.adversarial_images
         # One microbatch keeps its graph for the generator's step; more are generated again.
         once = len(micros) == 1
         with torch.set_grad_enabled(once):
             draws = [self._draw(micro) for micro in micros]
         pairs = list(zip(micros, draws, strict=True))
+        self.descend("generator", self._generator_losses(pairs, adversarial, once))
         self.descend("score", self._score_losses(pairs))
         if adversarial:
             self.descend("discriminator", self._discriminator_losses(pairs))
-        self.descend("generator", self._generator_losses(pairs, adversarial, once))
 
     def _draw(self, micro: Micro) -> Draw:
         """Draw a noise level and noise for each image and generate from its noisy view."""

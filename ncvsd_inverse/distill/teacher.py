@@ -1,6 +1,7 @@
 """Training of a teacher by denoising; it must not know what the teacher is for."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,13 @@ from ncvsd_inverse.distill.losses import denoising_loss
 from ncvsd_inverse.distill.trainer import CHECKPOINT, Micro, Run, log_variance, with_labels
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import Denoiser, constrain_weights_
+from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors.zoo import load_network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_DROPOUT_STREAM = 4
 
 
 def load_teacher(source: str | Path) -> Denoiser:
@@ -50,11 +54,16 @@ def load_teacher(source: str | Path) -> Denoiser:
         network = load_network(source)
     if not isinstance(network, Denoiser):
         raise ValueError(f"teacher must be a denoiser, got {type(network).__name__} in {source}")
-    return network
+    return network.eval()
 
 
 def _new_teacher(config: TeacherConfig) -> Denoiser:
-    return Denoiser(config.network, sigma_data=config.sigma_data, any_size=config.any_size)
+    return Denoiser(
+        config.network,
+        sigma_data=config.sigma_data,
+        any_size=config.any_size,
+        dropout=config.dropout,
+    )
 
 
 class TeacherRun(Run[TeacherConfig]):
@@ -66,6 +75,7 @@ class TeacherRun(Run[TeacherConfig]):
         folder: where the run lives; an existing run there is resumed.
         network: the teacher to train; None: a `Denoiser` as configured.
         accelerator: the processes and device to run on; None: accelerate's defaults.
+        shard: whether the network is spread over the processes (FSDP), see `Run`.
 
     Attributes:
         network: the teacher.
@@ -82,15 +92,28 @@ class TeacherRun(Run[TeacherConfig]):
         *,
         network: nn.Module | None = None,
         accelerator: "Accelerator | None" = None,
+        shard: bool = False,
     ) -> None:
-        super().__init__(config, data, folder, accelerator=accelerator)
+        super().__init__(config, data, folder, accelerator=accelerator, shard=shard)
         torch.manual_seed(config.seed)
         self.network = network or _new_teacher(config)
         self._network = self.add("teacher", self.network, average=True)
 
     def train_step(self, micros: list[Micro]) -> None:
         """Take one denoising step."""
-        self.descend("teacher", self._losses(micros))
+        with self._seeded_dropout():
+            self.descend("teacher", self._losses(micros))
+
+    @contextmanager
+    def _seeded_dropout(self) -> Iterator[None]:
+        """Make what is dropped follow from seed, step and process, and leave no trace."""
+        key = (self.config.seed, _DROPOUT_STREAM, self.step, self.accelerator.process_index)
+        (source,) = make_generators([key])
+        devices = [self.device] if self.device.type == "cuda" else []
+        # Dropout draws from the random state that all share, and takes no generator.
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(source.initial_seed())
+            yield
 
     def _losses(self, micros: list[Micro]) -> Iterator[Tensor]:
         for micro in micros:

@@ -22,9 +22,19 @@ from ncvsd_inverse.distill.checkpoint import read_checkpoint, write_checkpoint, 
 from ncvsd_inverse.distill.config import TrainConfig
 from ncvsd_inverse.distill.data import Batch, TrainingData
 from ncvsd_inverse.distill.ema import PowerEMA, combination_weights
+from ncvsd_inverse.distill.shards import (
+    average_whole_gradients_,
+    gather,
+    make_hollow,
+    make_mesh,
+    optimizer_groups,
+    shard_,
+    share_first_,
+    split_like,
+)
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
 from ncvsd_inverse.networks import Network, constrain_weights_, project_gradients_
-from ncvsd_inverse.numerics import draw_normal, make_generators
+from ncvsd_inverse.numerics import draw_normal, local_part, make_generators
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,6 +101,9 @@ class Run(ABC, Generic[Config]):
         folder: where the run lives; an existing run there is resumed.
         accelerator: the processes and device to run on; None: one made with its defaults, which
             follow `accelerate launch` or `torchrun`.
+        shard: whether weights, gradients, averages and optimiser states are spread over the
+            processes (FSDP) instead of repeated in each (DDP); `accelerate launch --use_fsdp`
+            asks for it too. Files are the same either way.
     """
 
     def __init__(
@@ -100,8 +113,10 @@ class Run(ABC, Generic[Config]):
         folder: str | Path,
         *,
         accelerator: "Accelerator | None" = None,
+        shard: bool = False,
     ) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import parse_flag_from_env
 
         self.config = config
         self.data = data
@@ -119,12 +134,16 @@ class Run(ABC, Generic[Config]):
         self._rates: dict[str, float] = {}
         self._skips_in_row: dict[str, int] = {}
         self._sums: dict[str, list[float]] = {}
+        self._hollow: dict[str, nn.Module] = {}
         processes = self.accelerator.num_processes
         if config.batch_size % processes:
             raise ValueError(
                 f"batch_size must be a multiple of the number of processes, {processes}, "
                 f"got {config.batch_size}"
             )
+        # The flag is how accelerate's launcher and configuration ask, on any device.
+        shard = (shard or parse_flag_from_env("ACCELERATE_USE_FSDP")) and processes > 1
+        self._mesh = make_mesh(self.device, processes) if shard else None
 
     def add(
         self, name: str, module: nn.Module, *, rate: float = 1.0, average: bool = False
@@ -144,13 +163,32 @@ class Run(ABC, Generic[Config]):
         self.modules[name] = module
         self._rates[name] = rate
         self.skipped[name] = self._skips_in_row[name] = 0
+        if self._mesh is not None:
+            share_first_(module)
         if average:
             self.averages[name] = PowerEMA(module, self.config.ema_stds)
-        if self.config.compile:
-            module.compile()
-        self.optimizers[name] = torch.optim.Adam(module.parameters(), betas=self.config.betas)
-        ready: Callable[..., Tensor] = self.accelerator.prepare_model(module)
+        ready: Callable[..., Tensor] = module
+        if self._mesh is None:
+            if self.config.compile:
+                module.compile()
+            ready = self.accelerator.prepare_model(module)
+        else:
+            self._hollow[name] = make_hollow(module)
+            for twin in self.averages[name].averages.values() if average else ():
+                shard_(twin, self._mesh)
+            shard_(module, self._mesh, compiles=self.config.compile)
+        groups = module.parameters() if self._mesh is None else optimizer_groups(module)
+        self.optimizers[name] = torch.optim.Adam(groups, betas=self.config.betas)
         return ready
+
+    def add_frozen(self, network: Network) -> None:
+        """Make a network that is not trained ready for passes, in place."""
+        network.to(self.device).eval().requires_grad_(False)
+        network.compute_dtype = self.config.compute_dtype
+        if self._mesh is not None:
+            shard_(network, self._mesh, compiles=self.config.compile)
+        elif self.config.compile:
+            network.compile()
 
     @abstractmethod
     def train_step(self, micros: list[Micro]) -> None:
@@ -195,10 +233,7 @@ class Run(ABC, Generic[Config]):
         while self.images_seen < self.config.images:
             if self._agree(time.monotonic() - started >= seconds):
                 break
-            self.train_step(self._micros(next(batches)))
-            self.step += 1
-            for name, average in self.averages.items():
-                average.update(self.modules[name], self.step)
+            self.advance(next(batches))
             if self.step % log_every == 0:
                 now = time.monotonic()
                 self._log(log_every * self.config.batch_size / (now - ticked), on_log)
@@ -211,6 +246,17 @@ class Run(ABC, Generic[Config]):
                     on_checkpoint()
         self.save()
         return self.images_seen >= self.config.images
+
+    def advance(self, batch: Batch) -> None:
+        """Take one iteration: a step of every module, then of the averages.
+
+        Args:
+            batch: this process's rows of a batch.
+        """
+        self.train_step(self._micros(batch))
+        self.step += 1
+        for name, average in self.averages.items():
+            average.update(self.modules[name], self.step)
 
     def descend(self, name: str, losses: Iterator[Tensor]) -> None:
         """Take one optimiser step of module `name`.
@@ -229,11 +275,14 @@ class Run(ABC, Generic[Config]):
         for loss in losses:
             total += loss.detach().double().sum()
             torch.autograd.backward(loss.sum() * scale)
-        total = self.accelerator.reduce(total, "sum") / config.batch_size
-        value = float(total)
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if self._mesh is not None:
+            average_whole_gradients_(module, self.accelerator)
+        gradients = [local_part(p.grad) for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not (math.isfinite(value) and bool(torch.isfinite(norm))):
+        # All processes must see the same figures, or some would skip a step that others take.
+        figures = self.accelerator.reduce(torch.stack([total, norm.double()]), "sum").tolist()
+        value = figures[0] / config.batch_size
+        if not all(math.isfinite(figure) for figure in figures):
             self._skip(name, value)
             return
         self._skips_in_row[name] = 0
@@ -241,7 +290,8 @@ class Run(ABC, Generic[Config]):
         if config.loss_scale != 1:
             torch._foreach_div_(gradients, config.loss_scale)
         project_gradients_(module)
-        optimizer.param_groups[0]["lr"] = self._rates[name] * self.learning_rate()
+        for group in optimizer.param_groups:
+            group["lr"] = self._rates[name] * self.learning_rate()
         optimizer.step()
         constrain_weights_(module)
 
@@ -259,17 +309,26 @@ class Run(ABC, Generic[Config]):
     def averaged(self, name: str, std: float | None = None) -> nn.Module:
         """Return a copy of module `name` with averaged weights, ready for use.
 
+        Where weights are spread over processes, no process has them all: the average is then that
+        of the last checkpoint.
+
         Args:
             name: the module.
             std: relative std of the average, in (0, 0.2887): a configured one, or any other,
                 which is put together from the snapshots; the smallest configured if None.
 
         Raises:
-            CheckpointError: if `std` is not configured and the run has no snapshots.
+            CheckpointError: if `std` is not configured and the run has no snapshots, or if weights
+                are spread and it has no checkpoint.
         """
         configured = self.averages[name].averages
         std = min(configured) if std is None else std
-        if std in configured:
+        if self._mesh is not None:
+            module = copy.deepcopy(self._hollow[name])
+            stored = self._stored if std in configured else self._combined
+            module.load_state_dict(stored(name, std), assign=True)
+            module.to(self.device)
+        elif std in configured:
             module = copy.deepcopy(configured[std])
         else:
             module = copy.deepcopy(configured[min(configured)])
@@ -279,12 +338,14 @@ class Run(ABC, Generic[Config]):
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
+        state = _prefixed("module", {k: m.state_dict() for k, m in self.modules.items()})
+        state |= _prefixed("average", {k: a.state_dict() for k, a in self.averages.items()})
+        for name, module in self.modules.items():
+            moments = self.optimizers[name].state
+            numbered = {i: moments.get(p, {}) for i, p in enumerate(module.parameters())}
+            state |= _prefixed(f"optimizer.{name}", numbered)
+        state = self._whole(state)
         if self.accelerator.is_main_process:
-            state = _prefixed("module", {k: m.state_dict() for k, m in self.modules.items()})
-            state |= _prefixed("average", {k: a.state_dict() for k, a in self.averages.items()})
-            for name, optimizer in self.optimizers.items():
-                moments = optimizer.state_dict()["state"]
-                state |= _prefixed(f"optimizer.{name}", moments)
             header = {"step": self.step, "skipped": self.skipped, "config": self.describe()}
             write_checkpoint(self.folder / CHECKPOINT, state, header)
         self.accelerator.wait_for_everyone()
@@ -295,16 +356,12 @@ class Run(ABC, Generic[Config]):
         state, header = read_checkpoint(path)
         try:
             for name, module in self.modules.items():
-                module.load_state_dict(_part(state, f"module.{name}."))
+                stored = _part(state, f"module.{name}.")
+                module.load_state_dict(split_like(stored, module.state_dict()))
+                _load_moments(self.optimizers[name], module, _part(state, f"optimizer.{name}."))
             for name, average in self.averages.items():
-                average.load_state_dict(_part(state, f"average.{name}."))
-            for name, optimizer in self.optimizers.items():
-                moments: dict[int, dict[str, Tensor]] = {}
-                for key, value in _part(state, f"optimizer.{name}.").items():
-                    index, _, entry = key.partition(".")
-                    moments.setdefault(int(index), {})[entry] = value
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+                stored = _part(state, f"average.{name}.")
+                average.load_state_dict(split_like(stored, average.state_dict()))
             self.step = int(header["step"])
             self.skipped = {name: int(header["skipped"][name]) for name in self.modules}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -362,7 +419,7 @@ class Run(ABC, Generic[Config]):
             path = self.folder / "config.json"
             mine = json.loads(json.dumps(self.describe()))
             if path.exists():
-                theirs = json.loads(path.read_text(encoding="utf-8"))
+                theirs = self.config.defaults() | json.loads(path.read_text(encoding="utf-8"))
                 # How long and in what pieces a run computes may change; what it computes may not.
                 free = {"images", "microbatch", "compile"}
                 changed = {k for k in mine | theirs if mine.get(k) != theirs.get(k)} - free
@@ -404,14 +461,26 @@ class Run(ABC, Generic[Config]):
                 on_log(line)
 
     def _snapshot(self) -> None:
-        if self.accelerator.is_main_process and self.averages:
+        averages = {name: average.state_dict() for name, average in self.averages.items()}
+        state = self._whole(_prefixed("average", averages))
+        if self.accelerator.is_main_process and averages:
             (self.folder / SNAPSHOTS).mkdir(exist_ok=True)
-            averages = {name: average.state_dict() for name, average in self.averages.items()}
             write_checkpoint(
                 self.folder / SNAPSHOTS / f"{self.step:08d}.safetensors",
-                {k: v.half() for k, v in _prefixed("average", averages).items()},
+                {k: v.half() for k, v in state.items()},
                 {"step": self.step},
             )
+
+    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return named tensors as one process alone would hold them, on the main process."""
+        if self._mesh is None:
+            return state
+        return gather(state, keep=self.accelerator.is_main_process)
+
+    def _stored(self, name: str, std: float) -> dict[str, Tensor]:
+        """Return the state of module `name` averaged with a configured std, from the checkpoint."""
+        state, _ = read_checkpoint(self.folder / CHECKPOINT)
+        return _part(state, f"average.{name}.{std}.")
 
     def _combined(self, name: str, std: float) -> dict[str, Tensor]:
         """Return the state of module `name` averaged with another std, from the snapshots."""
@@ -434,6 +503,21 @@ class Run(ABC, Generic[Config]):
             parts = torch.stack([state[key].float() for _, _, state in stored])
             combined[key] = torch.tensordot(torch.tensor(weights), parts, dims=1)
         return combined
+
+
+def _load_moments(
+    optimizer: torch.optim.Optimizer, module: nn.Module, state: Mapping[str, Tensor]
+) -> None:
+    """Restore the state of each parameter of `module`, named by its number."""
+    optimizer.state.clear()
+    for index, parameter in enumerate(module.parameters()):
+        moments = _part(state, f"{index}.")
+        like = {entry: parameter.detach() for entry in moments if entry != "step"}
+        parts = split_like(moments, like)
+        for entry in like:
+            parts[entry] = torch.empty_like(like[entry]).copy_(parts[entry])
+        if parts:
+            optimizer.state[parameter] = parts
 
 
 def _prefixed(prefix: str, groups: Mapping[Any, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.distill.config import TrainConfig
+from ncvsd_inverse.distill.latents import decode_latents, load_vae
+from ncvsd_inverse.distill.sources import LATENT_CHANNELS
 from ncvsd_inverse.distill.student import DistillRun
 from ncvsd_inverse.distill.teacher import TeacherRun
 from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser
@@ -21,14 +23,19 @@ from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, save_prior
 PICTURES = "pictures"
 SIGMAS = (0.2, 0.5, 1.0, 2.0)
 COLUMNS = 8
+LATENT_SIDE = 128
+"""Longest side of a picture that a latent stands for, as it is shown, pixels."""
 
 
 class Watcher:
     """Callbacks of a run that show how it goes.
 
+    Latents are shown as the pictures that they stand for if diffusers and its VAE are on this
+    machine; else there are no pictures, which is said once.
+
     Args:
         run: the run to watch; its folder gets `tensorboard/` and `pictures/`.
-        images: a few training images to add noise to, shape (N, C, H, W), in [-1, 1].
+        images: a few training images to add noise to, shape (N, C, H, W), as trained on.
     """
 
     def __init__(self, run: TeacherRun | DistillRun, images: Tensor) -> None:
@@ -36,6 +43,9 @@ class Watcher:
 
         self.run = run
         self.images = images[:COLUMNS]
+        self._decode: Callable[[Tensor], Tensor] | None = _keep
+        if images.shape[1] == LATENT_CHANNELS:
+            self._decode = _latent_decoder(run.device)
         self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.images_seen)
         self._advance: Callable[[dict[str, float]], None] = lambda line: None
 
@@ -48,7 +58,9 @@ class Watcher:
 
     def on_checkpoint(self) -> None:
         """Draw the picture grid of the current averages."""
-        grid = picture_grid(self.run, self.images)
+        if self._decode is None:
+            return
+        grid = picture_grid(self.run, self.images, decode=self._decode)
         folder = self.run.folder / PICTURES
         folder.mkdir(exist_ok=True)
         _write_picture(folder / f"{self.run.images_seen:09d}.png", grid)
@@ -90,13 +102,41 @@ class Watcher:
                 self._writer.close()
 
 
+def _keep(x: Tensor) -> Tensor:
+    return x
+
+
+def _latent_decoder(device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Return what makes small pictures of latents, None (and say why) where there is no VAE."""
+    from rich.console import Console
+
+    try:
+        vae = load_vae(device=device, download=False)
+    except (ImportError, ValueError) as error:
+        Console(stderr=True).print(f"no pictures of latents: {error}", soft_wrap=True)
+        return None
+
+    def decode(latents: Tensor) -> Tensor:
+        pictures = decode_latents(vae, latents)
+        return torch.nn.functional.avg_pool2d(pictures, -(-max(pictures.shape[2:]) // LATENT_SIDE))
+
+    return decode
+
+
 @torch.no_grad()
-def picture_grid(run: TeacherRun | DistillRun, images: Tensor) -> Tensor:
+def picture_grid(
+    run: TeacherRun | DistillRun, images: Tensor, *, decode: Callable[[Tensor], Tensor] = _keep
+) -> Tensor:
     """Return the pictures of a run, shape (C, height, width), in [-1, 1].
 
     Rows: the images; for each of `SIGMAS` the noisy images and what the network makes of them
     (two draws of a student, the mean of a teacher); images generated from fixed noise (by a
     student in 1, 2 and 4 steps, by a teacher in 35).
+
+    Args:
+        run: the run, whose averaged network is shown.
+        images: training images, shape (N, C, H, W), as trained on.
+        decode: makes pictures in [-1, 1] of images (M, C, H, W).
     """
     from torchvision.utils import make_grid
 
@@ -127,7 +167,7 @@ def picture_grid(run: TeacherRun | DistillRun, images: Tensor) -> Tensor:
             u = images + sigma * eps
             rows += [u, teacher.denoise(u, sigma)]
         rows.append(teacher.generate(len(images), seed=0, size=size))
-    pictures = torch.cat(rows).clamp(-1, 1)
+    pictures = decode(torch.cat(rows)).clamp(-1, 1)
     grid: Tensor = make_grid(pictures, nrow=len(images), padding=2, pad_value=1.0)
     return grid.cpu()
 

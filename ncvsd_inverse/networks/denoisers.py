@@ -20,6 +20,7 @@ from ncvsd_inverse.networks.magnitude import (
     normalize_weights_,
 )
 from ncvsd_inverse.networks.unet import (
+    Block,
     Embedding,
     UNetShape,
     decode,
@@ -128,13 +129,28 @@ class UNet(Embedding):
 
 
 class Denoiser(Preconditioned):
-    """A teacher: the denoiser D(x, sigma) = E[x0 | x] over EDM2's U-Net."""
+    """A teacher: the denoiser D(x, sigma) = E[x0 | x] over EDM2's U-Net.
+
+    Args:
+        shape: widths and depths.
+        sigma_data: std of the images, image units.
+        any_size: True if the network takes images of any size that its levels divide.
+        dropout: probability that a value within a block is dropped in training, in [0, 1).
+    """
 
     def __init__(
-        self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
+        self,
+        shape: UNetShape,
+        *,
+        sigma_data: float = 0.5,
+        any_size: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
         self.unet = UNet(shape, self.patch_channels, self.patch_channels)
+        for block in self.unet.modules():
+            if isinstance(block, Block):
+                block.dropout = dropout
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Denoise `x` (B, C, H, W) of noise std `sigma` (B,); the shape and dtype of x."""

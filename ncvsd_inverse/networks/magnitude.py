@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.numerics import local_part
+
 EPS = 1e-4
 SILU_RMS = 0.596
 """Root mean square of silu(x) for standard normal x."""
@@ -102,9 +104,10 @@ def _mp_convs(module: nn.Module) -> list[MPConv]:
 def normalize_weights_(module: nn.Module) -> None:
     """Bring every filter of every MPConv in `module` to unit root mean square, in place."""
     for layer in _mp_convs(module):
-        flat = layer.weight.flatten(1)
-        norm: Tensor = torch.linalg.vector_norm(flat, dim=1) / math.sqrt(flat.shape[1])
-        layer.weight.data /= (EPS + norm).reshape(-1, *[1] * (layer.weight.ndim - 1))
+        weight = local_part(layer.weight.data)
+        filters = tuple(range(1, weight.ndim))  # kept in place: flattened they would be copied
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=filters, keepdim=True)
+        weight /= EPS + norm / math.sqrt(math.prod(weight.shape[1:]))
 
 
 @torch.no_grad()
@@ -117,9 +120,10 @@ def project_gradients_(module: nn.Module) -> None:
     for layer in _mp_convs(module):
         if layer.weight.grad is None:
             continue
-        weight, grad = layer.weight.flatten(1), layer.weight.grad.flatten(1)
-        along = (weight * grad).sum(1) / weight.square().sum(1)
-        layer.weight.grad -= along.reshape(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight
+        weight, grad = local_part(layer.weight), local_part(layer.weight.grad)
+        filters = tuple(range(1, weight.ndim))
+        along = (weight * grad).sum(filters, keepdim=True)
+        grad.addcmul_(weight, along / weight.square().sum(filters, keepdim=True), value=-1)
 
 
 @torch.no_grad()

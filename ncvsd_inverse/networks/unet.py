@@ -83,6 +83,10 @@ class Block(nn.Module):
         decodes: True for a decoder block (no pixel norm, skip convolution after the residual).
         resample: "keep", "down" (2x2 mean) or "up" (nearest).
         head_channels: channels of an attention head; 0 for no attention.
+
+    Attributes:
+        dropout: probability that a value is dropped between the convolutions, in [0, 1); 0 unless
+            set, and without effect outside training.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Block(nn.Module):
         self.decodes = decodes
         self.resample = resample
         self.heads = out_channels // head_channels if head_channels else 0
+        self.dropout = 0.0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if not decodes else in_channels, out_channels, 3)
         self.emb_linear = MPConv(embedding_channels, out_channels, 0)
@@ -120,7 +125,10 @@ class Block(nn.Module):
             x = pixel_norm(self.conv_skip(x) if self.conv_skip else x)
         gain = self.emb_linear(embedding) * self.emb_gain.to(embedding.dtype) + 1
         y = self.conv_res0(mp_silu(x))
-        y = self.conv_res1(mp_silu(y * gain[:, :, None, None].to(y.dtype)))
+        y = mp_silu(y * gain[:, :, None, None].to(y.dtype))
+        if self.training and self.dropout:
+            y = nn.functional.dropout(y, self.dropout)
+        y = self.conv_res1(y)
         if self.decodes and self.conv_skip:
             x = self.conv_skip(x)
         x = mp_sum(x, y, RESIDUAL_WEIGHT)

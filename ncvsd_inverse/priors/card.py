@@ -22,7 +22,7 @@ class PriorCard:
         kind: "ncvsd" (a distilled network) or "diffusion" (a teacher, sampled by diffusion).
         network: configuration that `networks.build_network` takes.
         image_shape: the one image shape (C, H, W) it takes, or None when any size works.
-        gamma: how far an "ncvsd" prior raises the noise level, > 0; None for "diffusion".
+        gamma: how far an "ncvsd" prior raises the noise level, >= 0; None for "diffusion".
         sigma_min: smallest trained noise std, > 0, image units.
         sigma_max: largest trained noise std, image units.
         sha256: SHA-256 of the weights file, 64 lower-case hexadecimal digits.
@@ -68,7 +68,7 @@ class PriorCard:
                 f"sigma_min must be below sigma_max = {self.sigma_max}, got {self.sigma_min}"
             )
         if self.kind == "ncvsd":
-            _check_positive_number("gamma", self.gamma)
+            _check_positive_number("gamma", self.gamma, or_zero=True)
         elif self.gamma is not None:
             raise ValueError(f"gamma must be null for kind 'diffusion', got {self.gamma!r}")
         digits = set(string.hexdigits.lower())
@@ -125,10 +125,11 @@ def _check_mapping(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an object, got {value!r}")
 
 
-def _check_positive_number(name: str, value: object) -> None:
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (numeric and math.isfinite(value) and value > 0):  # type: ignore[arg-type,operator]
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+def _check_positive_number(name: str, value: object, *, or_zero: bool = False) -> None:
+    number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
+    if not (math.isfinite(number) and (number > 0 or (or_zero and number == 0))):
+        wanted = "a positive finite number" + (" or 0" if or_zero else "")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _check_image_shape(value: object) -> None:

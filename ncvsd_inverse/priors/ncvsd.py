@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_level
+from ncvsd_inverse.checks import check_non_negative
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
 from ncvsd_inverse.priors.card import PriorCard
@@ -43,7 +43,8 @@ class NCVSDPrior(NetworkPrior):
             stds (B,) and one-hot labels (B, K) or None.
         image_shape: the one shape (C, H, W) it takes, or None when any size works.
         card: what is known of the prior.
-        gamma: how far the noise level is raised, > 0; the value used in training.
+        gamma: how far the noise level is raised, >= 0; the value used in training. With 0 all
+            draws given u are the same.
         sigma_min: smallest trained noise std, > 0, image units.
         sigma_max: largest trained noise std, image units.
 
@@ -70,8 +71,7 @@ class NCVSDPrior(NetworkPrior):
         super().__init__(
             network, image_shape=image_shape, sigma_min=sigma_min, sigma_max=sigma_max, card=card
         )
-        check_level("gamma", gamma)
-        self.gamma = float(gamma)
+        self.gamma = check_non_negative("gamma", gamma)
         self.nfe_per_sample = 1
 
     @torch.no_grad()
