@@ -3,13 +3,13 @@
     python benchmarks/training.py [--preset faces64] [--batch 32] [--repeats 5] [--out figures.json]
 
 Prints images a second and peak memory of a distillation's three steps (score model,
-discriminator, generator) and of its whole iteration: of `DistillRun` in float32 and in
-bfloat16, compiled and not, and of a plain loop, which is written below: a fresh batch for each
-step, float32, not compiled, every weight normalised within autograd at every forward pass, as EDM2's
-equations say. (The published code also overwrites the stored weights in each training pass; that
-is left out, which favours the plain loop.) Times are medians of iterations taken in turn in one
-process. Memory is the peak over what the process held before its networks were made, each way in
-a fresh process: resident memory on a CPU, allocated memory on a GPU.
+discriminator, generator) and of its whole iteration: of `DistillRun` in float32 and in bfloat16,
+compiled and not, and of a plain loop, which is written below: a fresh batch for each step, float32,
+not compiled, every weight normalised within autograd at every forward pass, as EDM2's equations
+say. (The published code also overwrites the stored weights in each training pass; that is left
+out, which favours the plain loop.) Times are medians of iterations taken in turn in one process.
+Memory is the peak over what the process held before its networks were made, each way in a fresh
+process: resident memory on a CPU, allocated memory on a GPU.
 
 The trainer's steps share, in each iteration, one batch of images, the noisy views y and the images
 that the generator draws from y: two of three generator passes and two of three batches are saved.
