@@ -22,6 +22,7 @@ from ncvsd_inverse.distill.losses import (
     add_noise,
     discriminator_losses,
     distillation_loss,
+    energy_loss,
 )
 from ncvsd_inverse.distill.watch import picture_grid
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
@@ -267,6 +268,47 @@ def test_losses_vanish_at_the_known_optimum():
 
     halves = discriminator_losses(Undecided(), images, generated, y, t, (eps, eps))
     assert all(torch.allclose(half, torch.full((64,), math.log(2))) for half in halves)
+
+
+def test_energy_is_least_for_posterior_draws():
+    prior = GaussianMixturePrior(
+        torch.tensor([0.5, 0.5]),
+        torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)]),
+        torch.stack([0.25 * torch.eye(16), 0.04 * torch.eye(16)]),
+    )
+    source = torch.Generator().manual_seed(0)
+    images, sigma = prior.draw(4000, generator=source), torch.full((4000,), 0.7)
+    u = add_noise(images, sigma, torch.randn(images.shape, generator=source))
+    mean = prior.denoise(u, 0.7)
+    first, second = (prior.sample(u, 0.7, generator=source) for _ in range(2))
+
+    def energy(spread, shift=0.0):
+        draws = tuple(mean + shift + spread * (draw - mean) for draw in (first, second))
+        return energy_loss(draws, images, sigma, patch=2)
+
+    exact = energy(1.0)
+    assert exact.shape == (4000,)
+    for other in (energy(0.0), energy(0.7), energy(1.4), energy(1.0, shift=0.1)):
+        worse = other - exact
+        assert float(worse.mean()) > 4 * float(worse.std()) / 4000**0.5
+    # |d| = 1, 1 and 0, in units of 1 / sqrt(lambda) = 0.7 / sqrt(0.74 / 0.25).
+    zeros = torch.zeros(2, 3, 16, 16)
+    known = energy_loss((zeros, zeros), zeros + 1, torch.full((2,), 0.7))
+    assert known.tolist() == pytest.approx([(0.74 / 0.25) ** 0.5 / 0.7] * 2)
+
+
+def test_energy_teaches_the_generator(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    ends = []
+    for weight in (0.0, 4.0):
+        config = distill_config(energy_weight=weight)
+        run = DistillRun(config, small_images(), tmp_path / str(weight), teacher)
+        run.run()
+        ends.append(parameters(run))
+    changed = {
+        name.split(".")[0] for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])
+    }
+    assert "generator" in changed
 
 
 @pytest.mark.parametrize("gamma", [0.414, 0.0])

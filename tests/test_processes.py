@@ -42,7 +42,7 @@ for kind in kinds.split(","):
         config = TeacherConfig(**common)
         run = TeacherRun(config, data, place, network=network, shard=shard == "shard")
     else:
-        config = DistillConfig(**common, adversarial_images=16, kind=kind)
+        config = DistillConfig(**common, adversarial_images=16, energy_weight=0.5, kind=kind)
         run = DistillRun(config, data, place, network, shard=shard == "shard")
     if run.accelerator.is_main_process:
         print("processes", run.accelerator.num_processes, flush=True)

@@ -177,6 +177,8 @@ class DistillConfig(TrainConfig):
         gamma: how far the generator raises the noise of its input, >= 0.
         generator_rate: learning rate of generator and discriminator, relative to the score model.
         adversarial_images: images after which the adversarial loss is switched on.
+        energy_weight: weight of the energy score of the draws against the true images, >= 0;
+            0, as published, leaves it out.
         num_levels: Karras levels from which sigma is drawn, between sigma_max and sigma_min.
         sigma_min: smallest level, image units.
         sigma_max: largest level, image units.
@@ -186,6 +188,7 @@ class DistillConfig(TrainConfig):
     gamma: float = 0.414
     generator_rate: float = 0.01
     adversarial_images: int = 0
+    energy_weight: float = 0.0
     num_levels: int = 1000
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -194,6 +197,7 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         check_choice("kind", self.kind, ("concat", "controlled"))
         check_non_negative("gamma", self.gamma)
+        check_non_negative("energy_weight", self.energy_weight)
         check_positive("generator_rate", self.generator_rate)
         check_count("num_levels", self.num_levels, least=2)
         check_positive("sigma_min", self.sigma_min)

@@ -19,6 +19,7 @@ from ncvsd_inverse.distill.losses import (
     adversarial_loss,
     discriminator_losses,
     distillation_loss,
+    energy_loss,
     generate,
     score_loss,
 )
@@ -178,6 +179,15 @@ class DistillRun(Run[DistillConfig]):
                 judge = with_labels(self.discriminator, micro.labels)
                 loss = loss + adversarial_loss(judge, draw.generated, draw.y, t, eps)
                 self.discriminator.requires_grad_(True)
+            if self.config.energy_weight:
+                other = self._generate(micro, draw.y, micro.noise.normal(micro.images))
+                energy = energy_loss(
+                    (draw.generated, other.generated),
+                    micro.images,
+                    draw.y.sigma,
+                    sigma_data=self.config.sigma_data,
+                )
+                loss = loss + self.config.energy_weight * energy
             yield loss
 
 
