@@ -247,9 +247,10 @@ def test_divergence_is_raised():
     overflows = ForwardOnly(lambda x: torch.exp(200 + 1000 * x))
     with pytest.raises(DivergenceError, match=r"rho = 0.3, step 0, step size"):
         Langevin(overflows, y, 0.1).sample(y, 0.3)
-    breaks = ForwardOnly(lambda x: torch.where(x > -0.2, x, torch.nan))
+    breaks = ForwardOnly(lambda x: torch.where(x > 5, x, torch.nan))
+    generator = torch.Generator().manual_seed(0)
     with pytest.raises(DivergenceError, match=r"rho = 2, step \d+, step size"):
-        Langevin(breaks, y - 0.1, 5.0).sample(y + 9, 2.0)
+        Langevin(breaks, y - 0.1, 5.0).sample(y + 9, 2.0, generator=generator)
 
 
 def test_conjugate_gradient_divergence_is_raised():

@@ -72,8 +72,8 @@ of u; the figures are distance / floor at sigma 0.6, 1 and 3:
 - A score model that is the exact teacher at the merged view plus a learned correction: 3.5, 2.2,
   1.8. The same and a generator that starts as the teacher's mean, in the first setting: 5.6, 4.3,
   3.1. An exact teacher turns sharply between components, and a correction has to undo that.
-- The 8x8 images were first judged at sigma 1, with a finer grain: ratio 2.23 and 3.0 floors after 2500
-  steps of 256. The levels here were chosen after that, as those that arrive in minutes.
+- The 8x8 images were first judged at sigma 1, with a finer grain: ratio 2.23 and 3.0 floors after
+  2500 steps of 256. The levels here were chosen after that, as those that arrive in minutes.
 - The lowest level is the last to arrive. There the components are far apart in posterior stds, and
   a generator that is a continuous map of its noise has to cross the gaps somewhere: some draws
   stray between the components (the column). It still improves with training, ever more slowly.
