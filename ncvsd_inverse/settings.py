@@ -38,11 +38,16 @@ class Published(NamedTuple):
     beta: float
 
 
-DEFAULT_LEVELS: dict[str | None, Levels] = {
-    None: Levels(3.0, 0.02, 7.0),
-    "phase_retrieval": Levels(10.0, 0.02, 7.0),
+DEFAULT_LEVELS: dict[str, dict[str | None, Levels]] = {
+    "conditioning": {
+        None: Levels(3.0, 0.05, 7.0),
+        "blur": Levels(0.4, 0.05, 7.0),
+        "motion_blur": Levels(0.4, 0.05, 7.0),
+        "superres": Levels(0.8, 0.05, 7.0),
+    },
+    "gibbs": {None: Levels(3.0, 0.02, 7.0), "phase_retrieval": Levels(10.0, 0.02, 7.0)},
 }
-"""Schedules by family; above rho = 3, six stds of the data, u says nothing about a linear y."""
+"""Schedules by method and family; above rho = 3, six stds of the data, u says nothing."""
 
 PUBLISHED_LEVELS = Levels(80.0, 0.002, 2.0)
 """Published schedule; its last level is never called."""
@@ -57,9 +62,10 @@ PUBLISHED: dict[str, Published] = {
 """Tuned values of Peng et al., arXiv 2506.09416, at sigma_y = 0.05 on 256x256 images."""
 
 
-def default_schedule(family: str | None, num: int) -> tuple[float, ...]:
-    """Return the default `num` levels of rho for an operator family, largest first."""
-    return karras(num, *DEFAULT_LEVELS.get(family, DEFAULT_LEVELS[None]))
+def default_schedule(method: str, family: str | None, num: int) -> tuple[float, ...]:
+    """Return the default `num` levels of rho of a method for an operator family, largest first."""
+    rows = DEFAULT_LEVELS[method]
+    return karras(num, *rows.get(family, rows[None]))
 
 
 def default_average(family: str | None) -> Average:

@@ -1,4 +1,4 @@
-"""The split-Gibbs loop that restores images; it must not know which operator or prior it meets."""
+"""The loops that restore images; they must not know which operator or prior they meet."""
 
 import math
 import time
@@ -22,11 +22,13 @@ from ncvsd_inverse.checks import (
     check_shape,
     check_stays_finite,
 )
+from ncvsd_inverse.conditioning import Conditioning
+from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.likelihood import likelihood_step
-from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.protocols import Generators, LikelihoodStep, Operator, Prior
+from ncvsd_inverse.protocols import Generators, LikelihoodStep, LinearOperator, Operator, Prior
 from ncvsd_inverse.settings import (
     SIGMA_Y,
     Average,
@@ -36,7 +38,7 @@ from ncvsd_inverse.settings import (
     published_sigma_lik,
 )
 
-Method: TypeAlias = Literal["gibbs"]
+Method: TypeAlias = Literal["conditioning", "gibbs"]
 Estimate: TypeAlias = Literal["sample", "mean", "ema"]
 Preset: TypeAlias = Literal["ncvsd"]
 
@@ -51,7 +53,7 @@ class Result:
     Attributes:
         x0: the estimate, shape (B, C, H, W): the first sample, the mean of the samples, or the
             average along the first chain, as `estimate` asked.
-        samples: last x0 of every chain, shape (S, B, C, H, W).
+        samples: end of every chain, shape (S, B, C, H, W).
         mean: mean of the samples, shape (B, C, H, W).
         std: standard deviation of the samples (divisor S - 1), shape (B, C, H, W); None if S = 1.
         nfe: network forward passes for each returned sample, restarts included, as counted.
@@ -59,7 +61,8 @@ class Result:
         residual: ||y - A x0|| / (sigma_y sqrt(number of measured entries)) of the estimate, shape
             (B,); about 1 when sigma_y is the noise level of y.
         schedule: the levels of rho that ran, largest first, image units.
-        sigma_lik: noise std that the likelihood step assumed, units of y.
+        sigma_lik: noise std that was assumed, units of y.
+        method: the loop that ran.
     """
 
     x0: Tensor
@@ -71,6 +74,7 @@ class Result:
     residual: Tensor
     schedule: tuple[float, ...]
     sigma_lik: float
+    method: Method
 
 
 @torch.no_grad()
@@ -82,19 +86,27 @@ def solve(
     nfe: int = 10,
     sigma_y: float | None = None,
     num_samples: int = 1,
-    method: Method = "gibbs",
+    method: Method | None = None,
     estimate: Estimate = "sample",
     schedule: Sequence[float] | None = None,
     restarts: int = 1,
     preset: Preset | None = None,
     seed: int | Sequence[int | Sequence[int]] = 0,
     sigma_lik: float | None = None,
+    temperature: float = 1.0,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Result:
     """Draw images from the posterior p(x0 | y) of y = A(x0) + sigma_y * noise.
 
-    Split Gibbs: for each rho of a decreasing schedule, draw u given x0 and y, then x0 given u.
+    Two loops over the levels rho of a decreasing schedule:
+
+    - "conditioning" draws x0 given u = x + rho * noise and moves it to a draw x given y too, by
+      Matheron's rule with the covariance that the prior's `statistics` hold for the level. It
+      begins with Gaussian images given y, which cost no network call. If the prior's draws were
+      Gaussian it would be exact for any number of levels; it needs a linear operator.
+    - "gibbs", the published split-Gibbs loop, draws u given x0 and y, then x0 given u. It is exact
+      in the limit of many levels, for any operator.
 
     Args:
         y: measurements, shape (B, ...), float32 or float64; the result has their dtype and device.
@@ -103,16 +115,20 @@ def solve(
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05.
         num_samples: independent samples for each measurement, >= 1.
-        method: "gibbs", the split-Gibbs loop.
+        method: the loop; None takes "conditioning" where the operator is linear and the prior has
+            statistics, else (and for presets) "gibbs".
         estimate: what `Result.x0` is: the first "sample"; the "mean" of the samples; or "ema", an
-            exponential average of x0 along the first chain, which is no posterior sample.
+            exponential average along the first chain, which is no posterior sample.
         schedule: nfe / prior.nfe_per_sample levels of rho, strictly decreasing, > 0, image units;
-            None takes the default of the operator's family.
+            None takes the default of the method and the operator's family.
         restarts: chains run for each returned sample, >= 1; the one that fits y best is kept.
         preset: "ncvsd" takes the published schedule and `sigma_lik` of the operator's family.
         seed: an integer >= 0 (measurement i uses (seed, i)), or one such integer or tuple of
             integers for each measurement. No draw depends on other measurements or samples.
-        sigma_lik: noise std that the likelihood step assumes, > 0; None takes `sigma_y`.
+        sigma_lik: noise std that the loop assumes, > 0; None takes `sigma_y`.
+        temperature: factor on the std of the noise by which draws vary, in (0, 1], for
+            "conditioning". Below 1 images are nearer to the mean: sharper than it and closer to
+            the truth than a posterior sample, but no such sample; their std is too small.
         batch_size: most chains that run at once, >= 1; changes memory and time, not the result.
             An operator that holds something for each image needs B of them. None: about four
             million pixels.
@@ -127,22 +143,32 @@ def solve(
         DivergenceError: if an image stops being finite.
 
     Source:
-        Peng et al., arXiv 2506.09416, Alg. 1, with two deviations: nfe counts every forward pass,
-        and the likelihood assumes the true noise level unless told otherwise.
+        Peng et al., arXiv 2506.09416, Alg. 1, for "gibbs", with two deviations: nfe counts every
+        forward pass, and the likelihood assumes the true noise level unless told otherwise.
     """
-    check_choice("method", method, get_args(Method))
     check_choice("estimate", estimate, get_args(Estimate))
     check_count("num_samples", num_samples)
     check_count("restarts", restarts)
     if isinstance(prior, str):
         prior = load_prior(prior, device=y.device if isinstance(y, Tensor) else None)
-    counted = _CountedPrior(prior)
+    counted = _CountedPrior(_temper(prior, temperature))
     shape = _check_measurement(y, operator, counted)
     if sigma_y is None:
         sigma_y = getattr(operator, "sigma_y", None)
     sigma_y = SIGMA_Y if sigma_y is None else check_positive("sigma_y", sigma_y)
+    statistics: Statistics | None = getattr(counted.prior, "statistics", None)
+    method = _choose_method(method, operator, statistics, preset)
+    if temperature != 1 and method != "conditioning":
+        raise ValueError(f"temperature must be 1 with method {method!r}, got {temperature}")
     levels, sigma_lik = _settings(
-        operator, counted, nfe, sigma_y, schedule=schedule, sigma_lik=sigma_lik, preset=preset
+        operator,
+        counted,
+        nfe,
+        sigma_y,
+        method=method,
+        schedule=schedule,
+        sigma_lik=sigma_lik,
+        preset=preset,
     )
     average = default_average(getattr(operator, "family", None))
     keys = _chain_keys(seed, images=shape[0], samples=num_samples, restarts=restarts)
@@ -157,14 +183,21 @@ def solve(
     with counted.counting(), _progress_bar(progress, len(chunks) * len(levels)) as advance:
         for part, chains in chunks:
             y_part = y[[chain % shape[0] for chain in chains]]
-            last, averaged = _gibbs(
-                likelihood_step(part, y_part, sigma_lik),
-                counted,
-                y.new_zeros(len(chains), *shape[1:]),
-                levels,
-                make_generators([keys[chain] for chain in chains], y.device),
-                average=average if estimate == "ema" else None,
-                advance=advance,
+            start = y.new_zeros(len(chains), *shape[1:])
+            generators = make_generators([keys[chain] for chain in chains], y.device)
+            sweeps: Iterator[Tensor]
+            if method == "conditioning":
+                assert isinstance(part, LinearOperator)
+                assert statistics is not None
+                given = Conditioning(part, y_part, sigma_lik)
+                sweeps = _condition(
+                    given, counted, statistics, start, levels, generators, temperature
+                )
+            else:
+                step = likelihood_step(part, y_part, sigma_lik)
+                sweeps = _gibbs(step, counted, start, levels, generators)
+            last, averaged = _run(
+                sweeps, levels, average=average if estimate == "ema" else None, advance=advance
             )
             lasts.append(last)
             averages.append(averaged)
@@ -201,6 +234,7 @@ def solve(
         residual=_misfit(operator, y, x0) / (sigma_y * measured.to(y.dtype).sqrt()),
         schedule=levels,
         sigma_lik=sigma_lik,
+        method=method,
     )
 
 
@@ -210,27 +244,61 @@ def _gibbs(
     x0: Tensor,
     schedule: Sequence[float],
     generators: Sequence[torch.Generator],
+) -> Iterator[Tensor]:
+    """Yield x0 (N, C, H, W) of every sweep of one split-Gibbs chain an image, begun at `x0`."""
+    for rho in schedule:
+        u = likelihood.sample(x0, rho, generator=generators)
+        x0 = prior.sample(u, rho, generator=generators)
+        yield x0
+
+
+def _condition(
+    conditioning: Conditioning,
+    prior: Prior,
+    statistics: Statistics,
+    like: Tensor,
+    schedule: Sequence[float],
+    generators: Sequence[torch.Generator],
+    temperature: float,
+) -> Iterator[Tensor]:
+    """Yield x given y, in the shape of `like` (N, C, H, W), of every sweep of one chain an image.
+
+    Begun at Gaussian images of the prior's mean and covariance, given y.
+    """
+    own = statistics.covariance(math.inf, like)
+    x = statistics.mean_image(like) + own.colour(draw_normal(like, generators))
+    x = conditioning.draw(x, own, generator=generators)
+    for rho in schedule:
+        x0 = prior.sample(x + rho * draw_normal(x, generators), rho, generator=generators)
+        x = conditioning.draw(
+            x0, statistics.covariance(rho, like), generator=generators, temperature=temperature
+        )
+        yield x
+
+
+def _run(
+    sweeps: Iterator[Tensor],
+    schedule: Sequence[float],
     *,
     average: Average | None,
     advance: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
-    """Run one chain an image from x0 = 0; return its last x0 and its average, (N, C, H, W).
+    """Run chains to their end; return their last images and their averages, (N, C, H, W).
 
-    Without `average` the last x0 stands for it.
+    Without `average` the last images stand for it.
     """
-    averaged = x0
+    averaged = x = torch.zeros(())
     for sweep, rho in enumerate(schedule, start=1):
         where = f"sweep {sweep} of {len(schedule)} at rho = {rho:.4g}"
         try:
-            u = likelihood.sample(x0, rho, generator=generators)
-            x0 = prior.sample(u, rho, generator=generators)
+            x = next(sweeps)
         except DivergenceError as error:
             raise DivergenceError(f"{where}: {error}") from error
-        check_stays_finite("x0", x0, where)
+        check_stays_finite("x0", x, where)
         keep = average.mu if average and sweep > 1 and rho < average.below else 0.0
-        averaged = x0 + keep * (averaged - x0) if keep else x0
+        averaged = x + keep * (averaged - x) if keep else x
         advance()
-    return x0, averaged
+    return x, averaged
 
 
 class _CountedPrior:
@@ -325,12 +393,52 @@ def _check_measurement(y: Tensor, operator: Operator, prior: _CountedPrior) -> t
     return shape
 
 
+def _temper(prior: Prior, temperature: float) -> Prior:
+    """Return the prior whose draws vary by `temperature` times as much."""
+    if not 0 < temperature <= 1:
+        raise ValueError(f"temperature must be in (0, 1], got {temperature}")
+    if temperature == 1:
+        return prior
+    tempered = getattr(prior, "tempered", None)
+    if tempered is None:
+        raise ValueError(f"temperature must be 1 for this prior, got {temperature}")
+    cooler: Prior = tempered(temperature)
+    return cooler
+
+
+def _choose_method(
+    method: Method | None,
+    operator: Operator,
+    statistics: Statistics | None,
+    preset: str | None,
+) -> Method:
+    """Return the loop that runs; ValueError if it does not suit the operator or the prior."""
+    fits = isinstance(operator, LinearOperator)
+    if method is None:
+        return "conditioning" if fits and statistics is not None and preset is None else "gibbs"
+    check_choice("method", method, get_args(Method))
+    if method == "conditioning":
+        if preset is not None:
+            raise ValueError(f"method must be 'gibbs' with preset={preset!r}, got {method!r}")
+        if not fits:
+            raise ValueError(
+                f"method must be 'gibbs' for an operator that is not linear, got {method!r}"
+            )
+        if statistics is None:
+            raise ValueError(
+                "method must be 'gibbs' for a prior without statistics, got 'conditioning'; "
+                "measure_statistics measures them"
+            )
+    return method
+
+
 def _settings(
     operator: Operator,
     prior: _CountedPrior,
     nfe: int,
     sigma_y: float,
     *,
+    method: Method,
     schedule: Sequence[float] | None,
     sigma_lik: float | None,
     preset: str | None,
@@ -352,7 +460,7 @@ def _settings(
             )
         levels, sigma_lik = published_schedule(sweeps), published_sigma_lik(family)
     elif schedule is None:
-        levels = default_schedule(family, sweeps)
+        levels = default_schedule(method, family, sweeps)
     else:
         levels = tuple(float(rho) for rho in schedule)
         if len(levels) != sweeps:

@@ -12,8 +12,8 @@ LAYERS = [
     {"errors", "protocols"},
     {"checks"},
     {"numerics"},
-    {"schedules", "metrics", "images", "operators", "networks"},
-    {"settings", "priors", "likelihood"},
+    {"schedules", "metrics", "images", "operators", "networks", "covariance"},
+    {"settings", "priors", "likelihood", "conditioning"},
     {"solver", "distill"},
     {"tasks"},
     {"plots"},
@@ -25,6 +25,7 @@ RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 STRANGERS = {
     "settings": {"operators"},
     "likelihood": {"operators"},
+    "conditioning": {"operators"},
     "priors": {"operators"},
     "solver": {"operators"},
     "distill": {"operators", "likelihood", "settings", "metrics"},

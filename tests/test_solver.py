@@ -184,7 +184,7 @@ def test_result_is_whole_and_frozen():
     assert torch.equal(result.x0, result.samples[0])
     assert torch.allclose(result.mean, result.samples.mean(0))
     assert torch.allclose(result.std, result.samples.std(0))
-    assert result.schedule == karras(3, 3.0, 0.02)
+    assert (result.method, result.schedule) == ("conditioning", karras(3, 3.0, 0.05))
     assert result.sigma_lik == 0.05
     assert not result.x0.requires_grad
     by_hand = (y - operator(result.x0)).flatten(1).norm(dim=1) / (0.05 * (3 * (48 - 9)) ** 0.5)
@@ -415,7 +415,7 @@ BAD_VALUES = {
     "num_samples": ({"num_samples": 0}, "num_samples"),
     "restarts": ({"restarts": 0}, "restarts"),
     "batch_size": ({"batch_size": 0}, "batch_size"),
-    "method": ({"method": "gibs"}, "method must be one of gibbs, got 'gibs'; did you mean gibbs"),
+    "method": ({"method": "gibs"}, "method must be one of conditioning, gibbs, got 'gibs'; did you mean gibbs"),
     "estimate": ({"estimate": "median"}, "estimate must be one of sample, mean, ema"),
     "preset": ({"preset": "ncvs"}, "preset must be one of ncvsd"),
     "preset and schedule": ({"preset": "ncvsd", "schedule": (1.0,), "nfe": 1}, "preset must be"),

@@ -20,6 +20,7 @@ from ncvsd_inverse.checks import (
     check_level,
     check_shape,
 )
+from ncvsd_inverse.covariance import SpectralCovariance, Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.protocols import Generators
 
@@ -41,6 +42,7 @@ class GaussianPrior:
         nfe_per_sample: 1.
         sigma_min: 0.0, any positive level is exact.
         sigma_max: infinity, likewise.
+        statistics: for sampling by conditioning; None unless the covariance is stationary.
 
     Raises:
         ValueError: if a shape is wrong, an entry is not finite, or `covariance` is not symmetric
@@ -89,6 +91,7 @@ class GaussianPrior:
         variances = ((values + negative) / 2).expand(channels, height, width).flatten()
         prior = cls.__new__(cls)
         prior._set(mean, variances, _Hartley((channels, height, width)))
+        prior.statistics = _StationaryStatistics(mean, variances.reshape(mean.shape))
         return prior
 
     def _set(self, mean: Tensor, variances: Tensor, basis: "_Basis") -> None:
@@ -96,6 +99,7 @@ class GaussianPrior:
         self.nfe_per_sample = 1
         self.sigma_min = 0.0
         self.sigma_max = math.inf
+        self.statistics: Statistics | None = None
         self._like = torch.empty(0, dtype=mean.dtype, device=mean.device)
         self._law = _CachedLaw(_exact_law(mean, variances, basis))
 
@@ -260,6 +264,22 @@ class GaussianMixturePrior:
         ]
         joint = torch.stack(log_densities, dim=1) + self._log_weights.to(x)
         return joint - joint.logsumexp(dim=1, keepdim=True), coordinates
+
+
+@dataclass(frozen=True, eq=False)
+class _StationaryStatistics:
+    """What `GaussianPrior.stationary` knows exactly; spectrum (C, H, W) as `torch.fft.fft2`'s."""
+
+    mean: Tensor
+    spectrum: Tensor
+
+    def mean_image(self, like: Tensor) -> Tensor:
+        return self.mean[None].to(like)
+
+    def covariance(self, sigma: float, like: Tensor) -> SpectralCovariance:
+        half = self.spectrum[..., : self.spectrum.shape[2] // 2 + 1]
+        left = half if math.isinf(sigma) else half * sigma**2 / (half + sigma**2)
+        return SpectralCovariance(torch.eye(len(half)).to(like), left.to(like), like.shape[3])
 
 
 class _Basis(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_image_size, check_images, check_level
+from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
 from ncvsd_inverse.priors.card import PriorCard
 
@@ -33,6 +34,8 @@ class NetworkPrior:
         sigma_min: smallest trained noise std, > 0, image units.
         sigma_max: largest trained noise std, image units.
         card: what is known of the prior, if it was trained.
+        statistics: mean and covariances of its images, which sampling by conditioning needs; see
+            `ncvsd_inverse.covariance.measure_statistics`.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class NetworkPrior:
         sigma_min: float,
         sigma_max: float,
         card: PriorCard | None,
+        statistics: Statistics | None,
     ) -> None:
         check_level("sigma_min", sigma_min)
         check_level("sigma_max", sigma_max)
@@ -53,6 +57,7 @@ class NetworkPrior:
         self.sigma_min = float(sigma_min)
         self.sigma_max = float(sigma_max)
         self.card = card
+        self.statistics = statistics
         self.label: int | None = None
         self._channels: int | None = getattr(network, "image_channels", None)
         self._multiple: int = getattr(network, "size_multiple", 1)
@@ -72,6 +77,12 @@ class NetworkPrior:
         """Move the network to `device`, in place, and return the prior."""
         self.network.to(device)
         return self
+
+    def with_statistics(self, statistics: Statistics | None) -> Self:
+        """Return this prior with other `statistics`; it shares the network."""
+        twin = copy.copy(self)
+        twin.statistics = statistics
+        return twin
 
     def conditioned_on(self, label: int) -> Self:
         """Return a prior of the images of one class; it shares the network.

@@ -5,12 +5,17 @@ It must not know where cards and weights are kept.
 
 import json
 import math
+import re
 import string
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 from ncvsd_inverse.checks import check_choice, check_spread
+from ncvsd_inverse.covariance import ImageStatistics
+
+OPTIONAL = ("spread", "statistics")
+"""Fields that a card may leave out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class PriorCard:
         weaknesses: what it does badly.
         intended_use: what it is for.
         spread: pairs (sigma, factor) of an "ncvsd" prior, see `NCVSDPrior`; may be left out.
+        statistics: mean and covariances of its images, or None; may be left out.
 
     Raises:
         ValueError: if a field has a wrong type or is out of range.
@@ -53,6 +59,7 @@ class PriorCard:
     weaknesses: str
     intended_use: str
     spread: tuple[tuple[float, float], ...] = ()
+    statistics: ImageStatistics | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "licence", "data", "weaknesses", "intended_use"):
@@ -94,7 +101,7 @@ class PriorCard:
         if not isinstance(entries, dict):
             raise ValueError(f"a card must be a JSON object, got {type(entries).__name__}")
         known = [field.name for field in fields(cls)]
-        missing = [name for name in known if name not in entries and name != "spread"]
+        missing = [name for name in known if name not in entries and name not in OPTIONAL]
         unknown = [str(name) for name in entries if name not in known]
         if missing or unknown:
             raise ValueError(
@@ -104,7 +111,10 @@ class PriorCard:
         shape = entries["image_shape"]
         shape = tuple(shape) if isinstance(shape, list) else shape
         spread = check_spread("spread", entries.get("spread", ()))
-        return cls(**{**entries, "image_shape": shape, "spread": spread})
+        statistics = entries.get("statistics")
+        if statistics is not None:
+            statistics = ImageStatistics.from_dict(statistics)
+        return cls(**{**entries, "image_shape": shape, "spread": spread, "statistics": statistics})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -116,8 +126,17 @@ class PriorCard:
         return cls.from_dict(entries)
 
     def to_json(self) -> str:
-        """Return the card as indented JSON text."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the card as indented JSON text, a list of numbers on one line."""
+        entries = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.statistics is not None:
+            entries["statistics"] = self.statistics.to_dict()
+        text = json.dumps(entries, indent=2, ensure_ascii=False, allow_nan=False)
+        # Texts hold no bare line breaks in JSON, so that only lists of numbers match.
+        return re.sub(r"\[\n[-+.,\de\s]+\]", _on_one_line, text) + "\n"
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return " ".join(numbers[0].split()).replace("[ ", "[").replace(" ]", "]")
 
 
 def _check_text(name: str, value: object) -> None:

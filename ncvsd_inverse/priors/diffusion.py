@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_level, check_shape
+from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
 from ncvsd_inverse.priors.card import PriorCard
@@ -35,6 +36,7 @@ class DiffusionPrior(NetworkPrior):
         sigma_max: largest noise std the denoiser knows, image units.
         exponent: > 0; large values put more levels near the end.
         card: what is known of the denoiser, if it was trained.
+        statistics: mean and covariances of its images, which sampling by conditioning needs.
 
     Attributes:
         network: the denoiser as an nn.Module.
@@ -58,6 +60,7 @@ class DiffusionPrior(NetworkPrior):
         sigma_max: float = SIGMA_MAX,
         exponent: float = 7.0,
         card: PriorCard | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable, got {type(denoiser).__name__}")
@@ -67,6 +70,7 @@ class DiffusionPrior(NetworkPrior):
             sigma_min=sigma_min,
             sigma_max=sigma_max,
             card=card,
+            statistics=statistics,
         )
         check_level("exponent", exponent)
         self.exponent = float(exponent)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_non_negative, check_spread
+from ncvsd_inverse.checks import check_non_negative, check_positive, check_spread
+from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
 from ncvsd_inverse.priors.card import PriorCard
@@ -55,6 +56,7 @@ class NCVSDPrior(NetworkPrior):
         sigma_max: largest trained noise std, image units.
         spread: pairs (sigma, k), sigma increasing and > 0, k > 0; between them k is linear in
             log sigma, beyond them constant. Empty: 1 everywhere.
+        statistics: mean and covariances of its images, which sampling by conditioning needs.
 
     Attributes:
         nfe_per_sample: 1.
@@ -76,9 +78,15 @@ class NCVSDPrior(NetworkPrior):
         sigma_min: float = SIGMA_MIN,
         sigma_max: float = SIGMA_MAX,
         spread: Sequence[tuple[float, float]] = (),
+        statistics: Statistics | None = None,
     ) -> None:
         super().__init__(
-            network, image_shape=image_shape, sigma_min=sigma_min, sigma_max=sigma_max, card=card
+            network,
+            image_shape=image_shape,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            card=card,
+            statistics=statistics,
         )
         self.gamma = check_non_negative("gamma", gamma)
         self.spread = check_spread("spread", spread)
@@ -107,6 +115,17 @@ class NCVSDPrior(NetworkPrior):
         twin = copy.copy(self)
         twin.spread = check_spread("spread", spread)
         return twin
+
+    def tempered(self, temperature: float) -> Self:
+        """Return this prior with its noise z, and so the spread of its draws, made smaller.
+
+        Args:
+            temperature: factor on z, > 0; below 1 draws are nearer to their mean than the law that
+                the network learned.
+        """
+        check_positive("temperature", temperature)
+        pairs = self.spread or ((1.0, 1.0),)
+        return self.with_spread([(sigma, temperature * factor) for sigma, factor in pairs])
 
     def refined(self, levels: Sequence[float], *, zeta: float = 1.0) -> "RefinedPrior":
         """Return a prior that draws in several steps, one network call for each of `levels`.
@@ -215,6 +234,7 @@ class RefinedPrior:
         self.sigma_min = prior.sigma_min
         self.sigma_max = prior.sigma_max
         self.card = prior.card
+        self.statistics = prior.statistics
 
     @torch.no_grad()
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:

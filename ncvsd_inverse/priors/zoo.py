@@ -82,6 +82,7 @@ def load_prior(
             sigma_min=card.sigma_min,
             sigma_max=card.sigma_max,
             card=card,
+            statistics=card.statistics,
         )
     return NCVSDPrior(
         network,
@@ -91,6 +92,7 @@ def load_prior(
         sigma_max=card.sigma_max,
         card=card,
         spread=card.spread,
+        statistics=card.statistics,
     )
 
 
