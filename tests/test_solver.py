@@ -415,7 +415,10 @@ BAD_VALUES = {
     "num_samples": ({"num_samples": 0}, "num_samples"),
     "restarts": ({"restarts": 0}, "restarts"),
     "batch_size": ({"batch_size": 0}, "batch_size"),
-    "method": ({"method": "gibs"}, "method must be one of conditioning, gibbs, got 'gibs'; did you mean gibbs"),
+    "method": (
+        {"method": "gibs"},
+        "method must be one of conditioning, gibbs, got 'gibs'; did you mean gibbs",
+    ),
     "estimate": ({"estimate": "median"}, "estimate must be one of sample, mean, ema"),
     "preset": ({"preset": "ncvs"}, "preset must be one of ncvsd"),
     "preset and schedule": ({"preset": "ncvsd", "schedule": (1.0,), "nfe": 1}, "preset must be"),

@@ -395,3 +395,86 @@ def test_importing_handles_loads_nothing():
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": "."}
     )
+
+
+STATISTICS = {
+    "mean": [[[0.1, -0.2]], [[0.3, 0.0]], [[0.2, 0.5]]],
+    "mixing": [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]],
+    "levels": [0.1, 2.0],
+    "radii": [0.0, 0.25],
+    "spectra": [[[1e-5, 0.25]] * 3, [[1.5, 0.5]] * 3, [[12.0, 1.0]] * 3],
+}
+
+
+@pytest.mark.parametrize("kind", ["ncvsd", "diffusion"])
+def test_statistics_come_back_with_the_prior(tmp_path, kind):
+    stem, is_student = tmp_path / "measured", kind == "ncvsd"
+    card = {**CARD, "kind": kind, "gamma": 0.3 if is_student else None, "statistics": STATISTICS}
+    written = save_prior(stem, make_network(ConcatDenoiser if is_student else Denoiser), card)
+    prior = load_prior(stem)
+    assert prior.statistics is prior.card.statistics
+    for read in (written.statistics, prior.statistics):
+        assert read.to_dict() == STATISTICS
+        assert read.levels == pytest.approx((0.1, 2.0))
+    assert prior.with_statistics(None).card.statistics is not None
+    entries = json.loads(Path(f"{stem}.json").read_text())
+    assert entries["statistics"] == STATISTICS
+    for old in (
+        {**entries, "statistics": None},
+        {k: entries[k] for k in entries.keys() - {"statistics"}},
+    ):
+        assert PriorCard.from_dict(old).statistics is None
+    rewrite_card(stem, statistics=None)
+    assert load_prior(stem).statistics is None
+
+
+def test_a_card_keeps_lists_of_numbers_on_one_line_and_texts_as_they_are(saved):
+    entries = json.loads(Path(f"{saved}.json").read_text())
+    texts = {"weaknesses": "breaks [\n  1,\n  2\n] and [ 3 ]", "data": "é [\n]"}
+    training = {
+        "empty": [],
+        "names": ["a", "b"],
+        "mixed": [1, None],
+        "deep": [[1, 2], [3.5, -1e-9]],
+    }
+    card = PriorCard.from_dict(
+        {**entries, **texts, "training": training, "spread": [[0.1, 1.2]], "statistics": STATISTICS}
+    )
+    text = card.to_json()
+    again = PriorCard.from_json(text)
+    assert (again.weaknesses, again.data) == (texts["weaknesses"], texts["data"])
+    assert (again.training, again.spread) == (training, ((0.1, 1.2),))
+    assert again.statistics.to_dict() == STATISTICS
+    lines = [line.strip(" ,") for line in text.splitlines()]
+    for line in (
+        '"image_shape": [3, 8, 8]',
+        '"levels": [0.1, 2.0]',
+        "[1e-05, 0.25]",
+        "[0.1, 1.2]",
+        "[3.5, -1e-09]",
+    ):
+        assert line in lines
+    assert again.to_json() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (5, "statistics must be an object with the fields mean, mixing"),
+        ([], "statistics must be an object"),
+        ({}, "statistics must be an object with the fields"),
+        ({**STATISTICS, "more": 1}, "statistics must be an object with the fields"),
+        ({**STATISTICS, "levels": ["low"]}, "statistics must hold lists of numbers"),
+        ({**STATISTICS, "levels": [2.0, 0.1]}, "levels must increase"),
+        ({**STATISTICS, "radii": [0.0]}, r"spectra must have shape \(3, 3, 1\)"),
+        ({**STATISTICS, "mean": [[None]]}, "statistics' mean must have 3 dimensions"),
+        ({**STATISTICS, "spectra": [[[0.0, 1.0]] * 3] * 3}, "spectra must be positive"),
+        ({**STATISTICS, "mixing": [[1.0] * 3] * 3}, "orthonormal rows"),
+    ],
+)
+def test_bad_statistics_are_named(saved, change, message):
+    rewrite_card(saved, statistics=change)
+    with pytest.raises(
+        CheckpointError, match=rf"tiny\.json must be the card of a prior: .*{message}"
+    ):
+        load_prior(saved)

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,6 +199,7 @@ def _prepare(
         models=Models(teacher, student, min(teacher.sigma_max, student.sigma_max)),
         prior=Path(stem).name,
         prior_sha256={"student": _sha256(student), "teacher": _sha256(teacher)},
+        statistics_sha256=_statistics_sha256(student),
         images=images,
         metrics=metrics,
         seed=args.seed,
@@ -314,6 +316,13 @@ def _sha256(prior: NCVSDPrior | DiffusionPrior) -> str:
     if not prior.card.spread:
         return prior.card.sha256
     return hashlib.sha256(f"{prior.card.sha256} {prior.card.spread}".encode()).hexdigest()
+
+
+def _statistics_sha256(prior: NCVSDPrior) -> str:
+    """Return a hash of a prior's statistics, "" for none."""
+    if prior.card is None or prior.card.statistics is None:
+        return ""
+    return hashlib.sha256(json.dumps(prior.card.statistics.to_dict()).encode()).hexdigest()
 
 
 def _find_device(name: str | None) -> torch.device:

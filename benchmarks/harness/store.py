@@ -31,6 +31,8 @@ SCHEMA = 1
 
 OWN_CODE = (
     "baselines",
+    "ncvsd_inverse.conditioning",
+    "ncvsd_inverse.covariance",
     "ncvsd_inverse.likelihood",
     "ncvsd_inverse.schedules",
     "ncvsd_inverse.settings",
@@ -99,6 +101,8 @@ def make_key(setup: Setup, row: Row, task: Task) -> str:
         "seed": setup.seed,
         "size": setup.images.size,
     }
+    if row.method.network == "student" and setup.statistics_sha256:
+        known["statistics_sha256"] = setup.statistics_sha256
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,0 +1,93 @@
+r"""Time the conditioning step of `solve`, and show what its tolerance costs.
+
+    python benchmarks/conditioning.py --data DIR/natural/test.zip
+
+For each task of one image size it prints the time of one conditioning step, the median over the
+levels of a chain of ten calls, its conjugate gradient iterations, and the PSNR of `solve` at
+several tolerances less that at 1e-6, on the first images of the data.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse import solve
+from ncvsd_inverse.conditioning import Conditioning
+from ncvsd_inverse.covariance import SpectralCovariance
+from ncvsd_inverse.images import centre_crop, read_images
+from ncvsd_inverse.metrics import psnr
+from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.tasks import SIGMA_Y, make_task
+
+TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-6)
+CALLS = 10
+
+
+class Watched(Conditioning):
+    """A conditioning step that keeps its times and iterations."""
+
+    kept: list[tuple[float, int]] = []  # noqa: RUF012 - shared by all on purpose
+
+    def draw(
+        self,
+        x: Tensor,
+        covariance: SpectralCovariance,
+        *,
+        generator: Generators = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw, and keep seconds and iterations."""
+        started = time.perf_counter()
+        out = super().draw(x, covariance, generator=generator, temperature=temperature)
+        self.kept.append((time.perf_counter() - started, self.iterations))
+        return out
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prior", default="ncvsd_natural", help="its name (%(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="zip or folder of images")
+    parser.add_argument("--size", type=int, default=256, help="side of crops (%(default)s)")
+    parser.add_argument("--images", type=int, default=4, help="for PSNR (%(default)s)")
+    args = parser.parse_args()
+    prior = load_prior(args.prior)
+    pictures = (x for x in read_images(args.data) if min(x.shape[-2:]) >= args.size)
+    crops = [centre_crop(next(pictures), (args.size, args.size)) for _ in range(args.images)]
+    images = torch.cat(crops)
+    import ncvsd_inverse.solver as solver
+
+    solver.Conditioning = Watched  # type: ignore[misc]
+    print(f"{args.prior}, {args.size} x {args.size}, {torch.get_num_threads()} threads")
+    print("task             ms    most   iterations  dB lost at", *(f"{t:g}" for t in TOLERANCES))
+    for name in TASKS:
+        operator = make_task(name, args.size).operator
+        y = operator.measure(images, SIGMA_Y, generator=torch.Generator().manual_seed(0))
+        quality = {}
+        for tolerance in TOLERANCES:
+            Conditioning.tolerance = tolerance
+            x0 = solve(y, operator=operator, prior=prior, nfe=CALLS).x0
+            quality[tolerance] = float(psnr(x0, images).mean())
+        Conditioning.tolerance = DEFAULT
+        solve(y[:1], operator=operator, prior=prior, nfe=1)
+        Watched.kept.clear()
+        solve(y[:1], operator=operator, prior=prior, nfe=CALLS)
+        seconds, iterations = zip(*Watched.kept, strict=True)
+        lost = [f"{quality[TOLERANCES[-1]] - quality[t]:+.3f}" for t in TOLERANCES]
+        median, most = 1e3 * statistics.median(seconds[1:]), 1e3 * max(seconds[1:])
+        count = f"{min(iterations)} to {max(iterations)}"
+        print(f"{name:16} {median:5.0f} {most:6.0f}   {count:10}", " " * 10, *lost, flush=True)
+
+
+DEFAULT = Conditioning.tolerance
+
+if __name__ == "__main__":
+    main()
