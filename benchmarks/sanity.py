@@ -13,6 +13,7 @@ exact. Each method restores many replicas of one measurement, each with its own 
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,10 +90,18 @@ class ExactStudent:
         self.network: nn.Module = _Draw(prior)
         self.nfe_per_sample = 1
         self.image_shape = prior.image_shape
+        self.statistics = prior.statistics
+        self.temperature = 1.0
+
+    def tempered(self, temperature: float) -> "ExactStudent":
+        """Return this prior with the spread of its draws made smaller."""
+        twin = copy.copy(self)
+        twin.temperature = temperature
+        return twin
 
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """Draw x0 ~ p(x0 | u), shape (B, C, H, W)."""
-        x0: Tensor = self.network(u, sigma, generator)
+        x0: Tensor = self.network(u, sigma, generator, self.temperature)
         return x0
 
 
@@ -101,8 +110,10 @@ class _Draw(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(self, u: Tensor, sigma: float | Tensor, generator: Generators) -> Tensor:
-        return self.prior.sample(u, sigma, generator=generator)
+    def forward(
+        self, u: Tensor, sigma: float | Tensor, generator: Generators, temperature: float
+    ) -> Tensor:
+        return self.prior.tempered(temperature).sample(u, sigma, generator=generator)
 
 
 def make_oracle(size: int) -> Oracle:

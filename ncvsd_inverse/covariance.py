@@ -133,13 +133,15 @@ class ImageStatistics:
         names = ("mean", "mixing", "levels", "radii", "spectra")
         if not isinstance(entries, Mapping) or set(entries) != set(names):
             raise ValueError(f"statistics must be an object with the fields {', '.join(names)}")
-        try:
-            arrays = {name: np.asarray(entries[name], dtype=np.float32) for name in names}
-        except (TypeError, ValueError):
-            raise ValueError("statistics must hold lists of numbers of one length each") from None
+        arrays = {}
         for name, dims in zip(names, (3, 2, 1, 1, 3), strict=True):
-            if arrays[name].ndim != dims:
-                raise ValueError(f"statistics' {name} must have {dims} dimensions of numbers")
+            try:
+                array = np.asarray(entries[name])
+            except ValueError:  # lists of unequal lengths
+                array = np.zeros(0)
+            if array.ndim != dims or array.dtype.kind not in "iuf" or (abs(array) > 1e30).any():
+                raise ValueError(f"statistics' {name} must be numbers in {dims} dimensions")
+            arrays[name] = array.astype(np.float32)
         return cls(
             mean=torch.from_numpy(arrays["mean"]),
             mixing=torch.from_numpy(arrays["mixing"]),
@@ -163,6 +165,14 @@ class ImageStatistics:
             "radii": rounded(list(self.radii)),
             "spectra": rounded(self.spectra.tolist()),
         }
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both are written alike."""
+        return isinstance(other, ImageStatistics) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        """Return a hash that equal statistics share."""
+        return hash((len(self.levels), len(self.radii)))
 
     def mean_image(self, like: Tensor) -> Tensor:
         """Return the mean image, shape (1, C, H, W), for images `like` (B, C, H, W)."""
@@ -237,6 +247,8 @@ def measure_statistics(
         raise ValueError(f"images must hold at least 2, got {len(images)}")
     for level in levels:
         check_level("levels", level, largest=getattr(prior, "sigma_max", math.inf))
+    if not levels or any(low >= high for low, high in pairwise(levels)):
+        raise ValueError(f"levels must increase and be at least one, got {levels}")
     check_count("seed", seed, least=0)
     check_count("batch_size", batch_size)
     clean = images.to(working_dtype(images.dtype))

@@ -88,6 +88,7 @@ def conjugate_gradient(
     rhs: Tensor,
     *,
     rtol: float = 1e-6,
+    atol: float = 0.0,
     max_iterations: int = 1000,
     precondition: Callable[[Tensor], Tensor] | None = None,
     start: Tensor | None = None,
@@ -97,7 +98,8 @@ def conjugate_gradient(
     Args:
         apply: x -> M x on tensors of the shape of `rhs`; must not mix batch items.
         rhs: right-hand sides, shape (B, ...).
-        rtol: an item stops changing once its residual norm is at most rtol * ||rhs||.
+        rtol: an item stops changing once its residual norm is at most rtol * ||rhs||,
+        atol: or at most this.
         max_iterations: most applications of M.
         precondition: r -> an approximation of M^-1 r, symmetric positive definite.
         start: first guess, the shape of `rhs`; zeros if None.
@@ -118,7 +120,7 @@ def conjugate_gradient(
 
     x = torch.zeros_like(rhs) if start is None else start.clone()
     residual = rhs - apply(x) if start is not None else rhs.clone()
-    target = rtol**2 * dot(rhs, rhs)
+    target = (rtol**2 * dot(rhs, rhs)).clamp(min=atol**2)
     z = precondition(residual) if precondition else residual
     direction, rz = z, dot(residual, z)
     for iteration in range(max_iterations):

@@ -267,7 +267,10 @@ def _condition(
     """
     own = statistics.covariance(math.inf, like)
     x = statistics.mean_image(like) + own.colour(draw_normal(like, generators))
-    x = conditioning.draw(x, own, generator=generators)
+    # What noise of the first level hides need not be solved for.
+    std = float(own.variances.mean().sqrt())
+    enough = conditioning.tolerance * max(1.0, schedule[0] / std)
+    x = conditioning.draw(x, own, generator=generators, tolerance=enough)
     for rho in schedule:
         x0 = prior.sample(x + rho * draw_normal(x, generators), rho, generator=generators)
         x = conditioning.draw(

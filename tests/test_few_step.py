@@ -24,6 +24,7 @@ from experiments.few_step.oracle import (
 )
 from ncvsd_inverse.conditioning import Conditioning
 from ncvsd_inverse.covariance import SpectralCovariance
+from ncvsd_inverse.priors import GaussianPrior
 
 CHAINS = 400
 NAMES = ["box inpainting", "random inpainting", "SR", "blur"]
@@ -102,10 +103,11 @@ def test_conditioning_is_exact_with_a_gaussian_prior(line, name):
 def test_distance_sees_a_covariance_that_is_wrong(line, monkeypatch):
     whole = SpectralCovariance.__init__
 
-    def halved(self, mixing, spectrum, width):
-        whole(self, mixing, spectrum / 2, width)
+    def white(self, mixing, spectrum, width):
+        # A factor would not do: pixels that are known almost exactly are interpolated alike.
+        whole(self, mixing, spectrum.mean().expand_as(spectrum), width)
 
-    monkeypatch.setattr(SpectralCovariance, "__init__", halved)
+    monkeypatch.setattr(SpectralCovariance, "__init__", white)
     plan = Plan({"conditioning": (4,)}, {})
     (row,) = measure_distances(problem(line, "random inpainting", 2), "random", plan, chains=CHAINS)
     assert row.ratio > 1.3
@@ -117,7 +119,7 @@ def test_mixture_comes_nearer_with_more_calls(mixed):
     two, twenty, gibbs = measure_distances(posed, "box", plan, chains=CHAINS, long=20)
     assert two.measurements == twenty.measurements == 2
     assert twenty.distance < 0.6 * two.distance
-    assert twenty.distance < 0.6 * gibbs.distance
+    assert gibbs.distance < two.distance
 
 
 def test_gaussian_intervals_are_calibrated(line):
@@ -136,13 +138,22 @@ def test_exact_draws_of_a_mixture_are_calibrated(mixed):
     assert min(row.p_values.values()) > 1e-3
 
 
-def test_calibration_sees_draws_that_vary_too_little(line, monkeypatch):
+def test_ranks_of_the_likelihood_see_noise_that_was_dropped(line, monkeypatch):
     draw = Conditioning.draw
 
     def cool(self, x, covariance, **options):
         return draw(self, x, covariance, **{**options, "temperature": 0.0})
 
     monkeypatch.setattr(Conditioning, "draw", cool)
+    row = calibrate(problem(line, "blur", 100, seed=1), "blur", "conditioning", 4)
+    assert row.p_values["likelihood"] < 1e-3
+
+
+def test_calibration_sees_means_in_place_of_draws(line, monkeypatch):
+    def mean(self, u, sigma, *, generator=None):
+        return self.denoise(u, sigma)
+
+    monkeypatch.setattr(GaussianPrior, "sample", mean)
     row = calibrate(problem(line, "blur", 100, seed=1), "blur", "conditioning", 4)
     assert row.worst > 2
     assert min(row.p_values.values()) < 1e-3

@@ -32,6 +32,8 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
 
 def run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Estimate an image at a temperature below 1; exactly `nfe` calls of the student."""
+    if not isinstance(problem.operator, LinearOperator):
+        raise TypeError(f"operator must be linear, got {type(problem.operator).__name__}")
     return _solve(problem, models, nfe, temperature=settings["temperature"])
 
 

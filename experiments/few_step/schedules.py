@@ -57,8 +57,7 @@ def main() -> None:
                 if (key := f"{first:g} {last:g}") not in row:
                     levels = karras(calls, first, last)
                     row[key] = judge(make_task(name, args.size), prior, images, levels)
-                    text = json.dumps(trials, indent=1)
-                    write_atomically(args.out, lambda file, text=text: file.write(text.encode()))
+                    _write(args.out, json.dumps(trials, indent=1))
             print(name, calls, *_best(row), flush=True)
     for name, row in trials.items():
         print(f"{name}: best by CRPS, first and last level, CRPS, lpips-alex, PSNR:", *_best(row))
@@ -82,6 +81,10 @@ def judge(task: Task, prior: Prior, images: Tensor, levels: tuple[float, ...]) -
         psnr(result.x0, images),
     )
     return [round(float(score.mean()), 5) for score in scores]
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def _grid(calls: int) -> list[tuple[float, float]]:

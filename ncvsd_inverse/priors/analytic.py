@@ -3,6 +3,7 @@
 They are the exact teachers and oracles of the tests; they must not know networks or operators.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ncvsd_inverse.checks import (
     check_image_size,
     check_images,
     check_level,
+    check_positive,
     check_shape,
 )
 from ncvsd_inverse.covariance import SpectralCovariance, Statistics
@@ -100,6 +102,7 @@ class GaussianPrior:
         self.sigma_min = 0.0
         self.sigma_max = math.inf
         self.statistics: Statistics | None = None
+        self._temperature = 1.0
         self._like = torch.empty(0, dtype=mean.dtype, device=mean.device)
         self._law = _CachedLaw(_exact_law(mean, variances, basis))
 
@@ -119,8 +122,16 @@ class GaussianPrior:
         """
         x, level = _flatten("u", u, sigma, self.image_shape)
         law = self._law.cast(x)
-        coordinates = law.posterior_draw(law.coordinates(x), level, draw_normal(x, generator))
+        eps = self._temperature * draw_normal(x, generator)
+        coordinates = law.posterior_draw(law.coordinates(x), level, eps)
         return law.pixels(coordinates).reshape(u.shape).to(u.dtype)
+
+    def tempered(self, temperature: float) -> Self:
+        """Return this prior with the spread of its draws given u made smaller by a factor > 0."""
+        check_positive("temperature", temperature)
+        twin = copy.copy(self)
+        twin._temperature = self._temperature * float(temperature)
+        return twin
 
     def denoise(self, u: Tensor, sigma: float | Tensor) -> Tensor:
         """Return the posterior mean E[x0 | u]: an exact teacher.

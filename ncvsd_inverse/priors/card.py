@@ -81,6 +81,8 @@ class PriorCard:
         elif self.gamma is not None:
             raise ValueError(f"gamma must be null for kind 'diffusion', got {self.gamma!r}")
         check_spread("spread", self.spread)
+        if not isinstance(self.statistics, ImageStatistics | None):
+            raise ValueError(f"statistics must be ImageStatistics, got {self.statistics!r}")
         digits = set(string.hexdigits.lower())
         if (
             not (isinstance(self.sha256, str) and len(self.sha256) == 64)

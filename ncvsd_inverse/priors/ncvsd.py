@@ -263,6 +263,10 @@ class RefinedPrior:
             x0 = drawn
         return x0.to(u.dtype)
 
+    def tempered(self, temperature: float) -> "RefinedPrior":
+        """Return this prior with the noise z of every step made smaller; see `NCVSDPrior`."""
+        return RefinedPrior(self.prior.tempered(temperature), self.levels, zeta=self.zeta)
+
     def to(self, device: torch.device | str) -> "RefinedPrior":
         """Move the network, which `prior` shares, to `device`, in place; return the prior."""
         self.prior.to(device)
