@@ -46,8 +46,9 @@ def test_bad_levels_name_the_argument(arguments, name):
 
 @pytest.mark.parametrize("family", [None, "inpainting", "phase_retrieval", "unheard_of"])
 @pytest.mark.parametrize("num", [1, 2, 10])
-def test_every_family_has_a_default_schedule(family, num):
-    levels = default_schedule(family, num)
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+def test_every_family_has_a_default_schedule(method, family, num):
+    levels = default_schedule(method, family, num)
     assert len(levels) == num
     assert levels[-1] > 0
     assert all(a > b for a, b in itertools.pairwise(levels))

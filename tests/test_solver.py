@@ -184,7 +184,7 @@ def test_result_is_whole_and_frozen():
     assert torch.equal(result.x0, result.samples[0])
     assert torch.allclose(result.mean, result.samples.mean(0))
     assert torch.allclose(result.std, result.samples.std(0))
-    assert (result.method, result.schedule) == ("conditioning", karras(3, 3.0, 0.05))
+    assert (result.method, result.schedule) == ("conditioning", karras(3, 6.0, 0.05))
     assert result.sigma_lik == 0.05
     assert not result.x0.requires_grad
     by_hand = (y - operator(result.x0)).flatten(1).norm(dim=1) / (0.05 * (3 * (48 - 9)) ** 0.5)
