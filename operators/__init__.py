@@ -1,7 +1,8 @@
 """Forward models y = A(x) + noise; they must not know any prior or sampler.
 
-Images have shape (B, C, H, W) and values in [-1, 1]. Linear operators carry `adjoint` and
-`solve_normal`; every operator carries `measure`, `input_shape`, `count_measured` and `repeated`.
+Images have shape (B, C, H, W) and values in [-1, 1]. Linear operators carry `adjoint` and, but for
+compositions, `solve_normal`; every operator carries `measure`, `input_shape`, `count_measured`
+and `repeated`.
 """
 
 if __name__ == "operators":
@@ -10,17 +11,29 @@ if __name__ == "operators":
     )
 
 from ncvsd_inverse.operators.blur import Blur, GaussianBlur, MotionBlur
+from ncvsd_inverse.operators.colorize import Colorize
+from ncvsd_inverse.operators.compose import Compose
+from ncvsd_inverse.operators.compressed import CompressedSensing
 from ncvsd_inverse.operators.denoise import Denoise
+from ncvsd_inverse.operators.fourier import MaskedFourier
+from ncvsd_inverse.operators.hdr import HDR
 from ncvsd_inverse.operators.inpainting import Inpaint
 from ncvsd_inverse.operators.phase import PhaseRetrieval
+from ncvsd_inverse.operators.poisson import Poisson
 from ncvsd_inverse.operators.superres import SuperResolution
 
 __all__ = [
+    "HDR",
     "Blur",
+    "Colorize",
+    "Compose",
+    "CompressedSensing",
     "Denoise",
     "GaussianBlur",
     "Inpaint",
+    "MaskedFourier",
     "MotionBlur",
     "PhaseRetrieval",
+    "Poisson",
     "SuperResolution",
 ]

@@ -4,17 +4,29 @@ import pytest
 import torch
 
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.tasks import list_tasks, make_task
+from ncvsd_inverse.tasks import list_more_tasks, list_tasks, make_task
 
 
-@pytest.mark.parametrize("name", list_tasks())
+def test_the_benchmark_runs_six_tasks():
+    assert list_tasks() == [
+        "inpaint_box",
+        "inpaint_random",
+        "sr4x",
+        "deblur_gaussian",
+        "deblur_motion",
+        "phase_retrieval",
+    ]
+    assert not set(list_tasks()) & set(list_more_tasks())
+
+
+@pytest.mark.parametrize("name", list_tasks() + list_more_tasks())
 @pytest.mark.parametrize("size", [64, (64, 96), (40, 32)])
 def test_every_task_measures_images_of_its_size(name, size, generator):
     task = make_task(name, size)
     height, width = (size, size) if isinstance(size, int) else size
     x = torch.rand(2, 3, height, width, generator=generator) * 2 - 1
     y = task.operator.measure(x, task.sigma_y, generator=generator)
-    assert (task.name, task.sigma_y) == (name, 0.05)
+    assert (task.name, task.sigma_y) == (name, 1.0 if name == "poisson" else 0.05)
     assert tuple(task.operator.input_shape(tuple(y.shape))) == tuple(x.shape)
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.sigma_y = 0.1
@@ -53,6 +65,22 @@ def test_reduction_and_phase_retrieval():
     x = torch.zeros(1, 3, 64, 48)
     assert make_task("sr4x", (64, 48)).operator(x).shape == (1, 3, 16, 12)
     assert make_task("phase_retrieval", 64).operator(x[..., :48, :]).shape == (1, 3, 112, 112)
+
+
+def test_the_other_tasks_are_the_stated_operators():
+    size, x = (64, 48), torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blurred = ops.GaussianBlur(1.375, 11)(x)
+    expected = {
+        "colorize": ops.Colorize("luma")(x),
+        "hdr": (2 * x).clamp(-1, 1),
+        "compressed_sensing": ops.CompressedSensing(size, 0.5, seed=3)(x),
+        "mri": ops.MaskedFourier.lines(size, 4, 0.08, seed=3)(x),
+        "deblur_sr2x": ops.SuperResolution(2)(blurred),
+        "poisson": ops.Poisson(20.0)(x),
+    }
+    assert list(expected) == list_more_tasks()
+    for name, y in expected.items():
+        assert torch.equal(make_task(name, size, seed=3).operator(x), y), name
 
 
 @pytest.mark.parametrize(

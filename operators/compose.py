@@ -1,0 +1,125 @@
+"""One forward model after another; it must not know which they are, nor any prior or sampler."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.checks import check_count, check_images
+from ncvsd_inverse.operators.base import BaseOperator
+from ncvsd_inverse.protocols import Generators, LinearOperator, Operator
+
+
+class Compose(BaseOperator):
+    """A forward model applied to what another one gives.
+
+    y = outer(inner(x)); for linear parts A = A_outer A_inner, and the result then has
+    `adjoint`, y -> A_inner^T A_outer^T y. There is no `solve_normal`: the likelihood step runs
+    conjugate gradients. What the inner part does not measure is an image value of 0 to the outer
+    one. Noise is that of the outer part: on its measured entries only.
+
+    Args:
+        outer: an operator on images of the shape that `inner` gives.
+        inner: an operator whose measurements have shape (B, C, H, W).
+
+    Attributes:
+        sigma_y: noise std that the outer part names, units of y, or None.
+
+    Raises:
+        TypeError: if a part is no operator.
+        ValueError: (on use) if the parts do not fit.
+    """
+
+    family = "composed"
+
+    def __new__(cls, outer: Operator, inner: Operator) -> "Compose":
+        """Choose the class: a composition has an adjoint only if both parts do."""
+        linear = isinstance(outer, LinearOperator) and isinstance(inner, LinearOperator)
+        return super().__new__(_LinearCompose if linear else Compose)
+
+    def __init__(self, outer: Operator, inner: Operator) -> None:
+        for name, part in (("outer", outer), ("inner", inner)):
+            if not isinstance(part, Operator):
+                raise TypeError(
+                    f"{name} must be callable and have input_shape, got {type(part).__name__}"
+                )
+        self.outer = outer
+        self.inner = inner
+        self.sigma_y: float | None = getattr(outer, "sigma_y", None)
+        self._runs = 1
+
+    def __getnewargs__(self) -> tuple[Operator, Operator]:
+        return self.outer, self.inner
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return outer(inner(x)), shape (B, ...)."""
+        check_images("x", x)
+        return self._in_runs(lambda part: self.outer(self._between(self.inner(part))), x)
+
+    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape (B, C, H, W) of the images that give measurements of `y_shape`."""
+        return tuple(self.inner.input_shape(self.outer.input_shape(y_shape)))
+
+    def measure(self, x: Tensor, sigma_y: float, *, generator: Generators = None) -> Tensor:
+        """Simulate y = A(x) + sigma_y * eps with eps standard normal where the outer part measures.
+
+        Args:
+            x: images, shape (B, C, H, W), in [-1, 1].
+            sigma_y: noise std, > 0, in units of y.
+            generator: one source of randomness, or one for each of the B images.
+
+        Returns:
+            Measurements; entries that the outer part does not measure are 0.
+        """
+        own = getattr(self.outer, "measure", None)
+        if own is None:
+            return super().measure(x, sigma_y, generator=generator)
+        between = self._in_runs(self.inner, check_images("x", x))
+        y: Tensor = own(self._between(between), sigma_y, generator=generator)
+        return y
+
+    def count_measured(self, y: Tensor) -> Tensor:
+        """Return how many entries of each measurement are measured, integers of shape (B,)."""
+        own = getattr(self.outer, "count_measured", None)
+        count: Tensor = super().count_measured(y) if own is None else own(y)
+        return count
+
+    def repeated(self, times: int) -> "Compose":
+        """Return the operator for a batch that is tiled `times` times along dimension 0.
+
+        Parts that cannot repeat themselves meet one run of the batch at a time.
+        """
+        check_count("times", times)
+        parts = (self.outer, self.inner)
+        repeats = [part.repeated for part in parts if hasattr(part, "repeated")]
+        if len(repeats) == 2:
+            outer, inner = (repeat(times) for repeat in repeats)
+            same = outer is self.outer and inner is self.inner
+            return self if same else Compose(outer, inner)
+        tiled = Compose(self.outer, self.inner)
+        tiled._runs = self._runs * times
+        return tiled
+
+    def _in_runs(self, call: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if self._runs == 1:
+            return call(batch)
+        return torch.cat([call(run) for run in batch.chunk(self._runs)])
+
+    def _between(self, image: Tensor) -> Tensor:
+        if image.ndim != 4:
+            raise ValueError(
+                "inner must give measurements of shape (B, C, H, W) to compose, "
+                f"got {tuple(image.shape)}"
+            )
+        return image
+
+
+class _LinearCompose(Compose):
+    """A composition of two matrices."""
+
+    outer: LinearOperator
+    inner: LinearOperator
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return A_inner^T A_outer^T y, shape (B, C, H, W)."""
+        return self._in_runs(lambda part: self.inner.adjoint(self.outer.adjoint(part)), y)

@@ -1,0 +1,192 @@
+"""Magnetic resonance imaging: some spatial frequencies; it must not know any prior or sampler."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.checks import (
+    check_count,
+    check_finite,
+    check_floating,
+    check_images,
+    check_non_negative,
+)
+from ncvsd_inverse.numerics import working_dtype
+from ncvsd_inverse.operators.base import LinearBase
+from ncvsd_inverse.operators.inpainting import _check_size
+from ncvsd_inverse.protocols import Generators
+
+
+class MaskedFourier(LinearBase):
+    """Measure the Fourier coefficients of each channel where the mask is 1.
+
+    y = diag(mask) F x, kept as real numbers: y[..., 0] is the real and y[..., 1] the imaginary
+    part and A stacks diag(mask) Re F on diag(mask) Im F. F is the orthonormal 2-D Fourier
+    transform, F[k, l; i, j] = exp(-2 pi i (k i / H + l j / W)) / sqrt(H W), frequency 0 first;
+    y is 0 where nothing is measured.
+
+    Images are real, so a coefficient is the conjugate of the one at the negative frequency, and
+    A^T A = F^H diag(s) F with s(k) = (mask(k) + mask(-k)) / 2: a pair of which one is measured
+    counts half. `solve_normal` divides by a s + b in Fourier space. Both parts of a kept
+    coefficient are measured and carry noise of std sigma_y each, also the imaginary parts (of
+    frequency 0, say) that are 0 for every image.
+
+    Args:
+        mask: kept frequencies, boolean, or 0 and 1; shape (H, W), in the layout of
+            `torch.fft.fft2` (`torch.fft.ifftshift` brings a centred mask into it).
+
+    Raises:
+        TypeError: if mask is no real tensor.
+        ValueError: if mask has another shape, holds anything but 0 and 1, or measures nothing.
+    """
+
+    family = "masked_fourier"
+
+    def __init__(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.is_complex():
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a boolean or real tensor, got {got}")
+        if mask.ndim != 2 or 0 in mask.shape:
+            raise ValueError(f"mask must have shape (H, W), got {tuple(mask.shape)}")
+        check_finite("mask", mask)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            low, high = float(mask.min()), float(mask.max())
+            raise ValueError(f"mask must hold only 0 and 1, got values from {low} to {high}")
+        self.mask = mask.bool()
+        self._num_kept = int(self.mask.count_nonzero())
+        if self._num_kept == 0:
+            raise ValueError("mask must measure at least one frequency, got all zeros")
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def lines(
+        cls,
+        size: tuple[int, int],
+        acceleration: float = 4.0,
+        centre_fraction: float = 0.08,
+        seed: int = 0,
+    ) -> "MaskedFourier":
+        """Measure whole columns of frequencies: all the lowest ones and some others at random.
+
+        round(W / acceleration) columns are kept (at least 1): the round(centre_fraction * W)
+        nearest to horizontal frequency 0, and others that are equally probable.
+
+        Args:
+            size: height H and width W of the images, pixels.
+            acceleration: how many times fewer columns than W are kept, >= 1.
+            centre_fraction: share of the W columns kept around frequency 0, in
+                [0, 1 / acceleration].
+            seed: the same seed gives the same mask, >= 0.
+
+        Raises:
+            ValueError: if an argument is out of range.
+
+        Source:
+            Zbontar et al. (fastMRI), arXiv 1811.08839, with a fixed number of columns where they
+            draw each one by itself.
+        """
+        height, width = _check_size(size)
+        if not 1 <= acceleration <= width:
+            raise ValueError(f"acceleration must be in [1, {width}], got {acceleration}")
+        total = max(1, round(width / acceleration))
+        centre = round(check_non_negative("centre_fraction", centre_fraction) * width)
+        if centre > total:
+            raise ValueError(
+                f"centre_fraction must be at most 1 / acceleration = {1 / acceleration:g}, "
+                f"got {centre_fraction}"
+            )
+        generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
+        columns = torch.arange(-(centre // 2), width - centre // 2) % width
+        others = centre + torch.randperm(width - centre, generator=generator)[: total - centre]
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[:, columns[:centre]] = True
+        mask[:, columns[others]] = True
+        return cls(mask)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return coefficients, 0 where not measured, shape (B, C, H, W, 2)."""
+        self._check_sides("x", check_images("x", x).shape)
+        mask, _ = self._on(x)
+        spectrum = torch.fft.fft2(x.to(mask.dtype), norm="ortho")
+        return (torch.view_as_real(spectrum) * mask).to(x.dtype)
+
+    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return (B, C, H, W) for measurements (B, C, H, W, 2)."""
+        if len(y_shape) != 5 or y_shape[4] != 2 or min(y_shape) < 1:
+            raise ValueError(
+                f"y_shape must be (B, C, H, W, 2), all at least 1, got {tuple(y_shape)}"
+            )
+        self._check_sides("y_shape", y_shape)
+        return tuple(int(size) for size in y_shape[:4])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return the real part of F^H diag(mask) y, shape (B, C, H, W)."""
+        check_floating("y", y)
+        if y.ndim != 5 or 0 in y.shape or y.shape[4] != 2:
+            raise ValueError(f"y must have shape (B, C, H, W, 2), got {tuple(y.shape)}")
+        self._check_sides("y", y.shape)
+        mask, _ = self._on(y)
+        real, imaginary = (y.to(mask.dtype) * mask).unbind(dim=4)
+        waves: Tensor = torch.fft.ifft2(torch.complex(real, imaginary), norm="ortho")
+        return waves.real.to(y.dtype)
+
+    def measure(self, x: Tensor, sigma_y: float, *, generator: Generators = None) -> Tensor:
+        """Simulate y = A(x) + sigma_y * eps with eps standard normal where A measures.
+
+        Args:
+            x: images, shape (B, C, H, W), in [-1, 1].
+            sigma_y: noise std of the real and of the imaginary part, > 0, in units of y.
+            generator: one source of randomness, or one for each of the B images.
+
+        Returns:
+            Measurements, shape (B, C, H, W, 2); 0 where the mask is 0.
+        """
+        y = super().measure(x, sigma_y, generator=generator)
+        return torch.where(self.mask.to(y.device)[..., None], y, 0)
+
+    def count_measured(self, y: Tensor) -> Tensor:
+        """Return how many entries of each measurement are measured, integers of shape (B,)."""
+        return torch.full((y.shape[0],), 2 * y.shape[1] * self._num_kept, device=y.device)
+
+    def _solve_normal(self, rhs: Tensor, a: float, b: float) -> Tensor:
+        self._check_sides("rhs", rhs.shape)
+        _, share = self._on(rhs)
+        spectrum = torch.fft.rfft2(rhs.to(share.dtype)) / (a * share + b)
+        solution: Tensor = torch.fft.irfft2(spectrum, s=rhs.shape[-2:])
+        return solution.to(rhs.dtype)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True: A^T A is diagonal in Fourier space."""
+        return True
+
+    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, *, a: float, b: float) -> Tensor:
+        """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, shape (B, C, H, W)."""
+        self._check_sides("rhs", rhs.shape)
+        _, share = self._on(rhs)
+        scale = (a * share + b).rsqrt()
+        spectrum = torch.fft.rfft2(rhs.to(share)) * scale + torch.fft.rfft2(eps.to(share))
+        drawn: Tensor = torch.fft.irfft2(spectrum * scale, s=rhs.shape[-2:])
+        return drawn.to(rhs.dtype)
+
+    def _check_sides(self, name: str, shape: Sequence[int]) -> None:
+        if tuple(shape[2:4]) != tuple(self.mask.shape):
+            raise ValueError(
+                f"{name} must have the height and width of mask, {tuple(self.mask.shape)}, "
+                f"got {tuple(shape[2:4])}"
+            )
+
+    def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mask (H, W, 1) and the half spectrum s of A^T A, (H, W // 2 + 1).
+
+        Both are on the device of `like` and in the dtype that its transforms use.
+        """
+        key = (working_dtype(like.dtype), like.device)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # else no later gradient could pass through them
+                mask = self.mask.to(like.device, key[0])
+                negative = mask.flip(0, 1).roll((1, 1), (0, 1))
+                share = (mask + negative)[:, : mask.shape[1] // 2 + 1] / 2
+                self._tables[key] = mask[..., None], share
+        return self._tables[key]
