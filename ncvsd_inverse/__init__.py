@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ncvsd_inverse import metrics, operators, priors, tasks
+    from ncvsd_inverse.deepinv_models import as_deepinv_denoiser, as_deepinv_reconstructor
     from ncvsd_inverse.errors import CheckpointError, DivergenceError
+    from ncvsd_inverse.physics import from_deepinv
     from ncvsd_inverse.priors import list_priors, load_prior
     from ncvsd_inverse.solver import Result, solve
 
@@ -24,6 +26,9 @@ __all__ = [
     "DivergenceError",
     "Result",
     "__version__",
+    "as_deepinv_denoiser",
+    "as_deepinv_reconstructor",
+    "from_deepinv",
     "list_priors",
     "load_prior",
     "metrics",
@@ -37,6 +42,9 @@ _HOMES = {
     "CheckpointError": "errors",
     "DivergenceError": "errors",
     "Result": "solver",
+    "as_deepinv_denoiser": "deepinv_models",
+    "as_deepinv_reconstructor": "deepinv_models",
+    "from_deepinv": "physics",
     "list_priors": "priors",
     "load_prior": "priors",
     "solve": "solver",

@@ -66,6 +66,32 @@ class Conditioning:
         self._gram: Tensor | None = None
         self._is_convolution = False
 
+    def start(
+        self,
+        mean: Tensor,
+        covariance: SpectralCovariance,
+        like: Tensor,
+        *,
+        noise: float = 0.0,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Draw Gaussian images given y.
+
+        Args:
+            mean: mean image, shape (1, C, H, W).
+            covariance: covariance of images.
+            like: a tensor of the images' shape (B, C, H, W), dtype and device.
+            noise: std of the noise that is added to the images next, >= 0: what that hides is not
+                solved for.
+            generator: one source of randomness, or one for each image.
+
+        Returns:
+            Images, the shape of `like`.
+        """
+        x = mean + covariance.colour(draw_normal(like, generator))
+        enough = self.tolerance * max(1.0, noise / float(covariance.variances.mean().sqrt()))
+        return self.draw(x, covariance, generator=generator, tolerance=enough)
+
     def draw(
         self,
         x: Tensor,

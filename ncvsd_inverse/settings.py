@@ -45,6 +45,7 @@ DEFAULT_LEVELS: dict[str, dict[str | None, Levels]] = {
         "blur": Levels(0.8, 0.05, 7.0),
         "motion_blur": Levels(0.8, 0.05, 7.0),
         "superres": Levels(1.5, 0.05, 7.0),
+        "phase_retrieval": Levels(3.0, 0.2, 7.0),
     },
     "gibbs": {None: Levels(3.0, 0.02, 7.0), "phase_retrieval": Levels(10.0, 0.02, 7.0)},
 }

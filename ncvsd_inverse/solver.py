@@ -26,7 +26,9 @@ from ncvsd_inverse.conditioning import Conditioning
 from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.likelihood import likelihood_step
+from ncvsd_inverse.linearised import Linearised
 from ncvsd_inverse.numerics import draw_normal, make_generators
+from ncvsd_inverse.physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors import load_prior
 from ncvsd_inverse.protocols import Generators, LikelihoodStep, LinearOperator, Operator, Prior
 from ncvsd_inverse.settings import (
@@ -104,19 +106,20 @@ def solve(
     - "conditioning" draws x0 given u = x + rho * noise and moves it to a draw x given y too, by
       Matheron's rule with the covariance that the prior's `statistics` hold for the level. It
       begins with Gaussian images given y, which cost no network call. If the prior's draws were
-      Gaussian it would be exact for any number of levels; it needs a linear operator.
+      Gaussian and A linear it would be exact for any number of levels; another A is linearised,
+      by Gauss-Newton steps.
     - "gibbs", the published split-Gibbs loop, draws u given x0 and y, then x0 given u. It is exact
       in the limit of many levels, for any operator.
 
     Args:
         y: measurements, shape (B, ...), float32 or float64; the result has their dtype and device.
-        operator: the forward model A.
+        operator: the forward model A, or a deepinv physics (see `from_deepinv`).
         prior: a prior, or a name or path that `load_prior` accepts.
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05.
         num_samples: independent samples for each measurement, >= 1.
-        method: the loop; None takes "conditioning" where the operator is linear and the prior has
-            statistics, else (and for presets) "gibbs".
+        method: the loop; None takes "conditioning" where the prior has statistics, else (and for
+            presets) "gibbs".
         estimate: what `Result.x0` is: the first "sample"; the "mean" of the samples; or "ema", an
             exponential average along the first chain, which is no posterior sample.
         schedule: nfe / prior.nfe_per_sample levels of rho, strictly decreasing, > 0, image units;
@@ -149,6 +152,12 @@ def solve(
     check_choice("estimate", estimate, get_args(Estimate))
     check_count("num_samples", num_samples)
     check_count("restarts", restarts)
+    operator, y = adapt(operator, y)
+    if preset is not None and isinstance(operator, PhysicsOperator):
+        raise ValueError(
+            f"preset must be None for a deepinv physics, got {preset!r}: its values are for images "
+            "in [-1, 1]"
+        )
     if isinstance(prior, str):
         prior = load_prior(prior, device=y.device if isinstance(y, Tensor) else None)
     counted = _CountedPrior(_temper(prior, temperature))
@@ -157,7 +166,7 @@ def solve(
         sigma_y = getattr(operator, "sigma_y", None)
     sigma_y = SIGMA_Y if sigma_y is None else check_positive("sigma_y", sigma_y)
     statistics: Statistics | None = getattr(counted.prior, "statistics", None)
-    method = _choose_method(method, operator, statistics, preset)
+    method = _choose_method(method, statistics, preset)
     if temperature != 1 and method != "conditioning":
         raise ValueError(f"temperature must be 1 with method {method!r}, got {temperature}")
     levels, sigma_lik = _settings(
@@ -187,9 +196,10 @@ def solve(
             generators = make_generators([keys[chain] for chain in chains], y.device)
             sweeps: Iterator[Tensor]
             if method == "conditioning":
-                assert isinstance(part, LinearOperator)
                 assert statistics is not None
-                given = Conditioning(part, y_part, sigma_lik)
+                given, start = _given(
+                    part, y_part, sigma_lik, statistics, start, levels[0], generators
+                )
                 sweeps = _condition(
                     given, counted, statistics, start, levels, generators, temperature
                 )
@@ -252,30 +262,38 @@ def _gibbs(
         yield x0
 
 
-def _condition(
-    conditioning: Conditioning,
-    prior: Prior,
+def _given(
+    operator: Operator,
+    y: Tensor,
+    sigma_lik: float,
     statistics: Statistics,
     like: Tensor,
+    first: float,
+    generators: Sequence[torch.Generator],
+) -> tuple[Conditioning | Linearised, Tensor]:
+    """Return what conditions on y, and images to begin at: Gaussian given y, or nearly."""
+    mean, own = statistics.mean_image(like), statistics.covariance(math.inf, like)
+    if isinstance(operator, LinearOperator):
+        exact = Conditioning(operator, y, sigma_lik)
+        return exact, exact.start(mean, own, like, noise=first, generator=generators)
+    given = Linearised(operator, y, sigma_lik)
+    return given, given.start(mean, own, like, generator=generators)
+
+
+def _condition(
+    given: Conditioning | Linearised,
+    prior: Prior,
+    statistics: Statistics,
+    x: Tensor,
     schedule: Sequence[float],
     generators: Sequence[torch.Generator],
     temperature: float,
 ) -> Iterator[Tensor]:
-    """Yield x given y, in the shape of `like` (N, C, H, W), of every sweep of one chain an image.
-
-    Begun at Gaussian images of the prior's mean and covariance, given y.
-    """
-    own = statistics.covariance(math.inf, like)
-    x = statistics.mean_image(like) + own.colour(draw_normal(like, generators))
-    # What noise of the first level hides need not be solved for.
-    std = float(own.variances.mean().sqrt())
-    enough = conditioning.tolerance * max(1.0, schedule[0] / std)
-    x = conditioning.draw(x, own, generator=generators, tolerance=enough)
+    """Yield x (N, C, H, W) given y of every sweep of one chain an image, begun at `x`."""
     for rho in schedule:
         x0 = prior.sample(x + rho * draw_normal(x, generators), rho, generator=generators)
-        x = conditioning.draw(
-            x0, statistics.covariance(rho, like), generator=generators, temperature=temperature
-        )
+        covariance = statistics.covariance(rho, x0)
+        x = given.draw(x0, covariance, generator=generators, temperature=temperature)
         yield x
 
 
@@ -411,22 +429,16 @@ def _temper(prior: Prior, temperature: float) -> Prior:
 
 def _choose_method(
     method: Method | None,
-    operator: Operator,
     statistics: Statistics | None,
     preset: str | None,
 ) -> Method:
-    """Return the loop that runs; ValueError if it does not suit the operator or the prior."""
-    fits = isinstance(operator, LinearOperator)
+    """Return the loop that runs; ValueError if it does not suit the prior or the preset."""
     if method is None:
-        return "conditioning" if fits and statistics is not None and preset is None else "gibbs"
+        return "gibbs" if statistics is None or preset is not None else "conditioning"
     check_choice("method", method, get_args(Method))
     if method == "conditioning":
         if preset is not None:
             raise ValueError(f"method must be 'gibbs' with preset={preset!r}, got {method!r}")
-        if not fits:
-            raise ValueError(
-                f"method must be 'gibbs' for an operator that is not linear, got {method!r}"
-            )
         if statistics is None:
             raise ValueError(
                 "method must be 'gibbs' for a prior without statistics, got 'conditioning'; "
