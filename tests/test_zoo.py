@@ -337,12 +337,14 @@ def test_unknown_names_list_the_known_ones(saved):
         load_prior(3)
 
 
-def test_a_published_prior_that_is_not_here_says_what_it_needs(tmp_path, no_other_priors):
+def test_a_published_prior_that_is_not_here_says_what_it_needs(
+    tmp_path, no_other_priors, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as caught:
         load_prior("ncvsd_ffhq")
     message = str(caught.value)
     for part in (
-        "ncvsd_ffhq.safetensors and ncvsd_ffhq.json",
         str(tmp_path / "cache" / "ncvsd_inverse"),
         "xypeng9903/ncvsd",
         "ncvsd-ffhq256-xs.pkl",

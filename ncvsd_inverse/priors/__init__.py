@@ -4,6 +4,8 @@
 first used.
 """
 
+from typing import TYPE_CHECKING
+
 from ncvsd_inverse.priors.analytic import GaussianMixturePrior, GaussianPrior
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
@@ -16,10 +18,14 @@ from ncvsd_inverse.priors.zoo import (
     save_prior,
 )
 
+if TYPE_CHECKING:
+    from ncvsd_inverse.priors.hub import HubPrior
+
 __all__ = [
     "DiffusionPrior",
     "GaussianMixturePrior",
     "GaussianPrior",
+    "HubPrior",
     "NCVSDPrior",
     "PriorCard",
     "PriorHandle",
@@ -36,3 +42,12 @@ __all__ = [
 ncvsd_ffhq = PriorHandle("ncvsd_ffhq")
 ncvsd_faces64 = PriorHandle("ncvsd_faces64")
 ncvsd_natural = PriorHandle("ncvsd_natural")
+
+
+def __getattr__(name: str) -> object:
+    if name == "HubPrior":
+        # Loaded when first used: huggingface_hub is slow to import.
+        from ncvsd_inverse.priors.hub import HubPrior
+
+        return HubPrior
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -220,29 +220,31 @@ def _locate(name_or_path: str | Path) -> Path:
     if path.suffix in (".safetensors", ".json"):
         return path.with_suffix("")
     if isinstance(name_or_path, Path) or path.name != name_or_path:
+        if isinstance(name_or_path, str):
+            from ncvsd_inverse.priors import hub
+
+            if hub.is_repository(name_or_path):
+                return hub.fetch_repository(name_or_path)
         return path
     for folder in _folders():
         if _card_path(folder / name_or_path).is_file():
             return folder / name_or_path
-    if name_or_path in SHIPPED or name_or_path in PUBLISHED:
+    if name_or_path in PUBLISHED:
+        from ncvsd_inverse.priors import hub
+
+        return hub.fetch_published(name_or_path)
+    if name_or_path in SHIPPED:
         raise CheckpointError(_explain_absence(name_or_path))
     check_choice("prior", name_or_path, list_priors())
     return path
 
 
 def _explain_absence(name: str) -> str:
-    message = (
+    return (
         f"{name} needs {name}.safetensors and {name}.json, which are in none of "
         f"{', '.join(str(folder) for folder in _folders())} "
-        f"(${WEIGHTS_VARIABLE} may name another folder)"
-    )
-    if name not in PUBLISHED:
-        return f"{message}; they do not ship with this version of the package"
-    repository, file = PUBLISHED[name]
-    return (
-        f"{message}; its authors publish it at Hugging Face as {file} in {repository}, a pickle, "
-        "which is never unpickled here: its safe conversion, `ncvsd convert`, comes with a later "
-        "release"
+        f"(${WEIGHTS_VARIABLE} may name another folder); they do not ship with this version of the "
+        "package"
     )
 
 
