@@ -98,7 +98,7 @@ def ship(
             print(f"  {level.sigma:g}", *(f"{part.value:.2f}" for part in parts))
     best = min(scores, key=lambda std: scores[std])
     levels = about["spread_levels"]
-    spread = calibrate_spread(priors[best], images, levels=levels, draws=DRAWS)
+    spread = calibrate_spread(priors[best], judge, images, levels=levels, draws=DRAWS)
     # Above the levels that the images suffice for the factor goes back to 1.
     spread = (*spread, (2.5 * max(levels), 1.0))
     print("factors on the noise:", *(f"{sigma:g}: {factor:.3f}" for sigma, factor in spread))

@@ -106,14 +106,21 @@ class Narrow(torch.nn.Module):
         return condition / (1 + level**2) + z / 1.5 * level / (1 + level**2).sqrt()
 
 
+class White:
+    """The exact denoiser of N(0, I)."""
+
+    def denoise(self, x, sigma):
+        return x / (1 + sigma**2)
+
+
 def test_calibration_gives_back_the_spread():
     images = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     prior = NCVSDPrior(Narrow(), image_shape=(1, 8, 8))
-    spread = calibrate_spread(prior, images, levels=(1.0, 0.2), batch_size=64)
+    spread = calibrate_spread(prior, White(), images, levels=(1.0, 0.2), batch_size=64)
     assert [sigma for sigma, _ in spread] == [0.2, 1.0]
     # 12,800 pixels and 8 draws: the variance is known to about 1.5%.
     assert [factor for _, factor in spread] == pytest.approx([1.5, 1.5], rel=0.03)
-    again = calibrate_spread(prior.with_spread(spread), images, levels=(0.2, 1.0))
+    again = calibrate_spread(prior.with_spread(spread), White(), images, levels=(0.2, 1.0))
     assert [factor for _, factor in again] == pytest.approx([factor for _, factor in spread])
 
 

@@ -293,6 +293,7 @@ def evaluate(
 @torch.no_grad()
 def calibrate_spread(
     prior: NCVSDPrior,
+    teacher: Teacher,
     images: Tensor,
     *,
     levels: Sequence[float] = LEVELS,
@@ -301,16 +302,18 @@ def calibrate_spread(
     seed: int = 0,
     batch_size: int = 32,
 ) -> tuple[tuple[float, float], ...]:
-    """Find the factors on a prior's noise z that make its spread match its error.
+    """Find the factors on a prior's noise z that make its posterior ratio 2.
 
-    Draws from the posterior vary about their mean as much as the truth does: the variance of the
-    draws is the mean square error of their mean (of infinitely many). No teacher is needed.
+    A draw from the posterior is as far from the posterior mean as the truth is, independently: its
+    mean square error is twice the teacher's. Where a prior's mean is biased its draws then vary a
+    little less than the posterior.
 
     Args:
         prior: the prior; its own `spread` is not looked at.
+        teacher: the denoiser that gives the least mean square error.
         images: clean images that it was not trained on, shape (B, C, H, W), in [-1, 1].
         levels: noise stds, > 0, image units.
-        draws: draws for each image and level, >= 2.
+        draws: draws for each image and level, >= 1.
         rounds: times that the range `FACTORS` of a factor is halved, >= 1; 7 leave 1% of it.
         seed: >= 0.
         batch_size: images at a time, >= 1.
@@ -321,13 +324,10 @@ def calibrate_spread(
     Raises:
         ValueError: if an argument is out of range or the images do not fit.
         DivergenceError: if a draw is not finite.
-
-    Source:
-        Fortin et al., Why should ensemble spread match the RMSE of the ensemble mean?, Journal of
-        Hydrometeorology 15 (2014).
     """
+    _check_teacher(teacher)
     check_finite("images", check_images("images", images))
-    check_count("draws", draws, least=2)
+    check_count("draws", draws)
     check_count("rounds", rounds)
     check_count("batch_size", batch_size)
     found = []
@@ -337,17 +337,16 @@ def calibrate_spread(
         for _ in range(rounds):
             # The variance can grow with a high power of the factor: only bisection is safe.
             factor = math.sqrt(low * high)
-            scaled, spread, error = prior.with_spread([(sigma, factor)]), 0.0, 0.0
+            scaled, error, least = prior.with_spread([(sigma, factor)]), 0.0, 0.0
             for first in range(0, len(images), batch_size):
                 x0 = images[first : first + batch_size]
                 places = range(first, first + len(x0))
                 sources = _generators(seed, _DRAWS, places, x0.device)
-                drawn = _draw(scaled, _noisy(x0, sigma, seed, places), sigma, draws, sources)
-                variance = _over_pixels(drawn.var(0))
-                spread += float(variance.sum())
-                squared = _over_pixels((drawn.mean(0) - x0).square())
-                error += float((squared - variance / draws).sum())
-            low, high = (factor, high) if spread < error else (low, factor)
+                u = _noisy(x0, sigma, seed, places)
+                drawn = _draw(scaled, u, sigma, draws, sources)
+                error += float((drawn - x0).square().mean((0, 2, 3, 4)).sum())
+                least += float(_over_pixels((teacher.denoise(u, sigma) - x0).square()).sum())
+            low, high = (factor, high) if error < 2 * least else (low, factor)
         found.append((sigma, math.sqrt(low * high)))
     return tuple(found)
 
