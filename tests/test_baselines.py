@@ -379,8 +379,8 @@ def test_methods_reach_the_posterior_as_far_as_they_can(oracle, cases, key):
 # Ours.
 
 
-@pytest.mark.parametrize("name", ["ncvsd", "ncvsd-published"])
-def test_phase_retrieval_spends_large_budgets_on_four_chains(monkeypatch, name):
+@pytest.mark.parametrize("name", ["ncvsd", "ncvsd-tempered", "ncvsd-published"])
+def test_phase_retrieval_spends_large_budgets_on_several_chains(monkeypatch, name):
     asked = []
 
     def fake(y, **arguments):
@@ -389,11 +389,14 @@ def test_phase_retrieval_spends_large_budgets_on_four_chains(monkeypatch, name):
 
     monkeypatch.setattr(ours, "solve", fake)
     models, prior = small_models(1)
-    problem = make_problem(prior, PhaseRetrieval(8), batch=1)
-    for nfe in (40, 48, 50, 36):
-        METHODS[name].run(problem, models, nfe, {})
-    assert asked == [(10, 4), (12, 4), (50, 1), (36, 1)]
-    METHODS[name].run(make_problem(prior, SuperResolution(4), batch=1), models, 40, {})
+    problem, settings = make_problem(prior, PhaseRetrieval(8), batch=1), {"temperature": 0.6}
+    for nfe in (10, 16, 20, 49, 50):
+        METHODS[name].run(problem, models, nfe, settings)
+    several = [(10, 1), (4, 4), (4, 5), (49, 1), (10, 5)]
+    single = [(nfe * chains, 1) for nfe, chains in several]
+    assert asked == (single if name == "ncvsd-published" else several)
+    linear = make_problem(prior, SuperResolution(4), batch=1)
+    METHODS[name].run(linear, models, 40, settings)
     assert asked[-1] == (40, 1)
 
 

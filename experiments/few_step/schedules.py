@@ -27,8 +27,8 @@ from ncvsd_inverse.tasks import SIGMA_Y, Task, make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
 CALLS = (1, 2, 4, 10, 20, 50)
-FIRST = (0.2, 0.4, 0.8, 1.5, 3.0, 6.0)
-LAST = (0.03, 0.05, 0.1, 0.2)
+FIRST = (0.4, 0.8, 1.5, 3.0, 6.0)
+LAST = (0.05, 0.1)
 DRAWS = 4
 
 
@@ -90,7 +90,7 @@ def _write(path: Path, text: str) -> None:
 def _grid(calls: int) -> list[tuple[float, float]]:
     """Return pairs of first and last level; with one call there is only the first."""
     if calls == 1:
-        return [(first, first / 2) for first in (*LAST, *FIRST[1:])]
+        return [(first, first / 2) for first in (*LAST, *FIRST)]
     return [(first, last) for first, last in product(FIRST, LAST) if last < first]
 
 
