@@ -21,11 +21,11 @@ from ncvsd_inverse.networks import (
     ConcatDenoiser,
     ControlledDenoiser,
     Denoiser,
-    build_network,
     inference_dtype,
     network_config,
 )
 from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.convert import LibraryDenoiser, build_converted, load_foreign
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
 from ncvsd_inverse.protocols import Generators
@@ -38,9 +38,9 @@ PUBLISHED = {"ncvsd_ffhq": ("xypeng9903/ncvsd", "ncvsd-ffhq256-xs.pkl")}
 """Priors that their authors publish: repository and file at Hugging Face."""
 
 TrainedNetwork: TypeAlias = ConcatDenoiser | ControlledDenoiser | Denoiser
-NETWORKS: dict[str, tuple[type[TrainedNetwork], ...]] = {
+NETWORKS: dict[str, tuple[type[TrainedNetwork | LibraryDenoiser], ...]] = {
     "ncvsd": (ConcatDenoiser, ControlledDenoiser),
-    "diffusion": (Denoiser,),
+    "diffusion": (Denoiser, LibraryDenoiser),
 }
 """The networks that each kind of prior can have."""
 
@@ -53,8 +53,9 @@ def load_prior(
     """Load a trained prior; its weights are checked against the SHA-256 of its card.
 
     Args:
-        name_or_path: a name of `list_priors()`, or the path of a weights file, of its card, or of
-            both without their suffix.
+        name_or_path: a name of `list_priors()`; the path of a weights file, of its card, or of
+            both without their suffix; a repository "owner/name" of the Hugging Face hub; or a
+            foreign checkpoint (see `ncvsd_inverse.priors.convert.load_foreign`), which has no card.
         device: where the network runs; None: torch's default device, the CPU unless changed.
         dtype: precision in which the network computes; None: the fastest on `device` without
             visible loss (`networks.inference_dtype`); torch.float32 for exactness. Images come
@@ -72,6 +73,8 @@ def load_prior(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     stem = _locate(name_or_path)
+    if not _card_path(stem).is_file() and Path(name_or_path).expanduser().exists():
+        return load_foreign(Path(name_or_path).expanduser(), device, dtype)
     card = _read_card(stem)
     where = torch.get_default_device() if device is None else torch.device(device)
     network = _read_network(stem, card).to(where).to_inference(dtype or inference_dtype(where))
@@ -102,7 +105,10 @@ def load_network(name_or_path: str | Path) -> TrainedNetwork:
     Arguments and errors as for `load_prior`.
     """
     stem = _locate(name_or_path)
-    return _read_network(stem, _read_card(stem))
+    network = _read_network(stem, _read_card(stem))
+    if isinstance(network, LibraryDenoiser):
+        raise CheckpointError(f"{stem} holds a network of another library, which does not train")
+    return network
 
 
 def load_card(name_or_path: str | Path) -> PriorCard:
@@ -151,6 +157,7 @@ def save_prior(
     text = PriorCard.from_dict(filled).to_json()
     full = PriorCard.from_json(text)
     loaded = _filled_network(full, state)
+    assert not isinstance(loaded, LibraryDenoiser)
     if not torch.allclose(_log_variance(loaded), _log_variance(network), atol=1e-2):
         raise ValueError("network must be as trained, not changed by to_inference")
     stem = Path(path_without_suffix)
@@ -235,6 +242,8 @@ def _locate(name_or_path: str | Path) -> Path:
         return hub.fetch_published(name_or_path)
     if name_or_path in SHIPPED:
         raise CheckpointError(_explain_absence(name_or_path))
+    if path.exists():
+        return path
     check_choice("prior", name_or_path, list_priors())
     return path
 
@@ -267,7 +276,7 @@ def _read_card(stem: Path) -> PriorCard:
         raise CheckpointError(f"{path} must be the card of a prior: {error}") from error
 
 
-def _read_network(stem: Path, card: PriorCard) -> TrainedNetwork:
+def _read_network(stem: Path, card: PriorCard) -> TrainedNetwork | LibraryDenoiser:
     """Build the network of a card and fill it with the weights beside it, all checked."""
     path = _weights_path(stem)
     content = _read(path)
@@ -285,7 +294,9 @@ def _read_network(stem: Path, card: PriorCard) -> TrainedNetwork:
         raise CheckpointError(f"{path} must hold the network of its card: {error}") from error
 
 
-def _filled_network(card: PriorCard, state: Mapping[str, Tensor]) -> TrainedNetwork:
+def _filled_network(
+    card: PriorCard, state: Mapping[str, Tensor]
+) -> TrainedNetwork | LibraryDenoiser:
     """Return the network that `card` describes with the weights `state`; ValueError if unfit.
 
     It is first built without memory, so that a card cannot ask for more than `state` holds.
@@ -308,15 +319,10 @@ def _filled_network(card: PriorCard, state: Mapping[str, Tensor]) -> TrainedNetw
     return network
 
 
-def _build(card: PriorCard, device: str) -> TrainedNetwork:
+def _build(card: PriorCard, device: str) -> TrainedNetwork | LibraryDenoiser:
     """Build the untrained network that `card` describes; ValueError if the card is wrong."""
-    try:
-        with torch.device(device):
-            network = build_network(dict(card.network))
-    except Exception as error:
-        # A wrong configuration can break the construction anywhere.
-        raise ValueError(f"its configuration cannot be built: {error}") from error
-    if not isinstance(network, TrainedNetwork) or not isinstance(network, NETWORKS[card.kind]):
+    network = build_converted(card.network, device)
+    if not isinstance(network, NETWORKS[card.kind]):
         raise ValueError(f"kind {card.kind!r} cannot have a {type(network).__name__}")
     side = network.resolution
     if side is not None and card.image_shape != (network.image_channels, side, side):
