@@ -30,6 +30,7 @@ from ncvsd_inverse.linearised import Linearised
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 from ncvsd_inverse.protocols import Generators, LikelihoodStep, LinearOperator, Operator, Prior
 from ncvsd_inverse.settings import (
     SIGMA_Y,
@@ -397,6 +398,11 @@ def _check_measurement(y: Tensor, operator: Operator, prior: _CountedPrior) -> t
             f"the operator traces to {shape}"
         )
     size = getattr(prior.prior, "image_shape", None)
+    if size is not None and (size[0], shape[1]) == (LATENT_CHANNELS, 3):
+        raise ValueError(
+            "prior must be one of pixels, got one of latents; LatentPrior(prior).generate(...) "
+            "draws pictures with it"
+        )
     if size is not None and shape[1:] != tuple(size):
         raise ValueError(
             f"y must come from images of shape {tuple(size)} for this prior, got {tuple(y.shape)}, "

@@ -14,19 +14,17 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+from ncvsd_inverse import solve
 from ncvsd_inverse.cli import app
 from ncvsd_inverse.distill import TeacherConfig, TeacherRun
 from ncvsd_inverse.distill.data import ImageData, LatentData, StreamedData, read_data
-from ncvsd_inverse.distill.latents import (
-    decode_latents,
-    draw_latents,
-    encode_images,
-    load_vae,
-)
+from ncvsd_inverse.distill.latents import draw_latents, encode_images
 from ncvsd_inverse.distill.watch import LATENT_SIDE, Watcher
-from ncvsd_inverse.networks import UNetShape
+from ncvsd_inverse.networks import ConcatDenoiser, UNetShape
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.operators import Denoise
+from ncvsd_inverse.priors import LatentPrior, NCVSDPrior, load_prior
+from ncvsd_inverse.priors.latent import decode_latents, load_vae
 
 # Of raw latents of ImageNet-512, from EDM2.
 MEANS = torch.tensor([5.81, 3.25, 0.12, -2.15]).view(4, 1, 1)
@@ -413,3 +411,40 @@ def test_latents_are_shown_as_pictures(tmp_path, vae, monkeypatch):
     decode = watcher._decode
     assert decode is not None
     assert decode(torch.zeros(1, 4, 128, 128)).shape == (1, 3, LATENT_SIDE, LATENT_SIDE)
+
+
+# Priors of latents.
+
+
+@pytest.fixture
+def latent_prior():
+    torch.manual_seed(0)
+    network = ConcatDenoiser(
+        UNetShape(resolution=8, image_channels=4, channels=(8,), blocks=1, num_classes=2)
+    )
+    return NCVSDPrior(network, image_shape=(4, 8, 8))
+
+
+def test_a_prior_of_latents_generates_pictures(vae, latent_prior):
+    pictures = LatentPrior(latent_prior.conditioned_on(1), vae=vae).generate(3, 2, seed=5)
+    assert pictures.shape == (3, 3, 16, 16)
+    latents = latent_prior.conditioned_on(1).generate(3, 2, seed=5)
+    assert torch.equal(pictures, decode_latents(load_vae(vae), latents))
+    assert torch.equal(
+        LatentPrior(latent_prior, vae=vae).conditioned_on(1).generate(1, 2, seed=5), pictures[:1]
+    )
+    with pytest.raises(ValueError, match="label must be below"):
+        LatentPrior(latent_prior, vae=vae).conditioned_on(2)
+
+
+def test_a_prior_of_latents_does_not_restore(latent_prior):
+    y = torch.zeros(1, 3, 8, 8)
+    for prior in (latent_prior, LatentPrior(latent_prior)):
+        with pytest.raises(ValueError, match="prior must be one of pixels"):
+            solve(y, operator=Denoise(), prior=prior, nfe=1)
+
+
+def test_a_prior_of_pixels_is_no_prior_of_latents():
+    network = ConcatDenoiser(UNetShape(resolution=8, channels=(8,), blocks=1))
+    with pytest.raises(ValueError, match="prior must be one of latents of 4 channels, got 3"):
+        LatentPrior(NCVSDPrior(network, image_shape=(3, 8, 8)))

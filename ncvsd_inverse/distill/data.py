@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from ncvsd_inverse.checks import check_count, check_non_negative
 from ncvsd_inverse.distill.latents import draw_latents
 from ncvsd_inverse.distill.sources import (
-    LATENT_CHANNELS,
     Faults,
     ImageFiles,
     open_images,
@@ -29,6 +28,7 @@ from ncvsd_inverse.distill.sources import (
     read_size,
 )
 from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 
 _ORDER_STREAM = 1
 _LATENT_STREAM = 3

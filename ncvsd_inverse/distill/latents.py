@@ -1,4 +1,4 @@
-"""Latents that stand for pictures: how they are made, drawn and shown.
+"""Latents that stand for pictures: how they are made and drawn.
 
 A variational autoencoder (VAE) turns a picture into a mean and a std for each entry of its latent;
 these are stored, and each visit in training draws the latent anew. This must not know what is
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from ncvsd_inverse.checks import check_count, check_finite
 from ncvsd_inverse.distill.sources import (
     LABELS_FILE,
-    LATENT_CHANNELS,
     LATENT_SUFFIX,
     Faults,
     ImageFiles,
@@ -32,18 +31,11 @@ from ncvsd_inverse.distill.sources import (
 )
 from ncvsd_inverse.images import resize_cover, write_atomically
 from ncvsd_inverse.numerics import draw_normal
+from ncvsd_inverse.priors.latent import SD_VAE, latent_constants, load_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-SD_VAE = "stabilityai/sd-vae-ft-mse"
-"""Name on Hugging Face of the VAE whose latents the constants below are for."""
-
-LATENT_SIGMA = 0.5
-"""Std of each channel of a latent that is trained on."""
-
-_RAW_MEANS = (5.81, 3.25, 0.12, -2.15)
-_RAW_STDS = (4.17, 4.62, 3.71, 3.28)
 _FOLDER_LENGTH = 1000
 
 
@@ -72,64 +64,8 @@ def draw_latents(moments: Tensor, generators: Sequence[torch.Generator]) -> Tens
         float32 (B, 4, H, W).
     """
     means, stds = moments.float().chunk(2, dim=1)
-    raw_means, scales = _constants(moments.device)
+    raw_means, scales = latent_constants(moments.device)
     return (means + stds * draw_normal(means, generators) - raw_means) * scales
-
-
-def load_vae(
-    vae: str | Path = SD_VAE, *, device: torch.device | str = "cpu", download: bool = True
-) -> "AutoencoderKL":
-    """Load a VAE between pictures and latents, from safetensors only.
-
-    Args:
-        vae: a name on Hugging Face, or a folder that diffusers has saved.
-        device: where it computes.
-        download: whether a name may be downloaded; else it must be on this machine.
-
-    Raises:
-        ImportError: if the package diffusers is not installed.
-        ValueError: if there is no such VAE, or it is not one from 3 channels to 4 and back.
-    """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError(
-            "latents need the package diffusers: pip install 'ncvsd-inverse[latents]'"
-        ) from error
-    try:
-        loaded = AutoencoderKL.from_pretrained(
-            str(vae), local_files_only=not download, use_safetensors=True
-        )
-    # Its errors are of many kinds, those of safetensors and of the download among them.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"vae must be a VAE on Hugging Face or a folder of one, got {vae}: {reason}"
-        ) from error
-    channels = (loaded.config.in_channels, loaded.config.latent_channels)
-    if channels != (3, LATENT_CHANNELS):
-        raise ValueError(
-            f"vae must lead from 3 channels to {LATENT_CHANNELS}, "
-            f"got {channels[0]} to {channels[1]} in {vae}"
-        )
-    return loaded.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def decode_latents(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
-    """Return the pictures that latents stand for, one at a time.
-
-    Args:
-        vae: the VAE, on the device of the latents.
-        latents: float32 (B, 4, H, W), std 0.5 a channel.
-
-    Returns:
-        Pictures (B, 3, side, side) in [-1, 1]; the side is 8 times as long for the usual VAE.
-    """
-    raw_means, scales = _constants(latents.device)
-    raw = latents / scales + raw_means
-    pixels = torch.cat([vae.decode(one[None]).sample for one in raw])
-    return pixels.clamp(0, 1) * 2 - 1
 
 
 def encode_images(
@@ -258,12 +194,6 @@ def _read_labels(files: ImageFiles) -> tuple[list[int], int]:
         return files.read_labels()
     except ValueError as error:
         raise ValueError(f"{error}; labels=False (--no-labels) does without labels") from error
-
-
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the means of raw latents and what brings them to std 0.5, each (1, 4, 1, 1)."""
-    means, stds = torch.tensor([_RAW_MEANS, _RAW_STDS], device=device).view(2, 1, -1, 1, 1)
-    return means, LATENT_SIGMA / stds
 
 
 def _shown(

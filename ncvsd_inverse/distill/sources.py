@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.images import MAX_PIXELS, SUFFIXES, read_image
-
-LATENT_CHANNELS = 4
-"""Channels of a latent; its file holds as many means and then as many stds."""
+from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 
 LABELS_FILE = "dataset.json"
 LATENT_SUFFIX = ".npy"

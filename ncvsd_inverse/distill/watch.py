@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.distill.config import TrainConfig
-from ncvsd_inverse.distill.latents import decode_latents, load_vae
-from ncvsd_inverse.distill.sources import LATENT_CHANNELS
 from ncvsd_inverse.distill.student import DistillRun
 from ncvsd_inverse.distill.teacher import TeacherRun
 from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, save_prior
+from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
 
 PICTURES = "pictures"
 SIGMAS = (0.2, 0.5, 1.0, 2.0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ncvsd_inverse.priors.analytic import GaussianMixturePrior, GaussianPrior
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
+from ncvsd_inverse.priors.latent import LatentPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior, RefinedPrior
 from ncvsd_inverse.priors.zoo import (
     PriorHandle,
@@ -26,6 +27,7 @@ __all__ = [
     "GaussianMixturePrior",
     "GaussianPrior",
     "HubPrior",
+    "LatentPrior",
     "NCVSDPrior",
     "PriorCard",
     "PriorHandle",
