@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ncvsd_inverse.physics import from_deepinv
     from ncvsd_inverse.priors import list_priors, load_prior
     from ncvsd_inverse.solver import Result, solve
+    from ncvsd_inverse.tiles import tiled
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "priors",
     "solve",
     "tasks",
+    "tiled",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "list_priors": "priors",
     "load_prior": "priors",
     "solve": "solver",
+    "tiled": "tiles",
 }
 
 

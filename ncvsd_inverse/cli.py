@@ -1,11 +1,17 @@
 """The command `ncvsd`; it calls the public API and holds no mathematics."""
 
+import hashlib
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import lru_cache
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +28,9 @@ from ncvsd_inverse import (
     load_prior,
     solve,
 )
-from ncvsd_inverse.checks import check_count
+from ncvsd_inverse.checks import check_count, check_image_size, check_positive
 from ncvsd_inverse.images import (
+    SUFFIXES,
     centre_crop,
     centre_crop_to_multiple,
     read_image,
@@ -33,12 +40,14 @@ from ncvsd_inverse.images import (
     write_image,
 )
 from ncvsd_inverse.metrics import psnr, ssim
+from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import Inpaint
 from ncvsd_inverse.plots import GridRow, save_picture_grid
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_card
 from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.solver import Estimate, Method
-from ncvsd_inverse.tasks import Task, list_tasks, make_task
+from ncvsd_inverse.tasks import Task, list_more_tasks, list_tasks, make_task
+from ncvsd_inverse.tiles import TILE, tiled
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -50,6 +59,10 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent / "assets"
 DEMO_TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian")
+NO_PICTURE = ("phase_retrieval", "compressed_sensing", "mri", "poisson")
+"""Tasks whose measurements are no pictures."""
+PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
+"""Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
 
 app = typer.Typer(
     help="Restore images with distilled generative denoisers as priors.",
@@ -150,16 +163,22 @@ def demo(
 
 @app.command("solve")
 def solve_files(
-    files: Annotated[list[Path], typer.Argument(metavar="IN...", help="Picture files.")],
-    task: Annotated[str, typer.Option("--task", help=", ".join(list_tasks()))],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="IN...", help="Picture files, and folders of them.")
+    ],
+    task: Annotated[
+        str, typer.Option("--task", help=", ".join([*list_tasks(), *list_more_tasks()]))
+    ],
     prior: PriorName,
     nfe: Nfe = 10,
     sigma_y: Annotated[
-        float | None, typer.Option("--sigma-y", help="Noise std in [-1, 1] units; 0.05.")
+        float | None, typer.Option("--sigma-y", help="Noise std in [-1, 1] units; the task's.")
     ] = None,
     samples: Samples = 1,
     estimate: Annotated[Estimate, typer.Option("--estimate", help="What is written.")] = "sample",
-    method: Annotated[Method, typer.Option("--method", help="The sampler.")] = "gibbs",
+    method: Annotated[
+        Method | None, typer.Option("--method", help="The sampler; what suits the prior.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path(
         "ncvsd_restored"
@@ -170,6 +189,10 @@ def solve_files(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="IN are clean: degrade them first.")
     ] = False,
+    tile: Annotated[
+        int,
+        typer.Option("--tile", help="Side in pixels of what a prior of any size sees at once."),
+    ] = TILE,
     device: Device = None,
 ) -> None:
     """Restore degraded pictures, or with --simulate degrade clean ones and restore them.
@@ -177,45 +200,113 @@ def solve_files(
     IN is the measurement of the task: the small picture for sr4x, the blurred one for deblur_*,
     the incomplete one, with --mask, for inpaint_*. For each IN the output folder gets
     NAME_restored.png, NAME.json (settings and figures), NAME_std.png for several samples and,
-    with --simulate, NAME_measurement.png.
+    with --simulate, NAME_measurement.png. Folders are searched through; NAME is then the path
+    within the folder.
+
+    The same command goes on after a stop: a picture is skipped if NAME.json shows that this very
+    file was restored with these settings. One that cannot be restored is named at the end, with
+    exit status 1. Noise depends on --seed and NAME alone, not on which pictures there are. Under
+    `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
     """
-    names = [path.stem for path in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"IN must have names that differ, as outputs do, got {twice[0]} twice")
-    loaded, where = _load(prior, device)
-    seen = None if mask is None else read_image(mask).mean((0, 1)) > 0
-    prepare = _prepare_clean if simulate else _prepare_measurement
-    jobs = [prepare(path, task, sigma_y, seen, loaded, seed) for path in files]
-    _open_folder(out)
-    for path, job in zip(files, jobs, strict=True):
-        result = solve(
-            job.y.to(where),
-            operator=job.task.operator,
-            prior=loaded,
-            nfe=nfe,
-            sigma_y=job.task.sigma_y,
-            num_samples=samples,
-            estimate=estimate,
-            method=method,
-            seed=seed,
-            progress=sys.stderr.isatty(),
+    known = make_task(task, 64, seed=seed)
+    if not simulate and task in NO_PICTURE:
+        raise ValueError(
+            f"--task must be one whose measurement is a picture, got {task}: "
+            "add --simulate, or call ncvsd_inverse.solve on the measurement"
         )
-        settings = {
-            "input": str(path),
-            "task": job.task.name,
-            "prior": prior,
-            "simulated": simulate,
-            "mask": None if mask is None else str(mask),
-            "sigma_y": job.task.sigma_y,
-            "samples": samples,
-            "estimate": estimate,
-            "method": method,
-            "seed": seed,
-            "device": str(where),
-            "version": __version__,
-        }
-        _write_result(out, path.stem, job, result, settings)
+    if not simulate and task.startswith("inpaint") and mask is None:
+        raise ValueError(f"--mask must be given for {task}, unless IN are clean (--simulate)")
+    if mask is not None and not task.startswith("inpaint"):
+        raise ValueError(f"--mask must come with an inpainting task, got {task}")
+    level = known.sigma_y if sigma_y is None else check_positive("sigma_y", sigma_y)
+    seen = None if mask is None else read_image(mask).mean((0, 1)) > 0
+    pictures = _find_pictures(sources, out)
+    process, processes = _place()
+    share = pictures[process::processes]
+    whole, where = _load(prior, device)
+    loaded = whole
+    if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
+        loaded = tiled(whole, tile)
+    _open_folder(out)
+    card = getattr(loaded, "card", None)
+    settings = {
+        "task": task,
+        "prior": prior,
+        "prior_sha256": None if card is None else _sha256(card.to_json().encode()),
+        "simulated": simulate,
+        "mask_sha256": None if mask is None else _sha256(mask.read_bytes()),
+        "sigma_y": level,
+        "nfe": nfe,
+        "samples": samples,
+        "estimate": estimate,
+        "method": method,
+        "tile": None if loaded is whole else tile,
+        "seed": seed,
+        "version": __version__,
+    }
+
+    @lru_cache(maxsize=8)
+    def make(sides: tuple[int, int]) -> Task:
+        return _make_task(task, level, seen, sides, seed)
+
+    bad: list[str] = []
+    done = 0
+
+    def read() -> Iterator[_Job]:
+        for name, path in share:
+            try:
+                of_this = settings | {"input_sha256": _sha256(path.read_bytes())}
+                if _is_finished(out, name, of_this):
+                    advance()
+                    continue
+                key = (seed, int(_sha256(name.encode())[:16], 16))
+                prepared: tuple[Task, Tensor, Tensor | None] = (
+                    _prepare_clean(path, loaded, make, key)
+                    if simulate
+                    else _prepare_measurement(path, loaded, make, known)
+                )
+                yield _Job(name, path, key, *prepared, of_this | {"device": str(where)})
+            except (OSError, ValueError) as error:
+                bad.append(_name_once(path, error))
+                advance()
+
+    def restore(jobs: list[_Job]) -> Iterator[tuple[_Job, Result]]:
+        try:
+            result = solve(
+                torch.cat([job.y for job in jobs]).to(where),
+                operator=jobs[0].task.operator,
+                prior=loaded,
+                nfe=nfe,
+                sigma_y=level,
+                num_samples=samples,
+                estimate=estimate,
+                method=method,
+                seed=[job.key for job in jobs],
+                progress=len(pictures) == 1 and sys.stderr.isatty(),
+            )
+        except DivergenceError as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    yield from restore([job])
+            else:
+                bad.append(_name_once(jobs[0].path, error))
+                advance()
+            return
+        for place, job in enumerate(jobs):
+            yield job, _one_image(result, place)
+
+    most = PIXELS_TOGETHER.get(where.type, PIXELS_TOGETHER["cuda"])
+    shown = sys.stderr.isatty() and process == 0 and len(share) > 1
+    with _progress_bar(shown, len(share)) as advance:
+        for jobs in _batch(read(), most // max(samples, 1)):
+            for job, result in restore(jobs):
+                _write_result(out, job, result)
+                done += 1
+                advance()
+    if len(share) > 1:
+        before = len(share) - done - len(bad)
+        typer.echo(f"{done} pictures restored, {before} finished before, {len(bad)} failed")
+    _report(bad, len(pictures))
 
 
 @app.command()
@@ -234,6 +325,30 @@ def priors(
         else:
             shape = "any size" if card.image_shape is None else "x".join(map(str, card.image_shape))
             typer.echo(f"{known}: {shape}, {' '.join(card.intended_use.split())}")
+
+
+@app.command("convert")
+def convert_file(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Checkpoint file, or folder of diffusers.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="FOLDER/NAME of NAME.safetensors and NAME.json.")
+    ],
+    licence: Annotated[
+        str | None, typer.Option("--licence", help="Terms of use of the weights, for the card.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="What it was trained on, for the card.")
+    ] = None,
+) -> None:
+    """Write the checkpoint of others as a prior, and run no code that it holds."""
+    from ncvsd_inverse.priors.convert import UNSAID, convert
+
+    card = convert(source, target, licence=licence or UNSAID, data=data or UNSAID)
+    shape = "any size" if card.image_shape is None else "x".join(map(str, card.image_shape))
+    stem = target.with_name(card.name)
+    typer.echo(f"{source}: a {card.kind} prior of {shape}; load_prior({str(stem)!r})")
 
 
 @app.command()
@@ -455,74 +570,196 @@ def _fit_square(x: Tensor, prior: NCVSDPrior, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Job:
-    """One picture to restore: y of shape (1, ...), and the true image where it is known."""
+    """One picture to restore.
 
+    Attributes:
+        name: path of the outputs in the output folder, without what they end in.
+        path: the file.
+        key: what its random numbers follow from.
+        task: the task for images of this size.
+        y: the measurement, shape (1, ...).
+        truth: the true image (1, C, H, W), where it is known.
+        settings: all that the result depends on, and the device.
+    """
+
+    name: str
+    path: Path
+    key: tuple[int, ...]
     task: Task
     y: Tensor
     truth: Tensor | None
+    settings: Mapping[str, object]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the image."""
+        return self.task.operator.input_shape(tuple(self.y.shape))[-2:]
+
+
+def _find_pictures(sources: list[Path], out: Path) -> list[tuple[str, Path]]:
+    """Return names and paths of picture files and of those in folders, but for outputs."""
+    found: list[tuple[str, Path]] = []
+    for source in sources:
+        if not source.is_dir():
+            found.append((source.stem, source))
+            continue
+        inside = [
+            (path.relative_to(source).with_suffix("").as_posix(), path)
+            for path in sorted(source.rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+            and not path.name.startswith(".")
+            and out.resolve() not in path.resolve().parents
+        ]
+        if not inside:
+            kinds = ", ".join(SUFFIXES)
+            raise ValueError(f"{source} must hold pictures ({kinds}) outside --out, got none")
+        found += inside
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"IN must have names that differ, as outputs do, got {twice} twice")
+    return found
+
+
+def _place() -> tuple[int, int]:
+    """Return the number of this process and how many there are, as launchers tell."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _report(bad: list[str], pictures: int) -> None:
+    """Wait for all processes, then in the first raise a ValueError that lists what failed."""
+    process, processes = _place()
+    everywhere = [bad]
+    if processes > 1:
+        # Launchers end all processes when one fails, so none may before all are done.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        everywhere = [[] for _ in range(processes)]
+        torch.distributed.all_gather_object(everywhere, bad)
+        torch.distributed.destroy_process_group()
+    failed = sorted(line for part in everywhere for line in part)
+    if failed and process == 0:
+        count = f"{len(failed)} of {pictures} pictures could not be restored: "
+        raise ValueError((count if pictures > 1 else "") + "; ".join(failed))
+
+
+def _name_once(path: Path, error: Exception) -> str:
+    text = str(error)
+    return text if text.startswith(str(path)) else f"{path}: {text}"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _is_finished(folder: Path, name: str, settings: Mapping[str, object]) -> bool:
+    """Tell whether NAME was restored with these settings; say so if it was with others."""
+    record = folder / f"{name}.json"
+    if not (record.exists() and (folder / f"{name}_restored.png").exists()):
+        return False
+    try:
+        before = json.loads(record.read_bytes())
+    except ValueError:
+        before = None
+    found = before if isinstance(before, dict) else {}
+    changed = [entry for entry in settings if found.get(entry, ...) != settings[entry]]
+    if changed:
+        typer.echo(f"{record} is of another {', '.join(changed)}: restored again")
+    return not changed
+
+
+def _batch(jobs: Iterable[_Job], pixels: int) -> Iterator[list[_Job]]:
+    """Yield jobs of one image size together, about `pixels` at a time, and hold few others."""
+    waiting: dict[tuple[int, ...], list[_Job]] = {}
+
+    def held(size: tuple[int, ...]) -> int:
+        return prod(size) * len(waiting[size])
+
+    for job in jobs:
+        waiting.setdefault(job.size, []).append(job)
+        if held(job.size) + prod(job.size) > pixels:
+            yield waiting.pop(job.size)
+        elif sum(map(held, waiting)) > 4 * pixels:
+            yield waiting.pop(max(waiting, key=held))
+    yield from waiting.values()
+
+
+def _one_image(result: Result, place: int) -> Result:
+    """Return the result of one image of a batch, with its share of the time."""
+    image = slice(place, place + 1)
+    return replace(
+        result,
+        x0=result.x0[image],
+        samples=result.samples[:, image],
+        mean=result.mean[image],
+        std=None if result.std is None else result.std[image],
+        seconds=result.seconds / len(result.x0),
+        residual=result.residual[image],
+    )
+
+
+@contextmanager
+def _progress_bar(shown: bool, pictures: int) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each of `pictures` pictures."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("pictures", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Lines that go to a file or pipe must not be drawn above the bar.
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=redirect) as bar:
+        task = bar.add_task("pictures", total=pictures)
+        yield lambda: bar.advance(task)
+
+
+MakeTask = Callable[[tuple[int, int]], Task]
 
 
 def _prepare_clean(
-    path: Path,
-    name: str,
-    sigma_y: float | None,
-    mask: Tensor | None,
-    prior: Prior,
-    seed: int,
-) -> _Job:
-    """Degrade a clean picture, cropped and resized to what the prior takes."""
+    path: Path, prior: Prior, make: MakeTask, key: tuple[int, ...]
+) -> tuple[Task, Tensor, Tensor]:
+    """Degrade a clean picture, cropped and resized to what the prior takes; return it too."""
     truth = _fit(path, read_image(path), prior)
-    task = _make_task(name, sigma_y, mask, _sides(truth), seed)
-    return _Job(task, _simulate(task, truth, seed), truth)
+    task = make(_sides(truth))
+    y = task.operator.measure(truth, task.sigma_y, generator=make_generators([key]))
+    return task, y, truth
 
 
 def _prepare_measurement(
-    path: Path,
-    name: str,
-    sigma_y: float | None,
-    mask: Tensor | None,
-    prior: Prior,
-    seed: int,
-) -> _Job:
-    """Read a degraded picture; ValueError unless it can be a measurement of the task."""
-    if name == "phase_retrieval":
-        raise ValueError(
-            "--task must be one whose measurement is a picture, got phase_retrieval: "
-            "add --simulate, or call ncvsd_inverse.solve on the amplitudes"
-        )
-    if name.startswith("inpaint") and mask is None:
-        raise ValueError(f"--mask must be given for {name}, unless IN are clean (--simulate)")
+    path: Path, prior: Prior, make: MakeTask, known: Task
+) -> tuple[Task, Tensor, None]:
+    """Read a picture; ValueError unless it can be a measurement of the task, `known` at a size."""
     y = read_image(path)
-    # Only the size of the image is asked here, which does not depend on the size the task is for.
-    sides = make_task(name, 64).operator.input_shape(tuple(y.shape))[-2:]
+    if known.name == "colorize":
+        y = known.operator(y)
+    # The size of the image does not depend on the size the task is for.
+    sides = known.operator.input_shape(tuple(y.shape))[-2:]
     fixed = getattr(prior, "image_shape", None)
     if fixed is not None and tuple(sides) != tuple(fixed[-2:]):
         height, width = (fixed[-2] * y.shape[-2] // sides[0], fixed[-1] * y.shape[-1] // sides[1])
         raise ValueError(
-            f"{path} must have {width} x {height} pixels for {name}, as this prior restores images "
-            f"of {fixed[-1]} x {fixed[-2]}, got {y.shape[-1]} x {y.shape[-2]}"
+            f"it must have {width} x {height} pixels for {known.name}, as this prior restores "
+            f"images of {fixed[-1]} x {fixed[-2]}, got {y.shape[-1]} x {y.shape[-2]}"
         )
-    task = _make_task(name, sigma_y, mask, (sides[0], sides[1]), seed)
-    return _Job(task, y if mask is None else y * mask, None)
+    check_image_size("its image", (3, *sides), multiple=_size_multiple(prior, 1))
+    task = make((sides[0], sides[1]))
+    # What a mask hides must not be seen.
+    return task, task.operator(y) if known.name.startswith("inpaint") else y, None
 
 
 def _make_task(
-    name: str, sigma_y: float | None, mask: Tensor | None, sides: tuple[int, int], seed: int
+    name: str, sigma_y: float, mask: Tensor | None, sides: tuple[int, int], seed: int
 ) -> Task:
-    """Return a named task with the noise level and mask of the command line, where given."""
+    """Return a named task with the noise level and mask of the command line."""
     task = make_task(name, sides, seed=seed)
-    if mask is not None and not name.startswith("inpaint"):
-        raise ValueError(f"--mask must come with an inpainting task, got {name}")
     if mask is not None and tuple(mask.shape) != sides:
         raise ValueError(
             f"--mask must have the size of the image, {sides[1]} x {sides[0]} pixels, "
             f"got {mask.shape[1]} x {mask.shape[0]}"
         )
-    return Task(
-        name,
-        task.operator if mask is None else Inpaint(mask),
-        task.sigma_y if sigma_y is None else sigma_y,
-    )
+    return Task(name, task.operator if mask is None else Inpaint(mask), sigma_y)
 
 
 def _simulate(task: Task, truth: Tensor, seed: int) -> Tensor:
@@ -537,19 +774,24 @@ def _fit(path: Path, x: Tensor, prior: Prior) -> Tensor:
     if fixed is not None:
         fitted = x if _sides(x) == tuple(fixed[-2:]) else resize_cover(x, tuple(fixed[-2:]))
     else:
-        multiple = getattr(getattr(prior, "network", None), "size_multiple", 8)
-        fitted = centre_crop_to_multiple(x, multiple)
+        fitted = centre_crop_to_multiple(x, _size_multiple(prior, 8))
     if fitted.shape != x.shape:
         old, new = (f"{width} x {height}" for height, width in (_sides(x), _sides(fitted)))
         typer.echo(f"{path}: {old} pixels fitted to {new} around the centre, for this prior")
     return fitted
 
 
+def _size_multiple(prior: Prior, unknown: int) -> int:
+    """Return what the sides of images must be multiples of, `unknown` if the prior is silent."""
+    multiple: int = getattr(getattr(prior, "network", None), "size_multiple", unknown)
+    return multiple
+
+
 def _find_device(device: str | None) -> torch.device:
-    """Return the device that was asked for, else the best there is; ValueError if unusable."""
-    name_of_device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device that was asked for, else this process's own; ValueError if unusable."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name_of_device).device
+        return torch.empty(0, device=device or own).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device must be usable here, got {device!r}: {reason}") from None
@@ -577,30 +819,42 @@ def _open_folder(folder: Path) -> None:
         raise ValueError(f"--out must be a writable folder, got {folder}: {error}") from None
 
 
-def _write_result(
-    folder: Path, name: str, job: _Job, result: Result, settings: dict[str, object]
-) -> None:
-    """Write pictures and figures of one restored image and print its line."""
-    restored = folder / f"{name}_restored.png"
+def _write_result(folder: Path, job: _Job, result: Result) -> None:
+    """Write pictures and figures of one restored image and print its line.
+
+    The record goes first if there is one and comes last, so that it is never beside pictures of
+    other settings.
+    """
+    paths = {
+        kind: folder / f"{job.name}{kind}"
+        for kind in (".json", "_measurement.png", "_std.png", "_restored.png")
+    }
+    for path in paths.values():
+        path.unlink(missing_ok=True)
+    paths[".json"].parent.mkdir(parents=True, exist_ok=True)
     figures: dict[str, object] = {
-        "nfe": result.nfe,
+        "input": str(job.path),
+        "calls": result.nfe,
+        "loop": result.method,
         "residual": float(result.residual[0]),
         "seconds": result.seconds,
         "schedule": result.schedule,
         "sigma_lik": result.sigma_lik,
     }
-    line = f"{restored}: residual {float(result.residual[0]):.2f}"
+    line = f"{paths['_restored.png']}: residual {float(result.residual[0]):.2f}"
     if job.truth is not None:
         figures["psnr"] = float(psnr(result.x0.cpu(), job.truth))
         line += f", {figures['psnr']:.1f} dB"
-        write_image(folder / f"{name}_measurement.png", _to_picture(job.task, job.y))
+        seen = _to_picture(job.task, job.y)
+        if seen is not None:
+            write_image(paths["_measurement.png"], seen)
     if result.std is not None:
         spread = result.std.mean(1, keepdim=True)
         figures["std_shown_white"] = float(spread.max())
-        write_image(folder / f"{name}_std.png", 2 * spread / spread.max().clamp(min=1e-12) - 1)
-    write_image(restored, result.x0)
-    content = json.dumps({**settings, **figures}, indent=2) + "\n"
-    write_atomically(folder / f"{name}.json", lambda file: file.write(content.encode()))
+        write_image(paths["_std.png"], 2 * spread / spread.max().clamp(min=1e-12) - 1)
+    write_image(paths["_restored.png"], result.x0)
+    content = json.dumps({**job.settings, **figures}, indent=2) + "\n"
+    write_atomically(paths[".json"], lambda file: file.write(content.encode()))
     typer.echo(f"{line}, {result.nfe} network calls a sample, {result.seconds:.1f} s")
 
 
@@ -616,12 +870,20 @@ def _to_size(y: Tensor, sides: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(y, sides, mode="bicubic")
 
 
-def _to_picture(task: Task, y: Tensor) -> Tensor:
-    """Return a measurement as a picture; Fourier amplitudes by their logarithm, 0 in the middle."""
-    if task.name != "phase_retrieval":
+def _to_picture(task: Task, y: Tensor) -> Tensor | None:
+    """Return a measurement as a picture, if it can be.
+
+    Fourier coefficients are shown by the logarithm of their amplitudes, frequency 0 in the middle.
+    """
+    if task.name == "compressed_sensing":
+        return None
+    if task.name not in NO_PICTURE:
         return y
-    shown: Tensor = torch.fft.fftshift(torch.log1p(y), dim=(-2, -1))
-    return 2 * shown / shown.max() - 1
+    if task.name == "mri":
+        y = torch.linalg.vector_norm(y, dim=-1)
+    if task.name != "poisson":
+        y = torch.fft.fftshift(torch.log1p(y.clamp(min=0)), dim=(-2, -1))
+    return 2 * y / y.max() - 1
 
 
 Config = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]
@@ -720,7 +982,8 @@ def encode(
     Pictures are resized to cover a square and cropped around the centre. DST appears when it is
     whole.
     """
-    from ncvsd_inverse.distill.latents import SD_VAE, encode_images
+    from ncvsd_inverse.distill.latents import encode_images
+    from ncvsd_inverse.priors.latent import SD_VAE
 
     encoded = encode_images(
         source,

@@ -24,7 +24,7 @@ LAYERS = [
     },
     {"settings", "priors", "likelihood", "conditioning", "linearised"},
     {"solver", "distill"},
-    {"tasks", "deepinv_models"},
+    {"tasks", "tiles", "deepinv_models"},
     {"plots"},
     {"cli"},
 ]
