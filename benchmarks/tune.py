@@ -3,10 +3,10 @@ r"""Choose the settings of restoration methods on validation images, by one budg
     python benchmarks/tune.py --task all --prior ncvsd_faces64 --data DIR/faces64/val.zip \
         --images 8 --out benchmarks/tuned/faces64.json
 
-Tries at most nine combinations of settings for each method and task, at its smallest number of
-network calls, and keeps grid, scores and choice in the output file, where run.py finds them. The
-score is lpips-alex, or psnr for images too small for it. A stopped run goes on with the same
-command.
+Tries at most nine combinations of settings for each method and task, at 10 network calls or, if a
+method has no such row, its smallest number, and keeps grid, scores and choice in the output file,
+where run.py finds them. The score is lpips-alex, or psnr for images too small for it. A stopped run
+goes on with the same command.
 """
 
 import sys

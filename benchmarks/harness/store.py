@@ -34,6 +34,7 @@ OWN_CODE = (
     "ncvsd_inverse.conditioning",
     "ncvsd_inverse.covariance",
     "ncvsd_inverse.likelihood",
+    "ncvsd_inverse.linearised",
     "ncvsd_inverse.schedules",
     "ncvsd_inverse.settings",
     "ncvsd_inverse.solver",

@@ -19,6 +19,9 @@ from ncvsd_inverse.checks import check_choice
 MOST_TRIALS = 9
 """Combinations of settings that any method may try."""
 
+CALLS = 10
+"""Network calls at which methods are tuned that have rows at so many."""
+
 
 def open_tuning(setup: Setup, methods: Sequence[Method], path: Path) -> dict[str, Any]:
     """Return what a tuning's file holds, or a new one would.
@@ -64,10 +67,11 @@ def tune(
 ) -> None:
     """Try every combination of each method's grid and keep the best, task by task.
 
-    All methods see the same images and measurements and are run at the smallest number of calls
-    they have. The score is the mean of the one metric of `setup` over the images. A combination
-    with which an image fails has none and is never chosen; if all fail, nothing is. Trials that
-    `content` holds of the same grid and code are kept, so that a stopped run goes on.
+    All methods see the same images and measurements and are run at `CALLS`, if they have it, else
+    at the smallest number of calls they have. The score is the mean of the one metric of `setup`
+    over the images. A combination with which an image fails has none and is never chosen; if all
+    fail, nothing is. Trials that `content` holds of the same grid and code are kept, so that a
+    stopped run goes on.
 
     Args:
         setup: images, networks and one metric.
@@ -101,7 +105,7 @@ class _Search:
         self.case = case
         self.method = method
         known = {
-            "nfe": min(method.calls),
+            "nfe": _calls(method),
             "code": hash_code(method.run),
             "grid": {name: list(values) for name, values in method.grid.items()},
         }
@@ -133,7 +137,7 @@ class _Search:
         row = Row(
             task=self.case.task.name,
             method=self.method,
-            nfe=min(self.method.calls),
+            nfe=_calls(self.method),
             settings={**self.method.settings, **settings},
             tuned=False,
             draws=1,
@@ -174,3 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise ValueError(f"{path} must be the JSON file of a tuning, got no tasks")
     return content
+
+
+def _calls(method: Method) -> int:
+    return CALLS if CALLS in method.calls else min(method.calls)

@@ -23,6 +23,7 @@ from ncvsd_inverse import load_prior, solve
 from ncvsd_inverse.images import read_images
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.operators import PhaseRetrieval
+from ncvsd_inverse.schedules import karras
 from ncvsd_inverse.tasks import make_task
 
 SUCCESS = 25.0
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=4, help="chains an image (%(default)s)")
     parser.add_argument("--method", help="loop; the default of solve")
     parser.add_argument("--temperature", type=float, default=1.0, help="(%(default)s)")
+    parser.add_argument("--noise", type=float, default=1.0, help="sigma_lik / sigma_y")
+    parser.add_argument("--levels", type=float, nargs=2, help="first and last of the schedule")
     parser.add_argument("--from-truth", action="store_true", help="begin at the true images")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
@@ -87,8 +90,10 @@ def main() -> None:
             operator=operator,
             prior=prior,
             nfe=args.nfe,
+            schedule=karras(args.nfe, *args.levels) if args.levels else None,
             restarts=args.restarts,
             sigma_y=task.sigma_y,
+            sigma_lik=args.noise * task.sigma_y,
             temperature=args.temperature,
             method=args.method,
             seed=seeds,
