@@ -9,7 +9,7 @@ r"""Write the networks of finished runs as the package's priors, with their card
 The first command writes ncvsd_NAME and ncvsd_NAME_teacher in half precision. Of the averaged
 weights that a run keeps it takes those with the least CRPS on validation images, summed over noise
 levels in units of the teacher's error; a teacher's are those that it was distilled from. Then it
-calibrates the spread of the draws on the same images and draws `draws.png`. The third command puts
+calibrates the spread of the draws on the same images and draws `draws.jpg`. The third command puts
 what `ncvsd evaluate` measured into both cards. What a card says beside figures is in
 experiments/NAME/card.toml.
 """
@@ -143,7 +143,7 @@ def ship(
     slow = load_prior(out / f"{shipped}_teacher", dtype=torch.float32)
     assert isinstance(student, NCVSDPrior)
     assert isinstance(slow, DiffusionPrior)
-    write_picture(HERE / name / "draws.png", student, slow, images[:PICTURES, :, :side, :side])
+    write_picture(HERE / name / "draws.jpg", student, slow, images[:PICTURES, :, :side, :side])
 
 
 def open_run(folder: Path, teacher_folder: Path) -> DistillRun:

@@ -142,7 +142,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV
 
 
 def write_image(path: str | Path, x: Tensor) -> None:
-    """Write a picture as an 8-bit PNG, whole or not at all.
+    """Write a picture of 8 bits, whole or not at all: a PNG, or a JPEG if the name ends in .jpg.
 
     Args:
         path: the file; an older one is replaced.
@@ -160,7 +160,9 @@ def write_image(path: str | Path, x: Tensor) -> None:
     levels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     pixels = levels.permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(buffer, format="PNG")
+    kind = "JPEG" if Path(path).suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+    picture.save(buffer, format=kind, quality=90)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 

@@ -184,6 +184,14 @@ def test_what_is_written_is_read_again(tmp_path, channels, generator):
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_name_that_ends_in_jpg_gives_a_jpeg(tmp_path):
+    x = torch.linspace(-1, 1, 16 * 16).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    for name, magic in (("a.jpg", b"\xff\xd8"), ("b.JPEG", b"\xff\xd8"), ("c.png", b"\x89P")):
+        write_image(tmp_path / name, x)
+        assert (tmp_path / name).read_bytes()[:2] == magic
+        assert (read_image(tmp_path / name) - x).abs().max() < 0.05
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     def fail(file):
         file.write(b"half")

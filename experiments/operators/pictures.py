@@ -2,7 +2,7 @@ r"""Draw two faces restored in each task beside those of the benchmark.
 
     python experiments/operators/pictures.py --data DIR/faces64/val.zip
 
-`pictures.png`, beside this script, has a row a task (`list_more_tasks()`) and for each face the
+`pictures.jpg`, beside this script, has a row a task (`list_more_tasks()`) and for each face the
 truth, the measurement and a sample of `solve` with the prior ncvsd_faces64. Measurements that are
 no pictures are shown as A^T y, photon counts as k / peak. PSNR, residual and seconds are printed.
 """
@@ -68,7 +68,7 @@ def main() -> None:
     for axis, title in zip(axes[0], COLUMNS * 2, strict=True):
         axis.set_title(title, fontsize="small")
     if not args.task:
-        figure.savefig(Path(__file__).with_suffix(".png"), dpi=96)
+        figure.savefig(Path(__file__).with_suffix(".jpg"), dpi=96)
 
 
 def _picture(operator: Operator, y: Tensor) -> Tensor:
