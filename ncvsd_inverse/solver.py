@@ -131,8 +131,7 @@ def solve(
             integers for each measurement. No draw depends on other measurements or samples.
         sigma_lik: noise std that the loop assumes, > 0; None takes `sigma_y`.
         temperature: factor on the std of the noise by which draws vary, in (0, 1], for
-            "conditioning". Below 1 the last of several levels also adds no noise: it takes the
-            image's own error for it. Images are nearer to the mean: sharper than it and closer to
+            "conditioning". Below 1 images are nearer to the mean: sharper than it and closer to
             the truth than a posterior sample, but no such sample; their std is too small.
         batch_size: most chains that run at once, >= 1; changes memory and time, not the result.
             An operator that holds something for each image needs B of them. None: about four
@@ -292,12 +291,8 @@ def _condition(
     temperature: float,
 ) -> Iterator[Tensor]:
     """Yield x (N, C, H, W) given y of every sweep of one chain an image, begun at `x`."""
-    for sweep, rho in enumerate(schedule, start=1):
-        # A tempered chain ends with the image's own error for noise.
-        u = x
-        if temperature == 1 or not 1 < sweep == len(schedule):
-            u = x + rho * draw_normal(x, generators)
-        x0 = prior.sample(u, rho, generator=generators)
+    for rho in schedule:
+        x0 = prior.sample(x + rho * draw_normal(x, generators), rho, generator=generators)
         covariance = statistics.covariance(rho, x0)
         x = given.draw(x0, covariance, generator=generators, temperature=temperature)
         yield x

@@ -1,7 +1,6 @@
 """Sampling by conditioning: Matheron's rule against dense matrices, and the loop of `solve`."""
 
 import math
-from functools import partialmethod
 
 import pytest
 import torch
@@ -613,30 +612,6 @@ def test_temperature_is_for_conditioning_only():
         solve(y, operator=box(), prior=prior, nfe=1, temperature=0.5, preset="ncvsd")
     with pytest.raises(ValueError, match="temperature must be 1 with method 'gibbs'"):
         solve(y, operator=Forward(), prior=prior, nfe=1, temperature=0.5, method="gibbs")
-
-
-@pytest.mark.parametrize(("temperature", "nfe", "noisy"), [(1.0, 3, 3), (0.5, 3, 2), (0.5, 1, 1)])
-def test_only_the_last_of_several_cooler_sweeps_adds_no_noise(monkeypatch, temperature, nfe, noisy):
-    moved, views = [], []
-
-    class Watched(Draws):
-        def tempered(self, temperature):
-            return self
-
-        def sample(self, u, sigma, *, generator=None):
-            views.append(u)
-            return super().sample(u, sigma, generator=generator)
-
-    def keep(self, *arguments, of, **settings):
-        moved.append(of(self, *arguments, **settings))
-        return moved[-1]
-
-    monkeypatch.setattr(Conditioning, "draw", partialmethod(keep, of=Conditioning.draw))
-    prior = Watched()
-    prior.statistics = gaussian().statistics
-    solve(measurement(box()), operator=box(), prior=prior, nfe=nfe, temperature=temperature)
-    changed = [not torch.equal(u, x) for u, x in zip(views, moved, strict=False)]
-    assert changed == [True] * noisy + [False] * (nfe - noisy)
 
 
 def test_temperature_of_one_changes_nothing():
