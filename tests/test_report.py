@@ -367,12 +367,12 @@ def test_panels_hold_the_points(records):
 
 def test_no_two_methods_look_alike(records):
     many = [
-        record(f"m{number}", title=f"m{number}", network="teacher" if number < 10 else "none")
-        for number in range(15)
+        record(f"m{number}", title=f"m{number}", network="teacher" if number < 11 else "none")
+        for number in range(16)
     ]
     styles = plots._choose_styles(many).values()
-    assert len({(style.colour, style.marker) for style in styles}) == 15
-    assert len({style.colour for style in styles}) == 15
+    assert len({(style.colour, style.marker) for style in styles}) == 16
+    assert len({style.colour for style in styles}) == 16
 
 
 def test_plots_are_written(records, out):

@@ -28,14 +28,15 @@ COLOURS = (
     "#999933",
     "#882255",
     "#ddaa33",
+    "#cc99bb",
 )
 """For methods with a network; their order keeps neighbours apart for colour-blind eyes too."""
 
-MARKERS = "osD^vPX<>p"
+MARKERS = "osD^vPX<>pd"
 
 GREYS = ("#777777", "#aaaaaa", "#555555", "#999999", "#bbbbbb")
 DASHES = ((0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 2)), (0, (4, 1, 1, 1, 1, 1)))
-GREY_MARKERS = "h*d8H"
+GREY_MARKERS = "h*+8H"
 """For methods without network."""
 
 FRONT = "#ffd24d"
@@ -213,6 +214,8 @@ def _draw_panel(
     styles: Mapping[str, Style],
     span: tuple[float, float],
 ) -> None:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
     points = _points(rows, metric)
     place = _places(points, span[0])
     for method, group in groupby(points, lambda point: point.method):
@@ -251,6 +254,10 @@ def _draw_panel(
     axis.set_ylabel(f"{title}{unit}, {METRICS[metric]} is better")
     axis.set_xscale("log")
     axis.set_xlim(span)
+    if metric.startswith("lpips") and all(point.value > 0 for point in points):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.grid(alpha=0.25, which="major")
     axis.spines[["top", "right"]].set_visible(False)
     _name_calls(axis, span)
