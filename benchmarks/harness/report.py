@@ -42,7 +42,7 @@ from harness.tables import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_BYTES = 5_000_000
+MAX_BYTES = 2_000_000
 """Largest report."""
 
 QUALITIES = (None, 90, 75, 50)
