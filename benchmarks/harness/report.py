@@ -64,8 +64,8 @@ Coded: TypeAlias = dict[Path, str]
 def write_report(records: Sequence[Record], out: Path) -> list[Path]:
     """Write `report.html`: settings, tables, plots, a viewer of the pictures, and citations.
 
-    The page loads nothing from elsewhere and has at most 5 MB: pictures are encoded more coarsely,
-    and left out from the last image on, until they fit; the page says so.
+    The page loads nothing from elsewhere and has at most `MAX_BYTES`: pictures are encoded more
+    coarsely, and left out from the last image on, until they fit; the page says so.
 
     Args:
         records: rows of any tasks.
