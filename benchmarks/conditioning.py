@@ -25,7 +25,7 @@ from ncvsd_inverse.protocols import Generators
 from ncvsd_inverse.tasks import SIGMA_Y, make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
-TOLERANCES = (0.3, 0.1, 0.03, 0.01)
+TOLERANCES = (0.1, 0.03, 0.01, 0.001)
 CALLS = 10
 
 

@@ -49,10 +49,10 @@ class Conditioning:
         note on efficient conditional simulation of Gaussian distributions (2010).
     """
 
-    tolerance: ClassVar[float] = 0.01
+    tolerance: ClassVar[float] = 0.001
     """Root mean square residual at which conjugate gradients stop."""
 
-    max_iterations: ClassVar[int] = 300
+    max_iterations: ClassVar[int] = 500
     """Most conjugate gradient iterations of a draw."""
 
     PROBES: ClassVar[int] = 8

@@ -51,8 +51,21 @@ DEFAULT_LEVELS: dict[str, dict[str | None, Levels]] = {
 }
 """Schedules by method and family.
 
-For "conditioning" they are the best by CRPS of `experiments/few_step/schedules.py`; for "gibbs",
-above rho = 3, six stds of the data, u says nothing about a linear y.
+For "conditioning" they are the best by CRPS of `experiments/few_step/schedules.py`, for up to
+`FEW_LEVELS` levels; for "gibbs", above rho = 3, six stds of the data, u says nothing about a linear
+y.
+"""
+
+FEW_LEVELS = 10
+"""Most levels of a chain that is short."""
+
+LONG_LEVELS: dict[str | None, Levels] = {
+    None: Levels(6.0, 0.05, 7.0),
+    "phase_retrieval": Levels(3.0, 0.2, 7.0),
+}
+"""Schedules of "conditioning" by family for more than `FEW_LEVELS` levels.
+
+Many sweeps at low levels gather the error of single draws; those at high levels begin anew.
 """
 
 PUBLISHED_LEVELS = Levels(80.0, 0.002, 2.0)
@@ -70,7 +83,8 @@ PUBLISHED: dict[str, Published] = {
 
 def default_schedule(method: str, family: str | None, num: int) -> tuple[float, ...]:
     """Return the default `num` levels of rho of a method for an operator family, largest first."""
-    rows = DEFAULT_LEVELS[method]
+    long = method == "conditioning" and num > FEW_LEVELS
+    rows = LONG_LEVELS if long else DEFAULT_LEVELS[method]
     return karras(num, *rows.get(family, rows[None]))
 
 

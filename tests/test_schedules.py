@@ -45,7 +45,7 @@ def test_bad_levels_name_the_argument(arguments, name):
 
 
 @pytest.mark.parametrize("family", [None, "inpainting", "phase_retrieval", "unheard_of"])
-@pytest.mark.parametrize("num", [1, 2, 10])
+@pytest.mark.parametrize("num", [1, 2, 10, 50])
 @pytest.mark.parametrize("method", ["conditioning", "gibbs"])
 def test_every_family_has_a_default_schedule(method, family, num):
     levels = default_schedule(method, family, num)
@@ -69,3 +69,12 @@ def test_published_noise_levels():
     assert PUBLISHED["phase_retrieval"].average.below == 0.2
     with pytest.raises(ValueError, match=r"operator.*preset.*got 'denoise'"):
         published_sigma_lik("denoise")
+
+
+def test_long_chains_of_conditioning_begin_high():
+    assert default_schedule("conditioning", "blur", 10)[0] == pytest.approx(0.8)
+    for family in ("inpainting", "blur", "motion_blur", "superres", None):
+        levels = default_schedule("conditioning", family, 11)
+        assert (levels[0], levels[-1]) == pytest.approx((6.0, 0.05))
+    assert default_schedule("conditioning", "phase_retrieval", 11)[-1] == pytest.approx(0.2)
+    assert default_schedule("gibbs", "blur", 11)[0] == pytest.approx(3.0)
