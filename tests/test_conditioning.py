@@ -269,7 +269,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("rho", [math.inf, 0.4, 0.05])
 def test_conjugate_gradients_are_few(name, rho):
-    """With images like photographs; 2 to 75 iterations were seen."""
+    """With images like photographs; 1 to 101 iterations were seen."""
     operator = REAL[name]
     prior = GaussianPrior.stationary(torch.zeros(3, 32, 32), power_law(32, 32).float())
     x, other = (prior.draw(2, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -278,7 +278,7 @@ def test_conjugate_gradients_are_few(name, rho):
     covariance = prior.statistics.covariance(rho, x)
     start = other if math.isinf(rho) else x + covariance.colour(other)
     moved = conditioning.draw(start, covariance, generator=torch.Generator().manual_seed(3))
-    assert 0 < conditioning.iterations < 90
+    assert 0 < conditioning.iterations < 120
     measured = operator.count_measured(y).sum()
     misfit = ((operator(moved) - y).square().sum() / measured).sqrt() / 0.05
     assert 0.7 < float(misfit) < 1.2
@@ -288,7 +288,7 @@ def test_conjugate_gradients_are_few(name, rho):
     ("name", "sigma_lik"), [("box", 0.05), ("box", 0.01), ("random", 0.01), ("random", 0.001)]
 )
 def test_hidden_pixels_are_drawn_exactly_enough(name, sigma_lik, monkeypatch):
-    """To a tenth of the images' std of 0.5, also where nothing is measured."""
+    """To a hundredth of the images' std of 0.5, also where nothing is measured."""
     prior = GaussianPrior.stationary(torch.zeros(1, 32, 32).double(), power_law(32, 32))
     x, start = (prior.draw(1, generator=torch.Generator().manual_seed(i)) for i in range(2))
     operator, own = REAL[name], prior.statistics.covariance(math.inf, x)
@@ -297,7 +297,7 @@ def test_hidden_pixels_are_drawn_exactly_enough(name, sigma_lik, monkeypatch):
     monkeypatch.setattr(Conditioning, "tolerance", 1e-10)
     monkeypatch.setattr(Conditioning, "max_iterations", 2000)
     exact = Conditioning(operator, y, sigma_lik).draw(start, own, temperature=0.0)
-    assert float((draw - exact).square().mean().sqrt()) < 0.05
+    assert float((draw - exact).square().mean().sqrt()) < 0.005
 
 
 def test_images_of_one_row_are_conditioned():
