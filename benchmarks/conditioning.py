@@ -26,7 +26,7 @@ from ncvsd_inverse.protocols import Generators
 from ncvsd_inverse.tasks import SIGMA_Y, make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
-TOLERANCES = (0.01, 0.001, 0.0003)
+TOLERANCES = (0.01, 0.001, 0.0001)
 CALLS = 10
 
 
@@ -42,13 +42,10 @@ class Watched(Conditioning):
         *,
         generator: Generators = None,
         temperature: float = 1.0,
-        tolerance: float | None = None,
     ) -> Tensor:
         """Draw, and keep seconds and iterations."""
         started = time.perf_counter()
-        out = super().draw(
-            x, covariance, generator=generator, temperature=temperature, tolerance=tolerance
-        )
+        out = super().draw(x, covariance, generator=generator, temperature=temperature)
         self.kept.append((time.perf_counter() - started, self.iterations))
         return out
 

@@ -72,7 +72,6 @@ class Conditioning:
         covariance: SpectralCovariance,
         like: Tensor,
         *,
-        noise: float = 0.0,
         generator: Generators = None,
     ) -> Tensor:
         """Draw Gaussian images given y.
@@ -81,16 +80,13 @@ class Conditioning:
             mean: mean image, shape (1, C, H, W).
             covariance: covariance of images.
             like: a tensor of the images' shape (B, C, H, W), dtype and device.
-            noise: std of the noise that is added to the images next, >= 0: what that hides is not
-                solved for.
             generator: one source of randomness, or one for each image.
 
         Returns:
             Images, the shape of `like`.
         """
         x = mean + covariance.colour(draw_normal(like, generator))
-        enough = self.tolerance * max(1.0, noise / float(covariance.variances.mean().sqrt()))
-        return self.draw(x, covariance, generator=generator, tolerance=enough)
+        return self.draw(x, covariance, generator=generator)
 
     def draw(
         self,
@@ -99,7 +95,6 @@ class Conditioning:
         *,
         generator: Generators = None,
         temperature: float = 1.0,
-        tolerance: float | None = None,
     ) -> Tensor:
         """Move draws of a law with the given covariance to draws of that law given y.
 
@@ -108,7 +103,6 @@ class Conditioning:
             covariance: covariance S of their law.
             generator: one source of randomness, or one for each image.
             temperature: factor on the noise e, >= 0.
-            tolerance: root mean square residual at which to stop; None takes the class's.
 
         Returns:
             Draws given y, the shape of x.
@@ -135,7 +129,7 @@ class Conditioning:
                 apply,
                 rhs,
                 rtol=0.0,
-                atol=(tolerance or self.tolerance) * math.sqrt(x[0].numel()),
+                atol=self.tolerance * math.sqrt(x[0].numel()),
                 max_iterations=self.max_iterations,
                 precondition=lambda r: inverse * r,
             )

@@ -46,6 +46,11 @@ class Linearised:
     I. A step that raises the sum is halved until it does not, or left out; so steps can end at a
     kink of A, as an amplitude of 0 is.
 
+    Steps lead to the bottom of the basin in which they begin. An operator that knows a way past
+    wrong basins has a method `search(y, x, shrink, sigma_y=, iterations=)`: begun at images x, it
+    returns images that nearly give y. `shrink(view, sigma)` tells it the Gaussian mean of an image
+    whose view with noise of std sigma is `view`. Steps then begin where a search from x ends.
+
     Args:
         operator: a forward model that does not mix images. Its derivatives come from its method
             `linearise(x)`, which returns A(x) and the functions v -> J v and r -> J^T r, or from
@@ -54,9 +59,11 @@ class Linearised:
         sigma_lik: noise std s that is assumed, > 0, in units of y.
         steps: Gauss-Newton steps of a draw, >= 1.
         iterations: most conjugate gradient iterations of a step, >= 1.
+        sigma_y: noise std of y, > 0, for searches and for the choice of a start, which too small a
+            sigma_lik would mislead; None takes sigma_lik.
 
     Raises:
-        ValueError: if sigma_lik <= 0, steps or iterations < 1, or y is not finite.
+        ValueError: if sigma_lik or sigma_y <= 0, steps or iterations < 1, or y is not finite.
 
     Source:
         Bardsley, Solonen, Haario & Laine, SIAM J. Sci. Comput. 36 (2014), who perturb the data of
@@ -69,6 +76,12 @@ class Linearised:
     HALVINGS: ClassVar[int] = 3
     """Halvings after which a step is left out."""
 
+    START_SEARCH: ClassVar[int] = 60
+    """Iterations of an operator's own search for images to begin at."""
+
+    DRAW_SEARCH: ClassVar[int] = 20
+    """Iterations of an operator's own search from a draw."""
+
     def __init__(
         self,
         operator: Operator,
@@ -77,13 +90,16 @@ class Linearised:
         *,
         steps: int = 2,
         iterations: int = 5,
+        sigma_y: float | None = None,
     ) -> None:
         self.operator = operator
         self.sigma_lik = check_positive("sigma_lik", sigma_lik)
+        self._sigma_y = sigma_lik if sigma_y is None else check_positive("sigma_y", sigma_y)
         self.steps = check_count("steps", steps)
         self.iterations = check_count("iterations", iterations)
         self._y = check_finite("y", check_floating("y", y)).to(working_dtype(y.dtype))
         self._image_shape = tuple(operator.input_shape(y.shape))
+        self._searches = callable(getattr(operator, "search", None))
         self._gram: Tensor | None = None
 
     def start(
@@ -96,11 +112,10 @@ class Linearised:
     ) -> Tensor:
         """Return images to begin at: Gaussian draws that an iteration has moved towards y.
 
-        The iteration is the operator's own `search(y, x, shrink, sigma_y=)` if it has one, for
-        which `shrink(x, sigma)` gives the Gaussian mean of an image whose view with noise of std
-        sigma is x; otherwise it is that of `draw`. If the operator also has `equivalents(x)`, a
-        tuple of x and other images that give the same y, the search is begun again at each of
-        those, and what has the least Gaussian energy given y is kept.
+        The iteration is the operator's own search if it has one, otherwise that of `draw`. If the
+        operator also has `equivalents(x)`, a tuple of x and other images that give the same y, the
+        search is begun again at each of those, and what has the least Gaussian energy given y is
+        kept.
 
         Args:
             mean: mean image, shape (1, C, H, W).
@@ -112,23 +127,17 @@ class Linearised:
             Images, the shape of `like`.
         """
         x = mean + covariance.colour(draw_normal(like, generator))
-        search = getattr(self.operator, "search", None)
-        if search is None:
+        if not self._searches:
             return self.draw(x, covariance, generator=generator)
-
-        def shrink(view: Tensor, sigma: float) -> Tensor:
-            gain = covariance.variances / (covariance.variances + sigma**2)
-            return mean + covariance.images(gain * covariance.coordinates(view - mean))
-
-        found: list[Tensor] = [search(self._y, x, shrink, sigma_y=self.sigma_lik)]
+        found = [self._search(x, mean, covariance, self.START_SEARCH)]
         equivalents = getattr(self.operator, "equivalents", None)
         if equivalents is not None:
             for other in equivalents(found[0])[1:]:
-                found.append(search(self._y, other, shrink, sigma_y=self.sigma_lik))
+                found.append(self._search(other, mean, covariance, self.START_SEARCH))
         energies = []
         for x in found:
             move = covariance.coordinates(x - mean) / covariance.variances.sqrt()
-            misfit = (self._y - self.operator(x)) / self.sigma_lik
+            misfit = (self._y - self.operator(x)) / self._sigma_y
             energies.append(_squared_norm(move) + _squared_norm(misfit))
         likeliest = torch.stack(energies).argmin(0)
         return torch.stack([found[int(k)][i] for i, k in enumerate(likeliest)])
@@ -161,9 +170,10 @@ class Linearised:
         target = self._y + temperature * self.sigma_lik * draw_normal(self._y, generator)
         precision = 1 / self.sigma_lik**2
         root = covariance.variances.sqrt()
-        w = torch.zeros_like(covariance.coordinates(x))
-        value, push, pull = _tangent(self.operator, x)
-        energy = precision * _squared_norm(target - value)
+        begin = self._search(x, x, covariance, self.DRAW_SEARCH) if self._searches else x
+        w = covariance.coordinates(begin - x) / root
+        value, push, pull = _tangent(self.operator, begin)
+        energy = precision * _squared_norm(target - value) + _squared_norm(w)
         if self._gram is None:
             self._gram = _mean_gram(x, push)
         inverse = 1 / (1 + precision * self._gram[..., None] * covariance.variances)
@@ -202,6 +212,20 @@ class Linearised:
                 share = torch.where(worse, smaller, share)
             w, energy = tried, new_energy
         return x + covariance.images(root * w)
+
+    def _search(
+        self, x: Tensor, mean: Tensor, covariance: SpectralCovariance, iterations: int
+    ) -> Tensor:
+        """Return where the operator's own search from x ends, for images of a Gaussian law."""
+
+        def shrink(view: Tensor, sigma: float) -> Tensor:
+            gain = covariance.variances / (covariance.variances + sigma**2)
+            return mean + covariance.images(gain * covariance.coordinates(view - mean))
+
+        found: Tensor = self.operator.search(  # type: ignore[attr-defined]
+            self._y, x, shrink, sigma_y=self._sigma_y, iterations=iterations
+        )
+        return found
 
 
 def _tangent(operator: Operator, x: Tensor) -> Tangent:

@@ -45,7 +45,6 @@ DEFAULT_LEVELS: dict[str, dict[str | None, Levels]] = {
         "blur": Levels(0.8, 0.05, 7.0),
         "motion_blur": Levels(0.8, 0.05, 7.0),
         "superres": Levels(1.5, 0.05, 7.0),
-        "phase_retrieval": Levels(3.0, 0.2, 7.0),
     },
     "gibbs": {None: Levels(3.0, 0.02, 7.0), "phase_retrieval": Levels(10.0, 0.02, 7.0)},
 }
@@ -59,11 +58,8 @@ y.
 FEW_LEVELS = 10
 """Most levels of a chain that is short."""
 
-LONG_LEVELS: dict[str | None, Levels] = {
-    None: Levels(6.0, 0.05, 7.0),
-    "phase_retrieval": Levels(3.0, 0.2, 7.0),
-}
-"""Schedules of "conditioning" by family for more than `FEW_LEVELS` levels.
+LONG_LEVELS = Levels(6.0, 0.05, 7.0)
+"""Schedule of "conditioning" for more than `FEW_LEVELS` levels.
 
 Many sweeps at low levels gather the error of single draws; those at high levels begin anew.
 """
@@ -83,8 +79,9 @@ PUBLISHED: dict[str, Published] = {
 
 def default_schedule(method: str, family: str | None, num: int) -> tuple[float, ...]:
     """Return the default `num` levels of rho of a method for an operator family, largest first."""
-    long = method == "conditioning" and num > FEW_LEVELS
-    rows = LONG_LEVELS if long else DEFAULT_LEVELS[method]
+    if method == "conditioning" and num > FEW_LEVELS:
+        return karras(num, *LONG_LEVELS)
+    rows = DEFAULT_LEVELS[method]
     return karras(num, *rows.get(family, rows[None]))
 
 

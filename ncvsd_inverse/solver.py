@@ -199,7 +199,7 @@ def solve(
             if method == "conditioning":
                 assert statistics is not None
                 given, start = _given(
-                    part, y_part, sigma_lik, statistics, start, levels[0], generators
+                    part, y_part, sigma_y, sigma_lik, statistics, start, generators
                 )
                 sweeps = _condition(
                     given, counted, statistics, start, levels, generators, temperature
@@ -266,18 +266,19 @@ def _gibbs(
 def _given(
     operator: Operator,
     y: Tensor,
+    sigma_y: float,
     sigma_lik: float,
     statistics: Statistics,
     like: Tensor,
-    first: float,
     generators: Sequence[torch.Generator],
 ) -> tuple[Conditioning | Linearised, Tensor]:
     """Return what conditions on y, and images to begin at: Gaussian given y, or nearly."""
     mean, own = statistics.mean_image(like), statistics.covariance(math.inf, like)
+    given: Conditioning | Linearised
     if isinstance(operator, LinearOperator):
-        exact = Conditioning(operator, y, sigma_lik)
-        return exact, exact.start(mean, own, like, noise=first, generator=generators)
-    given = Linearised(operator, y, sigma_lik)
+        given = Conditioning(operator, y, sigma_lik)
+    else:
+        given = Linearised(operator, y, sigma_lik, sigma_y=sigma_y)
     return given, given.start(mean, own, like, generator=generators)
 
 

@@ -100,7 +100,7 @@ def test_many_steps_reach_a_minimum():
 
 
 def test_no_step_raises_the_energy_of_any_image():
-    operator = ops.PhaseRetrieval(4)
+    operator = Plain(ops.PhaseRetrieval(4))
     _, y, covariance = problem(operator, batch=16)
     x = covariance.colour(normal(16, 2, 8, 12, seed=8))
     before = energy(x, x, y, operator, covariance)
@@ -134,8 +134,14 @@ def test_steps_that_overshoot_are_halved(monkeypatch):
     assert (energy(wild, x, y, operator, covariance) > before).any()
 
 
+class Searchless(ops.PhaseRetrieval):
+    """Phase retrieval with derivatives of its own but no search."""
+
+    search = None
+
+
 def test_own_derivatives_are_those_of_autograd():
-    operator = ops.PhaseRetrieval(3)
+    operator = Searchless(3)
     _, y, covariance = problem(operator)
     x = covariance.colour(normal(3, 2, 8, 12, seed=9))
     own, automatic = (
@@ -220,7 +226,8 @@ class Found(Plain):
         super().__init__(operator)
         self.searches = 0
 
-    def search(self, y, x, shrink, *, sigma_y):
+    def search(self, y, x, shrink, *, sigma_y, iterations):
+        assert iterations == Linearised.START_SEARCH
         self.searches += 1
         turned = (torch.arange(len(x)) % 2 == 1) & (self.searches == 1)
         return torch.where(turned[:, None, None, None], x.flip(-2, -1), x)
@@ -242,6 +249,39 @@ def test_the_likeliest_start_is_kept():
     assert_close(kept, drawn)
 
 
+class Told(Plain):
+    """Phase retrieval whose search is told where to end, and keeps what it was given."""
+
+    def __init__(self, operator, truth):
+        super().__init__(operator)
+        self.truth = truth
+
+    def search(self, y, x, shrink, *, sigma_y, iterations):
+        self.given = y, x, shrink, sigma_y, iterations
+        return self.truth
+
+
+def test_a_draw_begins_where_the_search_ends():
+    mean, covariance, truth = aligned()
+    plain = ops.PhaseRetrieval(8)
+    operator = Told(plain, truth)
+    y = plain(truth)
+    x = mean + covariance.colour(normal(12, 2, 16, 16, seed=9))
+    given = Linearised(operator, y, SIGMA_LIK, sigma_y=0.07)
+    found = given.draw(x, covariance, temperature=0.0)
+    stuck = Linearised(Plain(plain), y, SIGMA_LIK).draw(x, covariance, temperature=0.0)
+    energies = [energy(end, x, y, plain, covariance) for end in (found, truth)]
+    assert (energies[0] <= energies[1]).all()
+    errors = [float((end - truth).square().mean()) for end in (found, stuck)]
+    assert errors[0] < 0.5 * errors[1], errors
+    seen, begun, shrink, sigma_y, iterations = operator.given
+    assert_close((seen, begun), (y, x))
+    assert (sigma_y, iterations) == (0.07, Linearised.DRAW_SEARCH)
+    # What a view tells of an image, around the draw: all without noise, nothing with much.
+    assert_close(shrink(truth, 1e-6), truth, rtol=0, atol=1e-6)
+    assert_close(shrink(truth, 1e6), x, rtol=0, atol=1e-6)
+
+
 def test_phase_retrieval_knows_its_equivalents():
     operator, x = ops.PhaseRetrieval(3), normal(2, 3, 5, 7)
     same, turned = operator.equivalents(x)
@@ -254,6 +294,7 @@ def test_phase_retrieval_knows_its_equivalents():
     ("arguments", "message"),
     [
         ({"sigma_lik": 0.0}, "sigma_lik must be positive"),
+        ({"sigma_y": 0.0}, "sigma_y must be positive"),
         ({"steps": 0}, "steps must be"),
         ({"iterations": 0}, "iterations must be"),
         ({"y": torch.full((1, 2, 16, 20), math.nan)}, "y must be finite"),

@@ -96,8 +96,8 @@ OURS = (
         linear_only=False,
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
-        settings={"temperature": 0.6, "noise": 0.7},
-        grid={"temperature": (0.5, 0.6, 0.7), "noise": (0.5, 0.7, 1.0)},
+        settings={"temperature": 0.4, "noise": 0.65},
+        grid={"temperature": (0.1, 0.4, 0.6, 0.75), "noise": (0.45, 0.65)},
     ),
     Method(
         name="ncvsd-published",
