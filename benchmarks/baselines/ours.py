@@ -1,9 +1,9 @@
 """NCVSD: the toolkit's own solver with the distilled student, and the paper's settings of it.
 
 `ncvsd` returns one draw of `solve` as a user gets it by default. `ncvsd-tempered` is the same at a
-temperature below 1 and with less noise than `sigma_y` in the likelihood, as covariances that are
-the same everywhere move edges too little: no draw of the posterior, but nearer to the truth than
-one and sharper than its mean.
+temperature below 1, from a first level of its own, and with less noise than `sigma_y` in the
+likelihood, as covariances that are the same everywhere move edges too little: no draw of the
+posterior, but nearer to the truth than one.
 `ncvsd-published` is the split Gibbs loop of the paper with its schedule, its tuned noise level of
 the likelihood and its average along the chain, which is no draw of the posterior either.
 
@@ -22,6 +22,10 @@ from torch import Tensor
 from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse import solve
 from ncvsd_inverse.protocols import LinearOperator
+from ncvsd_inverse.schedules import karras
+
+TEMPERED_NOISE, TEMPERED_LAST = 0.6, 0.05
+"""sigma_lik / sigma_y, and the last level, of `ncvsd-tempered`."""
 
 CHAINS, LEAST_CALLS = (5, 4), 4
 """How many chains are run if the operator is not linear, the first that leaves each at least so
@@ -35,8 +39,9 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
 
 def run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Estimate an image at a temperature below 1; exactly `nfe` calls of the student."""
-    sigma_lik = settings["noise"] * problem.sigma_y
-    return _solve(problem, models, nfe, temperature=settings["temperature"], sigma_lik=sigma_lik)
+    return _solve(
+        problem, models, nfe, temperature=settings["temperature"], first=settings["first"]
+    )
 
 
 def run_published(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
@@ -51,19 +56,22 @@ def _solve(
     *,
     preset: Literal["ncvsd"] | None = None,
     temperature: float = 1.0,
-    sigma_lik: float | None = None,
+    first: float | None = None,
 ) -> Tensor:
+    """Run `solve`; a first level makes it that of `ncvsd-tempered`."""
     chains = 1 if preset else _chains(problem, nfe)
+    calls = nfe // chains
     return solve(
         problem.y,
         operator=problem.operator,
         prior=models.student,
-        nfe=nfe // chains,
+        nfe=calls,
         sigma_y=problem.sigma_y,
+        schedule=karras(calls, first, TEMPERED_LAST, 7.0) if first else None,
         preset=preset,
         estimate="ema" if preset else "sample",
         temperature=temperature,
-        sigma_lik=sigma_lik,
+        sigma_lik=TEMPERED_NOISE * problem.sigma_y if first else None,
         restarts=chains,
         seed=problem.keys,
     ).x0
@@ -96,8 +104,8 @@ OURS = (
         linear_only=False,
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
-        settings={"temperature": 0.4, "noise": 0.65},
-        grid={"temperature": (0.1, 0.4, 0.6, 0.75), "noise": (0.45, 0.65)},
+        settings={"temperature": 0.4, "first": 1.5},
+        grid={"temperature": (0.1, 0.4, 0.65), "first": (0.4, 1.5, 6.0)},
     ),
     Method(
         name="ncvsd-published",
