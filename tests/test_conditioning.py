@@ -614,6 +614,25 @@ def test_temperature_is_for_conditioning_only():
         solve(y, operator=Forward(), prior=prior, nfe=1, temperature=0.5, method="gibbs")
 
 
+class Heard(ops.PhaseRetrieval):
+    """Phase retrieval that notes the noise std of its searches."""
+
+    def __init__(self, pad):
+        super().__init__(pad)
+        self.heard = []
+
+    def search(self, y, x, shrink, *, sigma_y, iterations=60):
+        self.heard.append(sigma_y)
+        return super().search(y, x, shrink, sigma_y=sigma_y, iterations=iterations)
+
+
+def test_searches_know_the_noise_of_y_whatever_the_likelihood_assumes():
+    operator = Heard(4)
+    y = operator.measure(torch.zeros(1, *SHAPE), 0.1)
+    solve(y, operator=operator, prior=student(), nfe=2, sigma_y=0.1, sigma_lik=0.02)
+    assert operator.heard == [0.1] * 4  # a start, its half turn and two draws
+
+
 def test_temperature_of_one_changes_nothing():
     y = measurement(box()).float()
     one, left = (
