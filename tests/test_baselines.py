@@ -390,7 +390,7 @@ def test_phase_retrieval_spends_large_budgets_on_several_chains(monkeypatch, nam
     monkeypatch.setattr(ours, "solve", fake)
     models, prior = small_models(1)
     problem = make_problem(prior, PhaseRetrieval(8), batch=1)
-    settings = {"temperature": 0.6, "first": 0.7}
+    settings = {"temperature": 0.6, "noise": 0.7, "first": 0.7}
     for nfe in (10, 16, 20, 49, 50):
         METHODS[name].run(problem, models, nfe, settings)
     several = [(10, 1), (4, 4), (4, 5), (49, 1), (10, 5)]
@@ -408,10 +408,12 @@ def test_ncvsd_is_what_a_user_gets():
     arguments = {"operator": operator, "prior": student, "sigma_y": SIGMA_Y, "seed": problem.keys}
     restored = METHODS["ncvsd"].run(problem, models, 4, {})
     assert restored.equal(solve(y, nfe=4, **arguments).x0)
-    restored = METHODS["ncvsd-tempered"].run(problem, models, 4, {"temperature": 0.6, "first": 0.5})
-    levels = karras(4, 0.5, ours.TEMPERED_LAST)
-    cooler = {"temperature": 0.6, "schedule": levels, "sigma_lik": ours.TEMPERED_NOISE * SIGMA_Y}
-    assert restored.equal(solve(y, nfe=4, **arguments, **cooler).x0)
+    cooler = {"temperature": 0.6, "sigma_lik": 0.5 * SIGMA_Y}
+    for first, levels in ((0.0, None), (0.4, karras(4, 0.4, ours.TEMPERED_LAST))):
+        settings = {"temperature": 0.6, "noise": 0.5, "first": first}
+        restored = METHODS["ncvsd-tempered"].run(problem, models, 4, settings)
+        expected = solve(y, nfe=4, schedule=levels, **arguments, **cooler).x0
+        assert restored.equal(expected)
     restored = METHODS["ncvsd-published"].run(problem, models, 6, {})
     assert restored.equal(solve(y, nfe=6, preset="ncvsd", estimate="ema", **arguments).x0)
 

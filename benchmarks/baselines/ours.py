@@ -24,8 +24,8 @@ from ncvsd_inverse import solve
 from ncvsd_inverse.protocols import LinearOperator
 from ncvsd_inverse.schedules import karras
 
-TEMPERED_NOISE, TEMPERED_LAST = 0.6, 0.05
-"""sigma_lik / sigma_y, and the last level, of `ncvsd-tempered`."""
+TEMPERED_LAST = 0.05
+"""Last level of `ncvsd-tempered` where its first is set."""
 
 CHAINS, LEAST_CALLS = (5, 4), 4
 """How many chains are run if the operator is not linear, the first that leaves each at least so
@@ -38,9 +38,18 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
 
 
 def run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
-    """Estimate an image at a temperature below 1; exactly `nfe` calls of the student."""
+    """Estimate an image at a temperature below 1; exactly `nfe` calls of the student.
+
+    The settings are the temperature, the `noise` that the likelihood assumes over sigma_y, and the
+    `first` level; 0 takes the schedule of `solve`.
+    """
     return _solve(
-        problem, models, nfe, temperature=settings["temperature"], first=settings["first"]
+        problem,
+        models,
+        nfe,
+        temperature=settings["temperature"],
+        sigma_lik=settings["noise"] * problem.sigma_y,
+        first=settings["first"],
     )
 
 
@@ -56,9 +65,9 @@ def _solve(
     *,
     preset: Literal["ncvsd"] | None = None,
     temperature: float = 1.0,
-    first: float | None = None,
+    sigma_lik: float | None = None,
+    first: float = 0.0,
 ) -> Tensor:
-    """Run `solve`; a first level makes it that of `ncvsd-tempered`."""
     chains = 1 if preset else _chains(problem, nfe)
     calls = nfe // chains
     return solve(
@@ -71,7 +80,7 @@ def _solve(
         preset=preset,
         estimate="ema" if preset else "sample",
         temperature=temperature,
-        sigma_lik=TEMPERED_NOISE * problem.sigma_y if first else None,
+        sigma_lik=sigma_lik,
         restarts=chains,
         seed=problem.keys,
     ).x0
@@ -104,8 +113,8 @@ OURS = (
         linear_only=False,
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
-        settings={"temperature": 0.4, "first": 1.5},
-        grid={"temperature": (0.1, 0.4, 0.65), "first": (0.4, 1.5, 6.0)},
+        settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
+        grid={"temperature": (0.4, 0.7), "noise": (0.5, 0.7), "first": (0.0, 0.4)},
     ),
     Method(
         name="ncvsd-published",
