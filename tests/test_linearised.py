@@ -99,8 +99,14 @@ def test_many_steps_reach_a_minimum():
     assert gradient.norm() < 1e-3 * first.norm()
 
 
+class Searchless(ops.PhaseRetrieval):
+    """Phase retrieval with derivatives of its own but no search."""
+
+    search = None
+
+
 def test_no_step_raises_the_energy_of_any_image():
-    operator = Plain(ops.PhaseRetrieval(4))
+    operator = Searchless(4)
     _, y, covariance = problem(operator, batch=16)
     x = covariance.colour(normal(16, 2, 8, 12, seed=8))
     before = energy(x, x, y, operator, covariance)
@@ -132,12 +138,6 @@ def test_steps_that_overshoot_are_halved(monkeypatch):
     monkeypatch.setattr(Linearised, "HALVINGS", -1)
     wild = given.draw(x, covariance, temperature=0.0)
     assert (energy(wild, x, y, operator, covariance) > before).any()
-
-
-class Searchless(ops.PhaseRetrieval):
-    """Phase retrieval with derivatives of its own but no search."""
-
-    search = None
 
 
 def test_own_derivatives_are_those_of_autograd():
