@@ -895,6 +895,10 @@ Microbatch = Annotated[
     int | None, typer.Option("--microbatch", help="Most images of a process in one pass.")
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="Stop at a checkpoint after this.")]
+Init = Annotated[
+    str | None,
+    typer.Option("--init", help="A prior whose weights the run starts from, optimiser fresh."),
+]
 Shard = Annotated[
     bool, typer.Option("--fsdp", help="Spread the networks over the processes, to fit larger ones.")
 ]
@@ -908,6 +912,7 @@ def train(
     images: Images = None,
     batch_size: Batch = None,
     microbatch: Microbatch = None,
+    init: Init = None,
     seconds: Seconds = float("inf"),
     shard: Shard = False,
 ) -> None:
@@ -919,7 +924,7 @@ def train(
     from ncvsd_inverse.distill import TeacherRun
     from ncvsd_inverse.distill.presets import load_teacher_config
 
-    changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch}
+    changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch, "init": init}
     settings = replace(load_teacher_config(config), **_given(changes))
     pictures = _read_training_data(data, settings)
     _train(TeacherRun(settings, pictures, out, shard=shard), data, seconds)
@@ -936,6 +941,7 @@ def distill(
     images: Images = None,
     batch_size: Batch = None,
     microbatch: Microbatch = None,
+    init: Init = None,
     seconds: Seconds = float("inf"),
     shard: Shard = False,
 ) -> None:
@@ -947,7 +953,7 @@ def distill(
     from ncvsd_inverse.distill import DistillRun, load_teacher
     from ncvsd_inverse.distill.presets import load_distill_config
 
-    changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch}
+    changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch, "init": init}
     settings = replace(load_distill_config(config), **_given(changes))
     pictures = _read_training_data(data, settings)
     run = DistillRun(settings, pictures, out, load_teacher(teacher), shard=shard)
@@ -1002,7 +1008,7 @@ def encode(
         typer.echo(f"skipped {name}")
 
 
-def _given(changes: dict[str, int | None]) -> dict[str, Any]:
+def _given(changes: Mapping[str, object]) -> dict[str, Any]:
     """Return the options that were given."""
     return {name: value for name, value in changes.items() if value is not None}
 

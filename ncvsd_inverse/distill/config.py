@@ -60,6 +60,8 @@ class TrainConfig:
             for float16, > 0.
         compile: whether torch.compile fuses the networks.
         seed: seed of weights, batches and noise; >= 0.
+        init: name or path of a prior of the same networks whose weights the run starts from, with
+            fresh optimisers; None: a new teacher, or a student that starts as its teacher.
 
     Sources:
         Karras et al., arXiv 2312.02696 (learning rate, EMA); METHOD table of arXiv 2506.09416.
@@ -83,8 +85,11 @@ class TrainConfig:
     loss_scale: float = 1.0
     compile: bool = False
     seed: int = 0
+    init: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.init, str | None) or self.init == "":
+            raise TypeError(f"init must be the name or path of a prior, got {self.init!r}")
         if not isinstance(self.network, UNetShape):
             raise TypeError(f"network must be a UNetShape, got {self.network!r}")
         for name in ("images", "batch_size"):

@@ -4,7 +4,6 @@ Source: Peng et al., arXiv 2506.09416.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +22,7 @@ from ncvsd_inverse.distill.losses import (
     generate,
     score_loss,
 )
+from ncvsd_inverse.distill.teacher import check_same_networks
 from ncvsd_inverse.distill.trainer import Micro, Run, log_variance, with_labels
 from ncvsd_inverse.networks import (
     ConcatDenoiser,
@@ -32,6 +32,7 @@ from ncvsd_inverse.networks import (
     Denoiser,
     Network,
 )
+from ncvsd_inverse.priors.zoo import load_network
 from ncvsd_inverse.schedules import karras
 
 if TYPE_CHECKING:
@@ -91,8 +92,10 @@ class DistillRun(Run[DistillConfig]):
         if networks is None:
             if not isinstance(teacher, Denoiser):
                 raise TypeError("teacher must be a Denoiser unless networks are given")
-            _check_shapes(teacher, config)
+            check_same_networks("teacher", teacher, config)
             networks = _start_networks(config.kind, teacher)
+            if config.init is not None and not self.has_checkpoint:
+                _start_generator(networks[0], config)
         if isinstance(teacher, Network):
             self.add_frozen(teacher)
         self.teacher = teacher
@@ -202,18 +205,6 @@ class DistillRun(Run[DistillConfig]):
         )
 
 
-def _check_shapes(teacher: Denoiser, config: DistillConfig) -> None:
-    """ValueError that lists what differs unless the networks have the teacher's shape."""
-    theirs = asdict(teacher.shape) | {
-        "any_size": teacher.any_size,
-        "sigma_data": teacher.sigma_data,
-    }
-    mine = asdict(config.network) | {"any_size": config.any_size, "sigma_data": config.sigma_data}
-    differing = [f"{k} {mine[k]}, not {theirs[k]}" for k in theirs if mine[k] != theirs[k]]
-    if differing:
-        raise ValueError(f"network must have the teacher's shape, got {'; '.join(differing)}")
-
-
 def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Return generator, score model and discriminator, all started from the teacher's weights."""
     if kind == "concat":
@@ -227,3 +218,16 @@ def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module,
         ControlledDenoiser.from_teacher(teacher),
         ControlledDiscriminator.from_teacher(teacher),
     )
+
+
+def _start_generator(generator: nn.Module, config: DistillConfig) -> None:
+    """Fill the generator, in place, with the weights of the prior that the run starts from."""
+    assert config.init is not None
+    start = load_network(config.init)
+    if type(start) is not type(generator):
+        raise ValueError(
+            f"init must be a distilled prior of kind {config.kind!r}, got {config.init}, "
+            f"a {type(start).__name__}"
+        )
+    check_same_networks("init", start, config)
+    generator.load_state_dict(start.state_dict())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.distill.checkpoint import read_checkpoint
-from ncvsd_inverse.distill.config import TeacherConfig
+from ncvsd_inverse.distill.config import TeacherConfig, TrainConfig
 from ncvsd_inverse.distill.data import TrainingData
 from ncvsd_inverse.distill.losses import denoising_loss
 from ncvsd_inverse.distill.trainer import CHECKPOINT, Micro, Run, log_variance, with_labels
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.networks import Denoiser, constrain_weights_
+from ncvsd_inverse.networks import Denoiser, Network, constrain_weights_
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors.zoo import load_network
 
@@ -57,6 +58,18 @@ def load_teacher(source: str | Path) -> Denoiser:
     return network.eval()
 
 
+def check_same_networks(name: str, network: Network, config: TrainConfig) -> None:
+    """ValueError that lists what differs unless `network` is of the configured shape."""
+    theirs = asdict(network.shape) | {
+        "any_size": network.any_size,
+        "sigma_data": network.sigma_data,
+    }
+    mine = asdict(config.network) | {"any_size": config.any_size, "sigma_data": config.sigma_data}
+    differing = [f"{k} {theirs[k]}, not {mine[k]}" for k in theirs if mine[k] != theirs[k]]
+    if differing:
+        raise ValueError(f"{name} must have the configured networks, got {'; '.join(differing)}")
+
+
 def _new_teacher(config: TeacherConfig) -> Denoiser:
     return Denoiser(
         config.network,
@@ -97,6 +110,10 @@ class TeacherRun(Run[TeacherConfig]):
         super().__init__(config, data, folder, accelerator=accelerator, shard=shard)
         torch.manual_seed(config.seed)
         self.network = network or _new_teacher(config)
+        if config.init is not None and not self.has_checkpoint:
+            start = load_teacher(config.init)
+            check_same_networks("init", start, config)
+            self.network.load_state_dict(start.state_dict())
         self._network = self.add("teacher", self.network, average=True)
 
     def train_step(self, micros: list[Micro]) -> None:

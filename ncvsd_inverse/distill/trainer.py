@@ -195,6 +195,11 @@ class Run(ABC, Generic[Config]):
         """Take one step of every module on this process's share of a batch."""
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds a run to go on with."""
+        return (self.folder / CHECKPOINT).is_file()
+
+    @property
     def images_seen(self) -> int:
         """Training images seen so far."""
         return self.step * self.config.batch_size
@@ -430,7 +435,7 @@ class Run(ABC, Generic[Config]):
                     )
             write_text(path, json.dumps(mine, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
-        if self.step == 0 and (self.folder / CHECKPOINT).exists():
+        if self.step == 0 and self.has_checkpoint:
             self.load()
         if self.accelerator.is_main_process:
             self._forget_lines_after_checkpoint()
