@@ -84,7 +84,7 @@ def ship(
     shape = None if run.config.any_size else (run.config.network.image_channels, side, side)
     crop = about.get("crop", side)
     images = torch.cat([centre_crop(x, (crop, crop)) for x in read_images(val, num_images)])
-    judge = DiffusionPrior(teacher, num_steps=GENERATION_CALLS, image_shape=shape)
+    judge = DiffusionPrior(teacher, image_shape=shape)
     priors, scores = {}, {}
     for std in run.config.ema_stds:
         network = run.averaged("generator", std)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import torch
 import typer
@@ -29,6 +31,7 @@ from ncvsd_inverse import (
     solve,
 )
 from ncvsd_inverse.checks import check_count, check_image_size, check_positive
+from ncvsd_inverse.covariance import ImageStatistics
 from ncvsd_inverse.images import (
     SUFFIXES,
     centre_crop,
@@ -40,10 +43,17 @@ from ncvsd_inverse.images import (
     write_image,
 )
 from ncvsd_inverse.metrics import psnr, ssim
-from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.operators import Inpaint
 from ncvsd_inverse.plots import GridRow, save_picture_grid
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_card
+from ncvsd_inverse.priors.statistics import (
+    SIDE,
+    lacks_statistics,
+    num_images,
+    own_statistics,
+    with_own_statistics,
+)
 from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.solver import Estimate, Method
 from ncvsd_inverse.tasks import Task, list_more_tasks, list_tasks, make_task
@@ -82,11 +92,24 @@ Device = Annotated[
 
 def main() -> None:
     """Run the command; an expected error becomes one line on standard error and exit status 1."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except (ValueError, TypeError, ImportError, CheckpointError, DivergenceError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as a line on standard error, without where it comes from."""
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -158,7 +181,10 @@ def demo(
             )
     save_picture_grid(out / "demo.png", rows)
     Console().print(table)
-    typer.echo(f"{result.nfe} network calls a sample, {samples} samples; see {out / 'demo.png'}")
+    typer.echo(
+        f"{result.method} loop, {result.nfe} network calls a sample, {samples} samples; "
+        f"see {out / 'demo.png'}"
+    )
 
 
 @app.command("solve")
@@ -178,6 +204,10 @@ def solve_files(
     estimate: Annotated[Estimate, typer.Option("--estimate", help="What is written.")] = "sample",
     method: Annotated[
         Method | None, typer.Option("--method", help="The sampler; what suits the prior.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Calls for each draw of a diffusion prior; 1."),
     ] = None,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path(
@@ -224,15 +254,21 @@ def solve_files(
     process, processes = _place()
     share = pictures[process::processes]
     whole, where = _load(prior, device)
+    if steps is not None:
+        if not isinstance(whole, DiffusionPrior):
+            raise ValueError(f"--steps must come with a diffusion prior, got {prior}")
+        whole = whole.with_steps(steps)
+    if method != "gibbs" and not lacks_statistics(whole):
+        # Before pictures are looked at: settings that tell finished ones hold the statistics.
+        with_own_statistics(whole, (3, SIDE, SIDE))
     loaded = whole
     if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
         loaded = tiled(whole, tile)
     _open_folder(out)
-    card = getattr(loaded, "card", None)
     settings = {
         "task": task,
         "prior": prior,
-        "prior_sha256": None if card is None else _sha256(card.to_json().encode()),
+        "prior_sha256": _card_digest(loaded),
         "simulated": simulate,
         "mask_sha256": None if mask is None else _sha256(mask.read_bytes()),
         "sigma_y": level,
@@ -240,6 +276,7 @@ def solve_files(
         "samples": samples,
         "estimate": estimate,
         "method": method,
+        "steps": steps,
         "tile": None if loaded is whole else tile,
         "seed": seed,
         "version": __version__,
@@ -349,6 +386,50 @@ def convert_file(
     shape = "any size" if card.image_shape is None else "x".join(map(str, card.image_shape))
     stem = target.with_name(card.name)
     typer.echo(f"{source}: a {card.kind} prior of {shape}; load_prior({str(stem)!r})")
+
+
+@app.command()
+def statistics(
+    prior: Annotated[str, typer.Argument(help="A name of `ncvsd priors`, or a path.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Folder or zip of clean images; else the prior generates."),
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", help="How many; 128 of 64x64, 8 of 256x256.")
+    ] = None,
+    size: Annotated[
+        int, typer.Option("--size", help="Side of the images, where a prior takes any size.")
+    ] = SIDE,
+    device: Device = None,
+) -> None:
+    """Measure the mean and covariances by which `solve` conditions a prior, and keep them.
+
+    They go into the prior's card or, where that cannot be written, into the cache. `solve` does
+    the same by itself for a prior without any, from images that the prior generates.
+    """
+    loaded, where = _load(prior, device)
+    assert isinstance(loaded, NCVSDPrior | DiffusionPrior)
+    store = loaded.statistics_store
+    if store is None:
+        raise ValueError(
+            f"PRIOR must be a copy of {prior} to measure it anew: give the path of one, this one "
+            "comes with statistics"
+        )
+    sides = (size, size) if loaded.image_shape is None else loaded.image_shape[1:]
+    shape = None if loaded.image_channels is None else (loaded.image_channels, *sides)
+    clean = None
+    if data is not None:
+        number = num_images(sides) if images is None else images
+        clean = torch.cat([centre_crop(x, sides) for x in read_images(data, number)]).to(where)
+    measured = own_statistics(loaded, data=clean, images=images, image_shape=shape)
+    kept = store.write(measured)
+    like = torch.zeros(16, len(measured.mean), *sides)
+    noise = draw_normal(like, torch.Generator().manual_seed(0))
+    for sigma in (*measured.levels, math.inf):
+        std = float(measured.covariance(sigma, like).colour(noise).std())
+        typer.echo(f"std of a pixel given a view at sigma {sigma:g}: {std:.4f}")
+    typer.echo(f"kept in {kept}")
 
 
 @app.command()
@@ -810,6 +891,15 @@ def _load(name: str, device: str | None) -> tuple[Prior, torch.device]:
     return prior, where
 
 
+def _card_digest(prior: Prior) -> str | None:
+    """Return a hash of the card of a trained prior, with the statistics that it has now."""
+    if not isinstance(prior, NCVSDPrior | DiffusionPrior) or prior.card is None:
+        return None
+    statistics = prior.statistics
+    known = statistics if isinstance(statistics, ImageStatistics) else None
+    return _sha256(replace(prior.card, statistics=known).to_json().encode())
+
+
 def _open_folder(folder: Path) -> None:
     """Make the output folder; ValueError unless files can be written there."""
     try:
@@ -855,7 +945,9 @@ def _write_result(folder: Path, job: _Job, result: Result) -> None:
     write_image(paths["_restored.png"], result.x0)
     content = json.dumps({**job.settings, **figures}, indent=2) + "\n"
     write_atomically(paths[".json"], lambda file: file.write(content.encode()))
-    typer.echo(f"{line}, {result.nfe} network calls a sample, {result.seconds:.1f} s")
+    typer.echo(
+        f"{line}, {result.method} loop, {result.nfe} network calls a sample, {result.seconds:.1f} s"
+    )
 
 
 def _sides(x: Tensor) -> tuple[int, int]:
@@ -1030,7 +1122,7 @@ def _read_training_data(source: Path, settings: "TrainConfig") -> "TrainingData"
 
 def _train(run: "TeacherRun | DistillRun", source: Path, seconds: float) -> None:
     """Run to the end or for `seconds`, watched, and leave a prior in the run's folder."""
-    from ncvsd_inverse.distill.watch import Watcher, save_run_prior
+    from ncvsd_inverse.distill.watch import Watcher, keep_run_statistics, save_run_prior
 
     if not run.accelerator.is_main_process:
         run.run(seconds=seconds)
@@ -1045,6 +1137,7 @@ def _train(run: "TeacherRun | DistillRun", source: Path, seconds: float) -> None
     with watcher.watching():
         done = run.run(seconds=seconds, on_log=watcher.on_log, on_checkpoint=watcher.on_checkpoint)
     stem = save_run_prior(run, source.name)
+    keep_run_statistics(run, stem)
     state = "finished" if done else "stopped, the same command goes on"
     typer.echo(f"{state} after {run.images_seen} images; load_prior('{stem}')")
     # A process that ended before would take the others with it.

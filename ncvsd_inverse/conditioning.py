@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_finite, check_floating, check_positive
-from ncvsd_inverse.covariance import SpectralCovariance
+from ncvsd_inverse.covariance import Covariance
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, working_dtype
 from ncvsd_inverse.protocols import Generators, LinearOperator
 
@@ -69,7 +69,7 @@ class Conditioning:
     def start(
         self,
         mean: Tensor,
-        covariance: SpectralCovariance,
+        covariance: Covariance,
         like: Tensor,
         *,
         generator: Generators = None,
@@ -91,7 +91,7 @@ class Conditioning:
     def draw(
         self,
         x: Tensor,
-        covariance: SpectralCovariance,
+        covariance: Covariance,
         *,
         generator: Generators = None,
         temperature: float = 1.0,
@@ -135,7 +135,7 @@ class Conditioning:
             )
         return x + covariance.images(root * w)
 
-    def _diagonal(self, like: Tensor, covariance: SpectralCovariance) -> tuple[Tensor, bool]:
+    def _diagonal(self, like: Tensor, covariance: Covariance) -> tuple[Tensor, bool]:
         """Return the diagonal of A^T A in coordinates, (B, 1, H, W // 2 + 1, 1), and if it is all.
 
         Probes of white noise show it up to their own noise, which the mean over neighbouring

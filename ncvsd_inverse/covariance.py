@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,13 +15,70 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_finite, check_images, check_level, check_shape
 from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
-from ncvsd_inverse.protocols import Prior
+from ncvsd_inverse.protocols import Denoiser, Prior
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0)
 """Noise stds at which `measure_statistics` looks unless told otherwise, image units."""
 
+_VIEW_STREAM = 5
+
 MEAN_SIDE = 16
 """Most rows and columns of the grid on which a mean image is kept."""
+
+
+class Covariance(Protocol):
+    """A covariance S of images, seen in coordinates: real numbers in which S is diagonal.
+
+    Lengths of coordinates are those of images.
+
+    Attributes:
+        variances: the variance of each coordinate, in a shape of four dimensions that broadcasts
+            over coordinates (B, ...).
+    """
+
+    variances: Tensor
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Return the coordinates of images (B, C, H, W), with five dimensions, batch first."""
+        ...
+
+    def images(self, z: Tensor) -> Tensor:
+        """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
+        ...
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Turn white noise (B, C, H, W) into noise of this covariance."""
+        ...
+
+
+class DenseCovariance:
+    """A covariance of images of one shape by its eigenvalues and eigenvectors.
+
+    Args:
+        vectors: orthonormal columns, shape (D, D), D = C * H * W.
+        values: their variances, >= 0, shape (D,).
+        image_shape: (C, H, W).
+
+    Attributes:
+        variances: the values, shape (D, 1, 1, 1).
+    """
+
+    def __init__(self, vectors: Tensor, values: Tensor, image_shape: Sequence[int]) -> None:
+        self.variances = values.reshape(-1, 1, 1, 1)
+        self._vectors = vectors
+        self._image_shape = tuple(image_shape)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Return the coordinates (B, D, 1, 1, 1) of images (B, C, H, W)."""
+        return (x.flatten(1) @ self._vectors)[:, :, None, None, None]
+
+    def images(self, z: Tensor) -> Tensor:
+        """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
+        return (z.flatten(1) @ self._vectors.T).reshape(-1, *self._image_shape)
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Turn white noise (B, C, H, W) into noise of this covariance."""
+        return self.images(self.variances.sqrt() * self.coordinates(noise))
 
 
 class SpectralCovariance:
@@ -71,11 +128,16 @@ class SpectralCovariance:
 class Statistics(Protocol):
     """Mean and covariance of images, and the covariance given a view with noise."""
 
+    @property
+    def note(self) -> str:
+        """What who uses them should be told, "" for nothing."""
+        ...
+
     def mean_image(self, like: Tensor) -> Tensor:
         """Return the mean image, shape (1, C, H, W), for images `like` (B, C, H, W)."""
         ...
 
-    def covariance(self, sigma: float, like: Tensor) -> SpectralCovariance:
+    def covariance(self, sigma: float, like: Tensor) -> Covariance:
         """Return the covariance given a view with noise of std sigma; of the images for inf."""
         ...
 
@@ -106,6 +168,7 @@ class ImageStatistics:
     levels: tuple[float, ...]
     radii: tuple[float, ...]
     spectra: Tensor
+    note: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         channels = self.mean.shape[0] if self.mean.ndim == 3 else 0
@@ -221,16 +284,17 @@ def measure_statistics(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ImageStatistics:
-    """Measure what a prior's draws leave open at each noise level, and the images' own statistics.
+    """Measure what a noisy view leaves open at each noise level, and the images' own statistics.
 
-    A draw x0' given a view u of an image x0 is, for a perfect prior, as good as x0 itself: both
-    are draws of p(x0 | u). So half the mean square of each Fourier coefficient of x0 - x0' is its
-    variance given u. One draw an image and level is made.
+    With u a view of an image x0, the covariance of x0 given u is that of x0 - E[x0 | u]: for a
+    prior with `denoise`, the mean square of each Fourier coefficient of x0 minus its mean. A draw
+    x0' given u is, for a perfect prior, as good as x0 itself, both are draws of p(x0 | u): for a
+    prior that only draws it is half the mean square of x0 - x0'. Each image is seen once a level.
 
     Args:
         prior: the sampler; one of any image size is measured at that of `images`.
-        images: clean images that it was not trained on, shape (B, C, H, W), in [-1, 1]; some
-            hundred, as the lowest frequencies have few coefficients.
+        images: clean images, shape (B, C, H, W), in [-1, 1]: that it was not trained on, or that
+            it generated. The lowest frequencies have few coefficients: 128 images of 64x64 do.
         levels: noise stds, > 0, increasing, image units.
         seed: >= 0; of noise and draws.
         batch_size: images at a time, >= 1.
@@ -256,8 +320,10 @@ def measure_statistics(
     side = 1 if anywhere else min(MEAN_SIDE, *images.shape[2:])
     mean = nn.functional.adaptive_avg_pool2d(clean.mean(0), side)
     spread = clean - nn.functional.interpolate(mean[None], clean.shape[2:], mode="bilinear")
-    differences = [_draws_minus_truth(prior, clean, s, seed, batch_size) for s in levels]
-    everything = [*((half, 0.5) for half in differences), (spread, 1.0)]
+    # A draw differs from the truth by the spread of both about the mean.
+    share = 1.0 if isinstance(prior, Denoiser) else 0.5
+    differences = [_restored_minus_truth(prior, clean, s, seed, batch_size) for s in levels]
+    everything = [*((difference, share) for difference in differences), (spread, 1.0)]
     colours = [torch.einsum("bchw,bdhw->cd", e, e) for e, _ in everything]
     mixing = torch.linalg.eigh(sum((c / c.trace() for c in colours), torch.zeros(())))[1].T.flip(0)
     bins, radii = _radial_bins(*clean.shape[2:])
@@ -271,16 +337,22 @@ def measure_statistics(
     )
 
 
-def _draws_minus_truth(
+def _restored_minus_truth(
     prior: Prior, clean: Tensor, sigma: float, seed: int, batch_size: int
 ) -> Tensor:
-    """Return x0' - x0 for a draw x0' given a view of each image x0, shape (B, C, H, W)."""
+    """Return x0' - x0 for the mean or a draw x0' given a view of each image x0, (B, C, H, W)."""
     parts = []
     for first in range(0, len(clean), batch_size):
         x0 = clean[first : first + batch_size]
-        sources = make_generators([(seed, first + i) for i in range(len(x0))], x0.device)
+        # Images that a prior generated may come from the noise of (seed, i).
+        keys = [(seed, first + i, _VIEW_STREAM) for i in range(len(x0))]
+        sources = make_generators(keys, x0.device)
         u = x0 + sigma * draw_normal(x0, sources)
-        parts.append(prior.sample(u, sigma, generator=sources) - x0)
+        if isinstance(prior, Denoiser):
+            restored = prior.denoise(u, sigma)
+        else:
+            restored = prior.sample(u, sigma, generator=sources)
+        parts.append(restored - x0)
     return torch.cat(parts)
 
 

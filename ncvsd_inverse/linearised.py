@@ -18,7 +18,7 @@ from ncvsd_inverse.checks import (
     check_positive,
     check_shape,
 )
-from ncvsd_inverse.covariance import SpectralCovariance
+from ncvsd_inverse.covariance import Covariance
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, working_dtype
 from ncvsd_inverse.protocols import Generators, Operator
@@ -105,7 +105,7 @@ class Linearised:
     def start(
         self,
         mean: Tensor,
-        covariance: SpectralCovariance,
+        covariance: Covariance,
         like: Tensor,
         *,
         generator: Generators = None,
@@ -145,7 +145,7 @@ class Linearised:
     def draw(
         self,
         x: Tensor,
-        covariance: SpectralCovariance,
+        covariance: Covariance,
         *,
         generator: Generators = None,
         temperature: float = 1.0,
@@ -213,9 +213,7 @@ class Linearised:
             w, energy = tried, new_energy
         return x + covariance.images(root * w)
 
-    def _search(
-        self, x: Tensor, mean: Tensor, covariance: SpectralCovariance, iterations: int
-    ) -> Tensor:
+    def _search(self, x: Tensor, mean: Tensor, covariance: Covariance, iterations: int) -> Tensor:
         """Return where the operator's own search from x ends, for images of a Gaussian law."""
 
         def shrink(view: Tensor, sigma: float) -> Tensor:

@@ -69,6 +69,30 @@ class Prior(Protocol):
         ...
 
 
+@runtime_checkable
+class Denoiser(Protocol):
+    """Something that returns posterior means; a mean is no draw."""
+
+    def denoise(self, u: Tensor, sigma: float | Tensor, /) -> Tensor:
+        """Return E[x0 | u] for u = x0 + sigma * eps, shape (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """A prior that draws images from nothing, and can keep statistics of them.
+
+    Attributes:
+        image_shape: the one shape (C, H, W) of its images, or None when any size works.
+    """
+
+    image_shape: tuple[int, int, int] | None
+
+    def generate(self, num: int) -> Tensor:
+        """Draw `num` images, shape (num, C, H, W); one of any size takes `size=(H, W)` too."""
+        ...
+
+
 class LikelihoodStep(Protocol):
     """A sampler of the split variable given the current image and the measurement."""
 

@@ -77,12 +77,18 @@ PUBLISHED: dict[str, Published] = {
 """Tuned values of Peng et al., arXiv 2506.09416, at sigma_y = 0.05 on 256x256 images."""
 
 
-def default_schedule(method: str, family: str | None, num: int) -> tuple[float, ...]:
-    """Return the default `num` levels of rho of a method for an operator family, largest first."""
-    if method == "conditioning" and num > FEW_LEVELS:
-        return karras(num, *LONG_LEVELS)
+def default_schedule(
+    method: str, family: str | None, num: int, highest: float = math.inf
+) -> tuple[float, ...]:
+    """Return the default `num` levels of rho of a method for an operator family, largest first.
+
+    None is above `highest`, the largest level that a prior knows.
+    """
     rows = DEFAULT_LEVELS[method]
-    return karras(num, *rows.get(family, rows[None]))
+    levels = rows.get(family, rows[None])
+    if method == "conditioning" and num > FEW_LEVELS:
+        levels = LONG_LEVELS
+    return karras(num, min(levels.largest, highest), levels.smallest, levels.exponent)
 
 
 def default_average(family: str | None) -> Average:

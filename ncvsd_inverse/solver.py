@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,9 @@ from ncvsd_inverse.likelihood import likelihood_step
 from ncvsd_inverse.linearised import Linearised
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.physics import PhysicsOperator, adapt
-from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS
+from ncvsd_inverse.priors.statistics import lacks_statistics, with_own_statistics
 from ncvsd_inverse.protocols import Generators, LikelihoodStep, LinearOperator, Operator, Prior
 from ncvsd_inverse.settings import (
     SIGMA_Y,
@@ -44,6 +46,9 @@ from ncvsd_inverse.settings import (
 Method: TypeAlias = Literal["conditioning", "gibbs"]
 Estimate: TypeAlias = Literal["sample", "mean", "ema"]
 Preset: TypeAlias = Literal["ncvsd"]
+
+FAR = 10
+"""How many times sigma_y a single sweep may be at without a warning."""
 
 PIXELS_AT_ONCE = 4_000_000
 """Pixels (channels not counted) of all chains that run together when `batch_size` is None."""
@@ -108,7 +113,8 @@ def solve(
       Matheron's rule with the covariance that the prior's `statistics` hold for the level. It
       begins with Gaussian images given y, which cost no network call. If the prior's draws were
       Gaussian and A linear it would be exact for any number of levels; another A is linearised,
-      by Gauss-Newton steps.
+      by Gauss-Newton steps. A prior without statistics measures its own, once, from images that
+      it generates; these calls are no part of `nfe`.
     - "gibbs", the published split-Gibbs loop, draws u given x0 and y, then x0 given u. It is exact
       in the limit of many levels, for any operator.
 
@@ -119,8 +125,8 @@ def solve(
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05.
         num_samples: independent samples for each measurement, >= 1.
-        method: the loop; None takes "conditioning" where the prior has statistics, else (and for
-            presets) "gibbs".
+        method: the loop; None takes "conditioning", and "gibbs" for presets and for a prior that
+            has no statistics and cannot make its own, with a warning.
         estimate: what `Result.x0` is: the first "sample"; the "mean" of the samples; or "ema", an
             exponential average along the first chain, which is no posterior sample.
         schedule: nfe / prior.nfe_per_sample levels of rho, strictly decreasing, > 0, image units;
@@ -159,15 +165,13 @@ def solve(
             f"preset must be None for a deepinv physics, got {preset!r}: its values are for images "
             "in [-1, 1]"
         )
-    if isinstance(prior, str):
-        prior = load_prior(prior, device=y.device if isinstance(y, Tensor) else None)
-    counted = _CountedPrior(_temper(prior, temperature))
-    shape = _check_measurement(y, operator, counted)
+    prior = _find_prior(prior, y)
+    shape = _check_measurement(y, operator, _CountedPrior(prior))
     if sigma_y is None:
         sigma_y = getattr(operator, "sigma_y", None)
     sigma_y = SIGMA_Y if sigma_y is None else check_positive("sigma_y", sigma_y)
-    statistics: Statistics | None = getattr(counted.prior, "statistics", None)
-    method = _choose_method(method, statistics, preset)
+    method, prior, lacks = _choose_method(method, prior, nfe, preset)
+    counted = _CountedPrior(_temper(prior, temperature))
     if temperature != 1 and method != "conditioning":
         raise ValueError(f"temperature must be 1 with method {method!r}, got {temperature}")
     levels, sigma_lik = _settings(
@@ -187,6 +191,16 @@ def solve(
     chunks = _split_chains(
         operator, shape[0], num_samples * restarts, check_count("batch_size", batch_size)
     )
+
+    statistics = None
+    if method == "conditioning" or _draws_by_statistics(prior):
+        statistics = with_own_statistics(prior, shape[1:])
+        counted = _CountedPrior(_temper(prior, temperature))
+    notes = [lacks, _far_sweep(levels, method, nfe, sigma_y)]
+    if method == "conditioning" and statistics is not None:
+        notes.append(statistics.note)
+    for note in filter(None, notes):
+        warnings.warn(note, stacklevel=3)
 
     started = time.perf_counter()
     lasts, averages, misfits = [], [], []
@@ -434,24 +448,77 @@ def _temper(prior: Prior, temperature: float) -> Prior:
     return cooler
 
 
+def _find_prior(prior: Prior | str, y: Tensor) -> Prior:
+    """Return the prior that a name or a handle means, on the device of `y`; TypeError if none."""
+    device = y.device if isinstance(y, Tensor) else None
+    if isinstance(prior, str):
+        return load_prior(prior, device)
+    if isinstance(prior, PriorHandle):
+        return prior.load(device)
+    if not callable(getattr(prior, "sample", None)):
+        raise TypeError(
+            f"prior must have a sample method, got {type(prior).__name__}{_how_to_wrap(prior)}"
+        )
+    return prior
+
+
+def _how_to_wrap(model: object) -> str:
+    """Return what makes a prior of a model that is none, in words; "" if nothing does."""
+    library = type(model).__module__.partition(".")[0]
+    if isinstance(getattr(model, "unet", None), nn.Module):
+        return ": DiffusionPrior.from_diffusers(pipeline.unet, pipeline.scheduler) makes one of it"
+    if library == "diffusers":
+        return ": DiffusionPrior.from_diffusers(unet, scheduler) makes one of it"
+    if library == "deepinv":
+        return ": DiffusionPrior.from_deepinv(denoiser) makes one of it"
+    if callable(model):
+        return (
+            ": DiffusionPrior.from_function(f) makes one of E[x0 | x] = f(x, sigma), "
+            "DiffusionPrior.from_eps(f, alphas_cumprod) of a prediction of noise"
+        )
+    return ""
+
+
 def _choose_method(
-    method: Method | None,
-    statistics: Statistics | None,
-    preset: str | None,
-) -> Method:
-    """Return the loop that runs; ValueError if it does not suit the prior or the preset."""
-    if method is None:
-        return "gibbs" if statistics is None or preset is not None else "conditioning"
-    check_choice("method", method, get_args(Method))
+    method: Method | None, prior: Prior, nfe: int, preset: str | None
+) -> tuple[Method, Prior, str]:
+    """Return the loop that runs, the prior it runs with and, if it is second best, why; else "".
+
+    A prior that has no statistics and cannot make its own gets "gibbs"; a denoiser, whose draws
+    of one call need them too, gets draws of several calls.
+    """
+    if method is not None:
+        check_choice("method", method, get_args(Method))
+    if method == "conditioning" and preset is not None:
+        raise ValueError(f"method must be 'gibbs' with preset={preset!r}, got {method!r}")
+    published = method == "gibbs" or preset is not None
+    fault = "" if published and not _draws_by_statistics(prior) else lacks_statistics(prior)
+    if not fault:
+        return "gibbs" if published else "conditioning", prior, ""
+    lacks = (
+        f"the prior has no statistics and cannot generate images to measure them from ({fault}): "
+        "prior.with_statistics(measure_statistics(prior, images)), or `ncvsd statistics PRIOR "
+        "--data IMAGES`, takes given ones"
+    )
     if method == "conditioning":
-        if preset is not None:
-            raise ValueError(f"method must be 'gibbs' with preset={preset!r}, got {method!r}")
-        if statistics is None:
-            raise ValueError(
-                "method must be 'gibbs' for a prior without statistics, got 'conditioning'; "
-                "measure_statistics measures them"
-            )
-    return method
+        raise ValueError(f"method must be 'gibbs', got 'conditioning': {lacks}")
+    if isinstance(prior, DiffusionPrior) and prior.nfe_per_sample == 1:
+        prior = prior.with_steps(_steps_without_statistics(nfe))
+        lacks += f"; draws take {prior.nfe_per_sample} calls each meanwhile"
+    return "gibbs", prior, f"the loop is 'gibbs', the weaker one, as {lacks}"
+
+
+def _draws_by_statistics(prior: Prior) -> bool:
+    """Tell whether single draws need statistics."""
+    return isinstance(prior, DiffusionPrior) and prior.nfe_per_sample == 1
+
+
+def _steps_without_statistics(nfe: int) -> int:
+    """Return how many calls of a denoiser make a draw that needs no covariance: about four."""
+    for steps in (4, 5, 3, 2, nfe):
+        if steps > 1 and nfe % steps == 0:
+            return steps
+    raise ValueError(f"nfe must be at least 2 for a denoiser without statistics, got {nfe}")
 
 
 def _settings(
@@ -473,6 +540,7 @@ def _settings(
             f"got {nfe}"
         )
     family = getattr(operator, "family", None)
+    highest = getattr(prior.prior, "sigma_max", math.inf)
     if preset is not None:
         check_choice("preset", preset, get_args(Preset))
         if schedule is not None or sigma_lik is not None:
@@ -482,7 +550,7 @@ def _settings(
             )
         levels, sigma_lik = published_schedule(sweeps), published_sigma_lik(family)
     elif schedule is None:
-        levels = default_schedule(method, family, sweeps)
+        levels = default_schedule(method, family, sweeps, highest)
     else:
         levels = tuple(float(rho) for rho in schedule)
         if len(levels) != sweeps:
@@ -492,12 +560,22 @@ def _settings(
         falls = all(before > after for before, after in pairwise(levels))
         if not (falls and levels[-1] > 0 and math.isfinite(levels[0])):
             raise ValueError(f"schedule must be finite, positive and decreasing, got {levels}")
-    highest = getattr(prior.prior, "sigma_max", math.inf)
     if levels[0] > highest:
         raise ValueError(
             f"schedule must not exceed the prior's sigma_max = {highest}, got {levels[0]}"
         )
     return levels, sigma_y if sigma_lik is None else check_positive("sigma_lik", sigma_lik)
+
+
+def _far_sweep(levels: Sequence[float], method: Method, nfe: int, sigma_y: float) -> str:
+    """Return what to say of a single sweep at which draws hardly know y; "" of others."""
+    if len(levels) > 1 or levels[0] <= FAR * sigma_y or (method == "conditioning" and nfe == 1):
+        return ""
+    return (
+        f"the schedule has one sweep only, at rho = {levels[0]:g}, far above sigma_y = "
+        f"{sigma_y:g}: the result hardly follows y; take more calls (nfe) or fewer for each draw "
+        "(--steps, with_steps)"
+    )
 
 
 def _chain_keys(

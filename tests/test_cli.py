@@ -12,6 +12,13 @@ from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.tasks import list_more_tasks, list_tasks, make_task
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the loop is 'gibbs'"),
+    pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),
+]
+"""Stand-ins that hold no statistics, and few calls, show most of what is tested here."""
+
+
 class SmoothPrior(GaussianPrior):
     """A stationary Gaussian of smooth pictures, of one shape."""
 

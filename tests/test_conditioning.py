@@ -1,6 +1,7 @@
 """Sampling by conditioning: Matheron's rule against dense matrices, and the loop of `solve`."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -366,7 +367,9 @@ def test_samples_are_posterior_samples_whatever_nfe(operator, nfe):
     expected = mean + gain @ (y.flatten() - matrix @ mean)
     posterior = dense - gain @ matrix @ dense
     check_law(result.samples.flatten(1), expected, posterior)
-    gibbs = solve(y, num_samples=count, method="gibbs", **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the schedule has one sweep")
+        gibbs = solve(y, num_samples=count, method="gibbs", **settings)
     with pytest.raises(AssertionError):
         check_law(gibbs.samples.flatten(1), expected, posterior)
 
@@ -403,7 +406,12 @@ METHODS = {
     "asked for": (box(), with_statistics(), "conditioning", "conditioning"),
     "gibbs asked for": (box(), with_statistics(), "gibbs", "gibbs"),
     "no statistics": (box(), Draws(), None, "gibbs"),
-    "statistics of none": (box(), GaussianPrior(torch.zeros(1, 2, 2), torch.eye(4)), None, "gibbs"),
+    "own statistics": (
+        ops.Denoise(),
+        GaussianPrior(torch.zeros(SHAPE), torch.eye(144)),
+        None,
+        "conditioning",
+    ),
     "not linear": (Forward(), with_statistics(), None, "conditioning"),
 }
 
@@ -411,10 +419,13 @@ METHODS = {
 @pytest.mark.parametrize("case", list(METHODS))
 def test_the_method_follows_operator_and_prior(case):
     operator, prior, method, expected = METHODS[case]
-    shape = getattr(prior, "image_shape", SHAPE)
-    operator = ops.Denoise() if shape != SHAPE else operator
-    result = solve(torch.zeros(1, *shape), operator=operator, prior=prior, nfe=1, method=method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = solve(torch.zeros(1, *SHAPE), operator=operator, prior=prior, nfe=2, method=method)
     assert result.method == expected
+    assert [w for w in caught if "the weaker one" in str(w.message)] == (
+        caught if isinstance(prior, Draws) and method is None and expected == "gibbs" else []
+    )
 
 
 def test_presets_are_of_the_published_loop():
@@ -432,7 +443,7 @@ BAD = {
     ),
     "conditioning, no statistics": (
         {"method": "conditioning", "prior": Draws()},
-        "method must be 'gibbs' for a prior without statistics.*measure_statistics",
+        "method must be 'gibbs', got 'conditioning': the prior has no.*measure_statistics",
     ),
     "temperature zero": ({"temperature": 0.0}, r"temperature must be in \(0, 1\], got 0"),
     "temperature negative": ({"temperature": -0.5}, r"temperature must be in \(0, 1\]"),

@@ -19,6 +19,13 @@ ROOT = Path(__file__).parent.parent
 TASK = ("--task", "deblur_gaussian", "--prior", "stand_in")
 
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the loop is 'gibbs'"),
+    pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),
+]
+"""Stand-ins that hold no statistics, and few calls, show most of what is tested here."""
+
+
 class Noisy:
     """A prior of any size whose draws are random; it remembers how many images came together."""
 
@@ -308,7 +315,7 @@ def test_large_pictures_are_seen_in_tiles(run, tmp_path, pictures, monkeypatch):
     prior = NCVSDPrior(network, image_shape=None)
     monkeypatch.setattr(cli, "load_prior", lambda name, device=None: prior)
     make_picture(tmp_path / "large.png", 64, 96, 0)
-    assert run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32)[0] == 0
+    assert run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32, "--method", "gibbs")[0] == 0
     assert set(network.seen) == {(32, 32)}
     assert json.loads((tmp_path / "out" / "large.json").read_text())["tile"] == 32
     assert prior.network is network

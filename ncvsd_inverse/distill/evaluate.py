@@ -373,7 +373,7 @@ def evaluate_generation(
 
     Args:
         prior: generates in 1, 2 and 4 calls.
-        teacher: the denoiser that it was distilled from; generates by reverse diffusion.
+        teacher: the denoiser that it was distilled from; generates by its probability-flow ODE.
         training: batches of training images, each of shape (B, C, H, W), in [-1, 1], at least 4
             images in all; gone through once. Each batch is cut into random halves.
         features: images (B, C, H, W) -> features (B, D); with `metrics.alex_features` the
@@ -419,7 +419,7 @@ def evaluate_generation(
         )
 
     def by_teacher(num: int, key: int) -> Tensor:
-        return diffusion.generate(num, seed=key, size=size, batch_size=batch_size)
+        return diffusion.generate(num, teacher_steps, key, size=size, batch_size=batch_size)
 
     return Generation(
         figures=(
@@ -530,6 +530,7 @@ def _reverse_diffusion(
     teacher: Teacher, num_steps: int, image_shape: Sequence[int]
 ) -> DiffusionPrior:
     """Return the teacher as a sampler with `num_steps` calls."""
+    check_count("num_steps", num_steps, least=2)
     if not isinstance(teacher, DiffusionPrior):
         return DiffusionPrior(teacher.denoise, num_steps=num_steps, image_shape=image_shape)
     sampler = DiffusionPrior(

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.distill.config import TrainConfig
+from ncvsd_inverse.distill.config import DistillConfig, TrainConfig
 from ncvsd_inverse.distill.student import DistillRun
 from ncvsd_inverse.distill.teacher import TeacherRun
 from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, save_prior
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
+from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
+from ncvsd_inverse.priors.statistics import num_images, own_statistics
 
 PICTURES = "pictures"
 SIGMAS = (0.2, 0.5, 1.0, 2.0)
@@ -158,9 +160,7 @@ def picture_grid(
         rows += [student.generate(len(images), n, seed=0, size=size) for n in (1, 2, 4)]
     else:
         teacher = DiffusionPrior(
-            run.averaged("teacher"),
-            num_steps=35,
-            image_shape=None if run.config.any_size else shape,
+            run.averaged("teacher"), image_shape=None if run.config.any_size else shape
         )
         for sigma in SIGMAS:
             u = images + sigma * eps
@@ -193,8 +193,8 @@ def save_run_prior(run: TeacherRun | DistillRun, data: str) -> Path:
             "kind": "ncvsd" if distilled else "diffusion",
             "image_shape": None if config.any_size else (config.network.image_channels, side, side),
             "gamma": run.config.gamma if isinstance(run, DistillRun) else None,
-            "sigma_min": 0.002,
-            "sigma_max": 80.0,
+            "sigma_min": config.sigma_min if isinstance(config, DistillConfig) else SIGMA_MIN,
+            "sigma_max": config.sigma_max if isinstance(config, DistillConfig) else SIGMA_MAX,
             "licence": "that of the training images; not stated",
             "data": data,
             "training": {"config": run.describe(), "images_seen": run.images_seen},
@@ -204,6 +204,25 @@ def save_run_prior(run: TeacherRun | DistillRun, data: str) -> Path:
         },
     )
     return stem
+
+
+def keep_run_statistics(run: TeacherRun | DistillRun, stem: Path) -> None:
+    """Measure the statistics of a run's prior on training images and put them into its card.
+
+    Latents, which no measurement is of, are left alone.
+
+    Args:
+        run: the run.
+        stem: path of its prior, as `save_run_prior` returned it.
+    """
+    config = run.config
+    if config.network.image_channels == LATENT_CHANNELS:
+        return
+    num = num_images((config.network.resolution, config.network.resolution))
+    images = next(run.data.batches(0, num, seed=config.seed)).images.to(run.device)
+    prior = load_prior(stem, run.device)
+    assert prior.statistics_store is not None
+    prior.statistics_store.write(own_statistics(prior, data=images))
 
 
 def _write_picture(path: Path, picture: Tensor) -> None:

@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ncvsd_inverse.checks import (
     check_positive,
     check_shape,
 )
-from ncvsd_inverse.covariance import SpectralCovariance, Statistics
+from ncvsd_inverse.covariance import Covariance, DenseCovariance, SpectralCovariance, Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.protocols import Generators
 
@@ -44,7 +44,7 @@ class GaussianPrior:
         nfe_per_sample: 1.
         sigma_min: 0.0, any positive level is exact.
         sigma_max: infinity, likewise.
-        statistics: for sampling by conditioning; None unless the covariance is stationary.
+        statistics: mean and covariances for sampling by conditioning, exact.
 
     Raises:
         ValueError: if a shape is wrong, an entry is not finite, or `covariance` is not symmetric
@@ -55,7 +55,7 @@ class GaussianPrior:
         _check_mean(mean)
         check_floating("covariance", covariance)
         check_shape("covariance", covariance, (mean.numel(), mean.numel()))
-        self._set(mean, *_eigen("covariance", covariance))
+        self._set(mean, *_eigen("covariance", covariance, _triple(mean.shape)))
 
     @classmethod
     def stationary(cls, mean: Tensor, spectrum: Tensor) -> Self:
@@ -93,7 +93,6 @@ class GaussianPrior:
         variances = ((values + negative) / 2).expand(channels, height, width).flatten()
         prior = cls.__new__(cls)
         prior._set(mean, variances, _Hartley((channels, height, width)))
-        prior.statistics = _StationaryStatistics(mean, variances.reshape(mean.shape))
         return prior
 
     def _set(self, mean: Tensor, variances: Tensor, basis: "_Basis") -> None:
@@ -101,10 +100,10 @@ class GaussianPrior:
         self.nfe_per_sample = 1
         self.sigma_min = 0.0
         self.sigma_max = math.inf
-        self.statistics: Statistics | None = None
         self._temperature = 1.0
         self._like = torch.empty(0, dtype=mean.dtype, device=mean.device)
         self._law = _CachedLaw(_exact_law(mean, variances, basis))
+        self.statistics: Statistics = _GaussianStatistics(self._law, self.image_shape)
 
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """One exact draw of x0 ~ p(x0 | u).
@@ -175,6 +174,8 @@ class GaussianMixturePrior:
         nfe_per_sample: 1.
         sigma_min: 0.0, any positive level is exact.
         sigma_max: infinity, likewise.
+        statistics: the average over u of the covariance given u, level by level, for sampling by
+            conditioning; approximate, as that of one u differs from it.
 
     Raises:
         ValueError: if a shape is wrong, an entry is not finite, a covariance is not symmetric
@@ -200,9 +201,12 @@ class GaussianMixturePrior:
         self._like = torch.empty(0, dtype=means.dtype, device=means.device)
         self._log_weights = weights.detach().to("cpu", torch.float64).log()
         self._components = [
-            _CachedLaw(_exact_law(mean, *_eigen(f"covariances[{k}]", covariances[k])))
+            _CachedLaw(
+                _exact_law(mean, *_eigen(f"covariances[{k}]", covariances[k], self.image_shape))
+            )
             for k, mean in enumerate(means)
         ]
+        self.statistics: Statistics = _MixtureStatistics(self)
 
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """One exact draw of x0 ~ p(x0 | u).
@@ -277,20 +281,95 @@ class GaussianMixturePrior:
         return joint - joint.logsumexp(dim=1, keepdim=True), coordinates
 
 
-@dataclass(frozen=True, eq=False)
-class _StationaryStatistics:
-    """What `GaussianPrior.stationary` knows exactly; spectrum (C, H, W) as `torch.fft.fft2`'s."""
+_LEAST_VARIANCE = 1e-12
+"""Least variance of a covariance that is handed out, over its largest: roots divide elsewhere."""
 
-    mean: Tensor
-    spectrum: Tensor
+_MIXTURE_VIEWS = 1024
+"""Noisy views over which a mixture's covariance is averaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class _GaussianStatistics:
+    """What a Gaussian knows exactly."""
+
+    law: "_CachedLaw"
+    image_shape: tuple[int, int, int]
+    note: ClassVar[str] = ""
 
     def mean_image(self, like: Tensor) -> Tensor:
-        return self.mean[None].to(like)
+        return self.law.cast(like).mean.reshape(1, *self.image_shape)
 
-    def covariance(self, sigma: float, like: Tensor) -> SpectralCovariance:
-        half = self.spectrum[..., : self.spectrum.shape[2] // 2 + 1]
-        left = half if math.isinf(sigma) else half * sigma**2 / (half + sigma**2)
-        return SpectralCovariance(torch.eye(len(half)).to(like), left.to(like), like.shape[3])
+    def covariance(self, sigma: float, like: Tensor) -> Covariance:
+        law = self.law.cast(like)
+        left = law.variances
+        if not math.isinf(sigma):
+            left = left * sigma**2 / (left + sigma**2)
+        left = left.clamp(min=_LEAST_VARIANCE * float(left.max()))
+        return law.basis.covariance(left)
+
+
+class _MixtureStatistics:
+    """Mean and average covariance of a mixture, given a view with noise or not."""
+
+    note = (
+        "the covariances of a GaussianMixturePrior are averages over what a noisy image may be; "
+        "draws by conditioning are approximate"
+    )
+
+    def __init__(self, prior: GaussianMixturePrior) -> None:
+        self._prior = prior
+        self._kept: dict[float, _Eigenpairs] = {}
+
+    def mean_image(self, like: Tensor) -> Tensor:
+        weights = self._prior._log_weights.exp()
+        means = torch.stack([part.exact.mean for part in self._prior._components])
+        return (weights @ means).reshape(1, *self._prior.image_shape).to(like)
+
+    def covariance(self, sigma: float, like: Tensor) -> Covariance:
+        if sigma not in self._kept:
+            self._kept[sigma] = self._average(sigma)
+        values, vectors = (part.to(like) for part in self._kept[sigma])
+        return DenseCovariance(vectors, values, self._prior.image_shape)
+
+    def _average(self, sigma: float) -> "_Eigenpairs":
+        """Return E[Cov[x0 | u]]: within the components in closed form, between them by views."""
+        prior = self._prior
+        weights = prior._log_weights.exp()
+        laws = [part.exact for part in prior._components]
+        if math.isinf(sigma):
+            posteriors = torch.stack([law.mean for law in laws])[None]
+            probabilities = weights[None]
+            gains = [law.variances for law in laws]
+        else:
+            source = torch.Generator().manual_seed(0)
+            x0 = prior.draw(_MIXTURE_VIEWS, generator=source).to("cpu", torch.float64).flatten(1)
+            u = x0 + sigma * torch.randn(x0.shape, generator=source, dtype=torch.float64)
+            level = expand_level(sigma, u)
+            log_probabilities, coordinates = prior._posterior(u, level, laws)
+            probabilities = log_probabilities.exp()
+            posteriors = torch.stack(
+                [
+                    law.pixels(law.posterior_mean(own, level))
+                    for law, own in zip(laws, coordinates, strict=True)
+                ],
+                1,
+            )
+            gains = [law.variances * sigma**2 / (law.variances + sigma**2) for law in laws]
+        mean = torch.einsum("nk,nkd->nd", probabilities, posteriors)
+        apart = (probabilities.sqrt()[..., None] * (posteriors - mean[:, None])).flatten(0, 1)
+        total = apart.T @ apart / len(mean)
+        for weight, law, gain in zip(weights, laws, gains, strict=True):
+            root = law.basis.synthesise(torch.diag(gain.sqrt()))
+            total += weight * (root.T @ root)
+        values, vectors = torch.linalg.eigh(total)
+        return _Eigenpairs(values.clamp(min=_LEAST_VARIANCE * float(values[-1])), vectors)
+
+
+class _Eigenpairs(NamedTuple):
+    """Eigenvalues (D,) and eigenvectors (D, D) of a covariance."""
+
+    values: Tensor
+    vectors: Tensor
 
 
 class _Basis(Protocol):
@@ -299,6 +378,7 @@ class _Basis(Protocol):
     def to(self, like: Tensor) -> "_Basis": ...
     def analyse(self, x: Tensor) -> Tensor: ...
     def synthesise(self, coordinates: Tensor) -> Tensor: ...
+    def covariance(self, variances: Tensor) -> Covariance: ...
 
 
 @dataclass(frozen=True)
@@ -306,9 +386,13 @@ class _Eigenvectors:
     """The columns of an orthogonal matrix, (D, D)."""
 
     vectors: Tensor
+    image_shape: tuple[int, int, int]
 
     def to(self, like: Tensor) -> "_Eigenvectors":
-        return _Eigenvectors(self.vectors.to(like))
+        return _Eigenvectors(self.vectors.to(like), self.image_shape)
+
+    def covariance(self, variances: Tensor) -> Covariance:
+        return DenseCovariance(self.vectors, variances, self.image_shape)
 
     def analyse(self, x: Tensor) -> Tensor:
         return x @ self.vectors
@@ -337,6 +421,11 @@ class _Hartley:
 
     def synthesise(self, coordinates: Tensor) -> Tensor:
         return self.analyse(coordinates)
+
+    def covariance(self, variances: Tensor) -> Covariance:
+        channels, _, width = self.shape
+        half = variances.reshape(self.shape)[..., : width // 2 + 1]
+        return SpectralCovariance(torch.eye(channels).to(variances), half, width)
 
 
 @dataclass(frozen=True)
@@ -376,13 +465,13 @@ class _CachedLaw:
     """A law in float64 on the CPU, and its casts to the dtypes and devices asked for so far."""
 
     def __init__(self, exact: _Law) -> None:
-        self._exact = exact
+        self.exact = exact
         self._casts: dict[tuple[torch.dtype, torch.device], _Law] = {}
 
     def cast(self, like: Tensor) -> _Law:
         key = (like.dtype, like.device)
         if key not in self._casts:
-            self._casts[key] = self._exact.to(like)
+            self._casts[key] = self.exact.to(like)
         return self._casts[key]
 
 
@@ -398,7 +487,9 @@ def _check_mean(mean: Tensor) -> None:
     check_finite("mean", mean)
 
 
-def _eigen(name: str, covariance: Tensor) -> tuple[Tensor, _Eigenvectors]:
+def _eigen(
+    name: str, covariance: Tensor, image_shape: tuple[int, int, int]
+) -> tuple[Tensor, _Eigenvectors]:
     """Return eigenvalues (D,) >= 0 and eigenvectors of a covariance (D, D), in float64."""
     check_finite(name, covariance)
     matrix = covariance.detach().to("cpu", torch.float64)
@@ -410,7 +501,7 @@ def _eigen(name: str, covariance: Tensor) -> tuple[Tensor, _Eigenvectors]:
         raise ValueError(
             f"{name} must be positive semi-definite, got the eigenvalue {float(values[0]):g}"
         )
-    return values.clamp(min=0), _Eigenvectors(vectors)
+    return values.clamp(min=0), _Eigenvectors(vectors, image_shape)
 
 
 def _flatten(

@@ -4,8 +4,9 @@ It must not know how a network is turned into a sampler.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ncvsd_inverse.checks import check_count, check_image_size, check_images, ch
 from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
 from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.store import StatisticsStore
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """Noise stds between which networks are trained, image units."""
@@ -22,7 +24,34 @@ ROUNDING = 1.01
 """How far above `sigma_max`, as a factor, a level still counts as `sigma_max`."""
 
 
-class NetworkPrior:
+class FunctionModule(nn.Module):
+    """A plain function as a module, so that its calls can be counted like a network's."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Tensor) -> Tensor:
+        """Call the function."""
+        return self.function(*arguments)
+
+
+def as_module(network: nn.Module | Callable[..., Tensor]) -> nn.Module:
+    """Return `network` as an nn.Module: itself, or a function wrapped."""
+    return network if isinstance(network, nn.Module) else FunctionModule(network)
+
+
+def check_output(out: object) -> Tensor:
+    """Return what a denoiser returned; TypeError unless it is a tensor."""
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"the denoiser must return a tensor, got {type(out).__name__}; for a network of "
+            "diffusers there is DiffusionPrior.from_diffusers(unet, scheduler)"
+        )
+    return out
+
+
+class NetworkPrior(ABC):
     """Base of the priors whose draws come from passes through a network.
 
     A network may say what it takes by its attributes `image_channels`, `size_multiple` (what
@@ -36,7 +65,17 @@ class NetworkPrior:
         card: what is known of the prior, if it was trained.
         statistics: mean and covariances of its images, which sampling by conditioning needs; see
             `ncvsd_inverse.covariance.measure_statistics`.
+
+    Attributes:
+        image_channels: channels of the images; None if the network does not say.
+        size_multiple: what both sides must be a multiple of.
+        num_classes: number of class labels, 0 for none.
+        label: the class of its images; None for any.
+        statistics_store: where statistics that are measured later are kept; None: in memory only.
     """
+
+    generation_calls: ClassVar[int]
+    """Network calls for each generated image unless told otherwise."""
 
     def __init__(
         self,
@@ -58,13 +97,17 @@ class NetworkPrior:
         self.sigma_max = float(sigma_max)
         self.card = card
         self.statistics = statistics
+        self.statistics_store: StatisticsStore | None = None
         self.label: int | None = None
-        self._channels: int | None = getattr(network, "image_channels", None)
-        self._multiple: int = getattr(network, "size_multiple", 1)
-        self._num_classes: int = getattr(network, "num_classes", 0)
+        self.image_channels: int | None = getattr(network, "image_channels", None)
+        self.size_multiple: int = getattr(network, "size_multiple", 1)
+        self.num_classes: int = getattr(network, "num_classes", 0)
         if self.image_shape is not None:
             check_image_size(
-                "image_shape", self.image_shape, channels=self._channels, multiple=self._multiple
+                "image_shape",
+                self.image_shape,
+                channels=self.image_channels,
+                multiple=self.size_multiple,
             )
 
     @property
@@ -84,6 +127,10 @@ class NetworkPrior:
         twin.statistics = statistics
         return twin
 
+    @abstractmethod
+    def generate(self, num: int, *, batch_size: int = 16) -> Tensor:
+        """Draw `num` images from pure noise, `batch_size` at a time, (num, C, H, W), float32."""
+
     def conditioned_on(self, label: int) -> Self:
         """Return a prior of the images of one class; it shares the network.
 
@@ -94,13 +141,15 @@ class NetworkPrior:
             ValueError: if the network has no such class.
         """
         check_count("label", label, least=0)
-        if label >= self._num_classes:
+        if label >= self.num_classes:
             raise ValueError(
-                f"label must be below the prior's number of classes, {self._num_classes}, "
+                f"label must be below the prior's number of classes, {self.num_classes}, "
                 f"got {label}"
             )
         bound = copy.copy(self)
         bound.label = label
+        # What is measured of one class is not that of the prior.
+        bound.statistics_store = None
         return bound
 
     def _prepare(self, name: str, u: Tensor, sigma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +158,9 @@ class NetworkPrior:
         check_image_size(
             name,
             u.shape[1:],
-            channels=self._channels,
+            channels=self.image_channels,
             image_shape=self.image_shape,
-            multiple=self._multiple,
+            multiple=self.size_multiple,
         )
         check_level("sigma", sigma, largest=ROUNDING * self.sigma_max)
         device = self.device
@@ -127,7 +176,7 @@ class NetworkPrior:
         """Return the class of each image of `x`, one-hot, shape (B, num_classes)."""
         if self.label is None:
             return None
-        labels = x.new_zeros(x.shape[0], self._num_classes)
+        labels = x.new_zeros(x.shape[0], self.num_classes)
         labels[:, self.label] = 1
         return labels
 
@@ -151,11 +200,11 @@ class NetworkPrior:
             if size is not None and tuple(size) != self.image_shape[1:]:
                 raise ValueError(f"size must be {self.image_shape[1:]}, got {tuple(size)}")
             return self.image_shape
-        if size is None or self._channels is None:
+        if size is None or self.image_channels is None:
             lacking = "size" if size is None else "image_shape"
             raise ValueError(f"{lacking} must be given to generate images: this prior fixes none")
-        shape = _image_shape((self._channels, *size), name="size")
-        check_image_size("size", shape, multiple=self._multiple)
+        shape = _image_shape((self.image_channels, *size), name="size")
+        check_image_size("size", shape, multiple=self.size_multiple)
         return shape
 
 

@@ -258,7 +258,7 @@ class VPDenoiser(LibraryDenoiser):
         """Denoise `x` (B, C, H, W) of noise std `sigma` (B,); labels (B, K) are one-hot."""
         noisy, level = x.float(), sigma.float().reshape(-1, 1, 1, 1)
         scale = (1 + level**2).rsqrt()
-        out = self.predict(scale * noisy, self.time(sigma), labels)[:, : self.image_channels]
+        out = self.predict(scale * noisy, self.time(sigma), labels)[:, : x.shape[1]]
         if self.prediction == "sample":
             return out.to(x.dtype)
         if self.prediction == "v_prediction":

@@ -68,6 +68,8 @@ class NCVSDPrior(NetworkPrior):
         Peng et al., arXiv 2506.09416.
     """
 
+    generation_calls = 4
+
     def __init__(
         self,
         network: nn.Module,

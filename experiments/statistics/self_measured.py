@@ -1,0 +1,127 @@
+r"""Compare priors by where their statistics come from, and by how many images were generated.
+
+    python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 32 \
+        --out experiments/statistics/faces64.json
+    python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 \
+        --data DIR/natural/test.zip --out experiments/statistics/natural.json
+    python experiments/statistics/self_measured.py --data DIR/faces64/val.zip --images 32 \
+        --draws 2 --rows shipped 4 8 16 32 128 --calls 10 \
+        --out experiments/statistics/faces64_few.json
+    python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 \
+        --data DIR/natural/val.zip --images 8 --draws 2 --measure-at 256 \
+        --rows shipped 2 4 8 16 --calls 10 --out experiments/statistics/natural_few.json
+
+Rows: `shipped`, the statistics of the card, measured on validation images; a number, statistics
+that the prior measures from so many images that it generates; `own`, from as many as it takes by
+default; `teacher`, the teacher's draws of one call with statistics of its own; `gibbs`, the
+published loop, which needs none. Prints PSNR and lpips-alex of the first draw and CRPS of all; a
+stopped run goes on with the same command.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse import solve
+from ncvsd_inverse.images import centre_crop, read_images, write_atomically
+from ncvsd_inverse.metrics import crps, lpips, psnr
+from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.priors.statistics import own_statistics
+from ncvsd_inverse.protocols import Prior
+from ncvsd_inverse.solver import Method
+from ncvsd_inverse.tasks import SIGMA_Y, make_task
+
+TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
+
+
+def main() -> None:
+    """Judge what is missing, keep it, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prior", default="ncvsd_faces64", help="a student (%(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="zip or folder of images")
+    parser.add_argument("--images", type=int, default=100, help="most images (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="side of crops (%(default)s)")
+    parser.add_argument("--draws", type=int, default=8, help="draws an image (%(default)s)")
+    parser.add_argument("--rows", nargs="+", default=["shipped", "own", "teacher", "gibbs"])
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--calls", nargs="+", type=int, default=[4, 10])
+    parser.add_argument("--measure-at", type=int, help="side of generated images of any size")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the outcome")
+    args = parser.parse_args()
+    size = (args.size, args.size)
+    images = torch.cat([centre_crop(x, size) for x in read_images(args.data, args.images)])
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    found |= {"prior": args.prior, "images": len(images), "size": args.size, "draws": args.draws}
+    for row in args.rows:
+        prior: Prior | None = None
+        for calls in args.calls:
+            for task in args.tasks:
+                if (key := f"{row} | {calls} | {task}") in found:
+                    continue
+                if prior is None:
+                    begun = time.perf_counter()
+                    prior = find_prior(args.prior, row, args.measure_at)
+                    found[f"{row} seconds"] = round(time.perf_counter() - begun, 1)
+                method: Method = "gibbs" if row == "gibbs" else "conditioning"
+                found[key] = judge(task, prior, images, calls, args.draws, method)
+                write_json(args.out, found)
+    print(f"{args.prior}, {len(images)} images, {args.draws} draws: PSNR / lpips-alex / CRPS\n")
+    print("\n".join(table(found, args.rows, args.calls, args.tasks)))
+
+
+def find_prior(name: str, row: str, side: int | None) -> Prior:
+    """Return the prior of a row, with its statistics."""
+    prior = load_prior(f"{name}_teacher" if row == "teacher" else name)
+    if row in ("shipped", "gibbs"):
+        return prior
+    shape = None if prior.image_shape is not None or side is None else (3, side, side)
+    number = int(row) if row.isdecimal() else None
+    return prior.with_statistics(own_statistics(prior, images=number, image_shape=shape))
+
+
+def judge(
+    name: str, prior: Prior, images: Tensor, calls: int, draws: int, method: Method
+) -> list[float]:
+    """Return PSNR and lpips-alex of the first draw and CRPS of all, means over images."""
+    operator = make_task(name, (images.shape[2], images.shape[3])).operator
+    y = operator.measure(images, SIGMA_Y, generator=torch.Generator().manual_seed(1))
+    result = solve(y, operator=operator, prior=prior, nfe=calls, num_samples=draws, method=method)
+    scores = (
+        psnr(result.x0, images),
+        lpips(result.x0.clamp(-1, 1), images),
+        crps(result.samples, images),
+    )
+    return [round(float(score.mean()), 5) for score in scores]
+
+
+def write_json(path: Path, entries: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    text = json.dumps(entries, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def table(
+    found: dict[str, Any], rows: Sequence[str], calls: Sequence[int], tasks: Sequence[str]
+) -> list[str]:
+    """Return a Markdown table."""
+    lines = ["| statistics | calls | " + " | ".join(tasks) + " |"]
+    lines.append("|" + "---|" * (len(tasks) + 2))
+    for number in calls:
+        for row in rows:
+            cells = [found[f"{row} | {number} | {task}"] for task in tasks]
+            texts = [f"{p:.2f} / {lp:.4f} / {c:.4f}" for p, lp, c in cells]
+            lines.append(f"| {row} | {number} | " + " | ".join(texts) + " |")
+    seconds = ", ".join(f"{row} {found[f'{row} seconds']} s" for row in rows)
+    return [*lines, "", f"Loading and measuring: {seconds}."]
+
+
+if __name__ == "__main__":
+    main()

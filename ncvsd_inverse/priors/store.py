@@ -1,0 +1,63 @@
+"""Where statistics that were measured for a prior are kept: its card, or a file of the cache."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ncvsd_inverse.covariance import ImageStatistics
+from ncvsd_inverse.images import write_atomically
+from ncvsd_inverse.priors.card import PriorCard
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is downloaded, converted or measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncvsd_inverse"
+
+
+@dataclass(frozen=True)
+class StatisticsStore:
+    """The place of one prior's statistics.
+
+    Attributes:
+        sha256: of its weights.
+        card: path of the card that takes them; None: a file of the cache does.
+    """
+
+    sha256: str
+    card: Path | None = None
+
+    def read(self) -> ImageStatistics | None:
+        """Return what the cache holds; None if nothing that can be used."""
+        try:
+            entries = json.loads(self._cached.read_text(encoding="utf-8"))
+            return ImageStatistics.from_dict(entries)
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def write(self, statistics: ImageStatistics) -> Path:
+        """Keep statistics, whole or not at all; return the path of the file that holds them.
+
+        Raises:
+            OSError: if no file can be written.
+        """
+        if self.card is not None:
+            card = PriorCard.from_json(self.card.read_text(encoding="utf-8"))
+            text = replace(card, statistics=statistics).to_json()
+            if card.sha256 == self.sha256:
+                try:
+                    _write_text(self.card, text)
+                    return self.card
+                except OSError:
+                    pass  # a folder that cannot be written, such as an installed package's
+        self._cached.parent.mkdir(parents=True, exist_ok=True)
+        _write_text(self._cached, json.dumps(statistics.to_dict()) + "\n")
+        return self._cached
+
+    @property
+    def _cached(self) -> Path:
+        return cache_folder() / "statistics" / f"{self.sha256}.json"
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
