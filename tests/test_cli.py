@@ -11,7 +11,6 @@ from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.tasks import list_more_tasks, list_tasks, make_task
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the loop is 'gibbs'"),
     pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,11 +26,12 @@ from ncvsd_inverse.distill.losses import (
     distillation_loss,
     energy_loss,
 )
-from ncvsd_inverse.distill.watch import picture_grid
+from ncvsd_inverse.distill.watch import picture_grid, save_run_prior
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
 from ncvsd_inverse.networks import UNetShape
-from ncvsd_inverse.priors import GaussianMixturePrior
+from ncvsd_inverse.priors import GaussianMixturePrior, load_prior
 from ncvsd_inverse.priors.views import combine_views
+from ncvsd_inverse.priors.zoo import load_network
 
 TINY = UNetShape(resolution=8, channels=(16, 16), blocks=1, attention=(), patch=2)
 
@@ -100,6 +102,59 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path):
     TeacherRun(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
     with pytest.raises(ValueError, match=r"other settings.*batch_size"):
         TeacherRun(teacher_config(batch_size=4), small_images(), tmp_path).run(seconds=0.0)
+
+
+def test_a_teacher_starts_from_the_weights_of_a_prior(tmp_path):
+    first = TeacherRun(teacher_config(seed=3), small_images(), tmp_path / "first")
+    assert first.run()
+    init = str(save_run_prior(first, "noise"))
+    shipped = load_network(init).state_dict()
+    again = TeacherRun(teacher_config(init=init), small_images(), tmp_path / "again")
+    for name, value in again.network.state_dict().items():
+        assert torch.allclose(value, shipped[name], atol=1e-6)
+    assert again.learning_rate() < again.config.learning_rate  # warms up as a new run does
+    again.run(seconds=0.0)
+    (tmp_path / "first" / "prior.safetensors").unlink()  # a run that goes on needs it no more
+    assert TeacherRun(teacher_config(init=init), small_images(), tmp_path / "again").run()
+
+
+def test_a_student_starts_from_the_weights_of_a_prior(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    first = DistillRun(distill_config(seed=3), small_images(), tmp_path / "first", teacher)
+    assert first.run()
+    init = str(save_run_prior(first, "noise"))
+    config = distill_config(init=init)
+    again = DistillRun(config, small_images(), tmp_path / "again", teacher)
+    for name, value in load_network(init).state_dict().items():
+        assert torch.allclose(again.generator.state_dict()[name], value, atol=1e-6)
+    config = distill_config(init=init, kind="controlled")
+    with pytest.raises(ValueError, match="init must be a distilled prior of kind 'controlled'"):
+        DistillRun(config, small_images(), tmp_path / "other", teacher)
+    with pytest.raises(ValueError, match="teacher must be a denoiser, got ConcatDenoiser"):
+        TeacherRun(teacher_config(init=init), small_images(), tmp_path / "third")
+
+
+def test_weights_of_another_shape_are_no_start(tmp_path):
+    first = TeacherRun(teacher_config(), small_images(), tmp_path / "first")
+    first.run(seconds=0.0)
+    init = str(save_run_prior(first, "noise"))
+    other = teacher_config(init=init, network=replace(TINY, channels=(16, 32)))
+    with pytest.raises(
+        ValueError, match=r"init must have the configured.*channels \(16, 16\), not"
+    ):
+        TeacherRun(other, small_images(), tmp_path / "second")
+    with pytest.raises(TypeError, match="init must be the name or path of a prior, got ''"):
+        teacher_config(init="")
+
+
+@pytest.mark.parametrize("levels", [(0.01, 5.0), (0.002, 80.0)])
+def test_a_runs_prior_keeps_its_range(tmp_path, levels):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    config = distill_config(sigma_min=levels[0], sigma_max=levels[1])
+    run = DistillRun(config, small_images(), tmp_path / "run", teacher)
+    run.run(seconds=0.0)
+    prior = load_prior(save_run_prior(run, "noise"))
+    assert (prior.sigma_min, prior.sigma_max) == levels
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -195,7 +250,7 @@ def test_an_average_of_another_length_comes_from_snapshots(tmp_path):
 def test_a_teacher_of_another_shape_is_refused_by_name(tmp_path):
     teacher = TeacherRun(teacher_config(), small_images(), tmp_path).averaged("teacher")
     other = UNetShape(resolution=8, channels=(16, 32), blocks=1, attention=(), patch=2)
-    with pytest.raises(ValueError, match=r"channels \(16, 32\), not \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"channels \(16, 16\), not \(16, 32\)"):
         DistillRun(distill_config(network=other), small_images(), tmp_path / "d", teacher)
 
 

@@ -315,7 +315,9 @@ def test_large_pictures_are_seen_in_tiles(run, tmp_path, pictures, monkeypatch):
     prior = NCVSDPrior(network, image_shape=None)
     monkeypatch.setattr(cli, "load_prior", lambda name, device=None: prior)
     make_picture(tmp_path / "large.png", 64, 96, 0)
-    assert run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32, "--method", "gibbs")[0] == 0
+    assert (
+        run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32, "--method", "gibbs")[0] == 0
+    )
     assert set(network.seen) == {(32, 32)}
     assert json.loads((tmp_path / "out" / "large.json").read_text())["tile"] == 32
     assert prior.network is network
