@@ -46,7 +46,14 @@ from ncvsd_inverse.metrics import psnr, ssim
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.operators import Inpaint
 from ncvsd_inverse.plots import GridRow, save_picture_grid
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_card
+from ncvsd_inverse.priors import (
+    DiffusionPrior,
+    NCVSDPrior,
+    PriorCard,
+    PublishedPrior,
+    describe_prior,
+    load_card,
+)
 from ncvsd_inverse.priors.statistics import (
     SIDE,
     lacks_statistics,
@@ -54,6 +61,7 @@ from ncvsd_inverse.priors.statistics import (
     own_statistics,
     with_own_statistics,
 )
+from ncvsd_inverse.priors.zoo import kept_file, search_folders
 from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.solver import Estimate, Method
 from ncvsd_inverse.tasks import Task, list_more_tasks, list_tasks, make_task
@@ -350,18 +358,48 @@ def solve_files(
 def priors(
     name: Annotated[str | None, typer.Argument(help="Print the card of this prior.")] = None,
 ) -> None:
-    """List the priors that there are, or print the card of one."""
+    """List the priors that there are, or print the card of one; no network is asked."""
     if name is not None:
-        typer.echo(load_card(name).to_json())
+        known = describe_prior(name)
+        typer.echo(known.to_json() if isinstance(known, PriorCard) else _published_text(known))
         return
-    for known in list_priors():
+    for name in list_priors():
         try:
-            card = load_card(known)
-        except CheckpointError:
-            typer.echo(f"{known}: not on this machine, `ncvsd priors {known}` says why")
+            known = describe_prior(name)
+        except (ValueError, CheckpointError) as error:
+            typer.echo(f"{name}: cannot be loaded, {' '.join(str(error).split())}")
+            continue
+        shape = "any size" if known.image_shape is None else "x".join(map(str, known.image_shape))
+        if isinstance(known, PriorCard):
+            typer.echo(f"{name}: {shape}, {' '.join(known.intended_use.split())}")
         else:
-            shape = "any size" if card.image_shape is None else "x".join(map(str, card.image_shape))
-            typer.echo(f"{known}: {shape}, {' '.join(card.intended_use.split())}")
+            typer.echo(f"{name}: {shape}, not on this machine; `ncvsd priors {name}` says more")
+
+
+def _published_text(entry: PublishedPrior) -> str:
+    """Return what is known of a published prior that is not ready on this machine."""
+    kept = kept_file(entry)
+    if kept is None:
+        # The first folder is the package's own.
+        folders = " or ".join(str(folder) for folder in search_folders()[1:])
+        where = (
+            "not on this machine; it is downloaded and converted when first used, or put "
+            f"{entry.file} of {entry.repository}, as it is, into {folders}"
+        )
+    else:
+        where = f"{kept}, converted when first used"
+    lines = {
+        "name": entry.name,
+        "kind": entry.kind,
+        "words": entry.words,
+        "images": " x ".join(map(str, entry.image_shape)),
+        "repository": f"{entry.repository} at Hugging Face",
+        "revision": entry.revision or "recorded when first used",
+        "file": f"{entry.file}, about {entry.megabytes} MB, a pickle that is never unpickled",
+        "sha256": entry.sha256 or "recorded when first used",
+        "where": where,
+    }
+    return "\n".join(f"{title}: {text}" for title, text in lines.items())
 
 
 @app.command("convert")
@@ -396,7 +434,7 @@ def statistics(
         typer.Option("--data", help="Folder or zip of clean images; else the prior generates."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option("--images", help="How many; 128 of 64x64, 8 of 256x256.")
+        int | None, typer.Option("--images", help="How many; 32 of 64x64, 8 of 256x256.")
     ] = None,
     size: Annotated[
         int, typer.Option("--size", help="Side of the images, where a prior takes any size.")

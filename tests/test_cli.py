@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -201,30 +202,63 @@ def test_a_mask_says_what_is_known(run, tmp_path, prior):
     assert json.loads((tmp_path / "out" / "torn.json").read_text())["residual"] < 3
 
 
-def test_priors_are_listed_and_described(run, monkeypatch):
-    from ncvsd_inverse.errors import CheckpointError
+@pytest.fixture
+def only_published(tmp_path, monkeypatch):
+    """Know no priors but the published ones, and let no socket be opened."""
 
-    class Card:
-        image_shape = (3, 64, 64)
-        intended_use = "aligned faces"
+    def refuse(*_, **__):
+        raise AssertionError("a network was asked")
 
-        def to_json(self):
-            return '{"name": "here"}'
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("ncvsd_inverse.priors.zoo.PACKAGE_WEIGHTS", tmp_path / "package")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    return tmp_path / "own"
 
-    def load_card(name):
-        if name == "here":
-            return Card()
-        raise CheckpointError(f"{name} needs its weights")
 
-    monkeypatch.setattr(cli, "list_priors", lambda: ["away", "here"])
-    monkeypatch.setattr(cli, "load_card", load_card)
-    status, out, _ = run("priors")
+def test_priors_are_listed_whatever_is_broken(run, only_published):
+    weights = Path(cli.__file__).parent / "priors" / "weights"
+    shutil.copy(weights / "ncvsd_faces64.json", only_published / "here.json")
+    (only_published / "broken.json").write_text('{"name": ')
+    (only_published / "ncvsd_ffhq_teacher.json").write_bytes(
+        (weights / "ncvsd_faces64.json").read_bytes()
+    )
+    status, out, err = run("priors")
+    assert (status, err) == (0, "")
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert list(lines) == ["broken", "here", "ncvsd_ffhq", "ncvsd_ffhq_teacher"]
+    assert lines["here"].startswith("3x64x64, Research on restoring")
+    assert lines["broken"].startswith("cannot be loaded, ")
+    assert lines["ncvsd_ffhq"].startswith("3x256x256, not on this machine; `ncvsd priors ncvsd_ff")
+    assert "must be a prior of kind 'diffusion'" in lines["ncvsd_ffhq_teacher"]
+    assert json.loads(run("priors", "here")[1])["name"] == "ncvsd_faces64"
+    for name, said in (("broken", "a card must be JSON"), ("else", "prior must be one of broken")):
+        status, out, err = run("priors", name)
+        assert (status, out) == (1, "")
+        assert said in err
+
+
+def test_a_published_prior_is_described_without_a_network(run, only_published):
+    status, out, _ = run("priors", "ncvsd_ffhq")
     assert status == 0
-    assert "here: 3x64x64, aligned faces" in out
-    assert "away: not on this machine, `ncvsd priors away` says why" in out
-    assert json.loads(run("priors", "here")[1]) == {"name": "here"}
-    status, out, err = run("priors", "away")
-    assert (status, out, err) == (1, "", "error: away needs its weights\n")
+    for part in (
+        "kind: ncvsd",
+        "images: 3 x 256 x 256",
+        "repository: xypeng9903/ncvsd",
+        "file: ncvsd-ffhq256-xs.pkl, about 292 MB",
+        "non-commercial",
+        "where: not on this machine; it is downloaded",
+        str(only_published),
+    ):
+        assert part in out
+    (only_published / "ncvsd-ffhq256-xs.pkl").write_bytes(b"")
+    assert "ncvsd-ffhq256-xs.pkl, converted when first used" in run("priors", "ncvsd_ffhq")[1]
+    assert "kind: diffusion" in run("priors", "ncvsd_ffhq_teacher")[1]
+    status, out, err = run("priors", "someone/faces")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: there is no someone/faces")
 
 
 def test_a_checkpoint_is_converted(run, tmp_path, monkeypatch):

@@ -1,10 +1,14 @@
 """Priors from and to a hub: a local server that speaks its protocol, and no network at all."""
 
 import base64
+import copy
+import dataclasses
 import hashlib
 import http.server
 import json
+import pickle
 import threading
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -13,14 +17,10 @@ import torch
 
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
-from ncvsd_inverse.priors import load_card, load_prior, save_prior, zoo
-from ncvsd_inverse.priors.hub import (
-    HubPrior,
-    convert_once,
-    fetch_published,
-    fetch_repository,
-    is_repository,
-)
+from ncvsd_inverse.priors import describe_prior, load_card, load_prior, save_prior, zoo
+from ncvsd_inverse.priors import hub as ours
+from ncvsd_inverse.priors.hub import Address, HubPrior, convert_once, fetch, fetch_published
+from ncvsd_inverse.priors.published import PUBLISHED
 
 CARD = {
     "name": "tiny",
@@ -37,8 +37,9 @@ CARD = {
     "intended_use": "tests",
 }
 COMMITS = ("1" * 40, "2" * 40)
-REPOSITORY, FILE = zoo.PUBLISHED["ncvsd_ffhq"]
+REPOSITORY, FILE = PUBLISHED["ncvsd_ffhq"].repository, PUBLISHED["ncvsd_ffhq"].file
 PICKLE = b"no pickle at all, and nobody looks"
+OTHER = b"another file"
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -67,7 +68,22 @@ class Requests(http.server.BaseHTTPRequestHandler):
         self.answer_file(with_body=False)
 
     def do_GET(self):
-        self.answer_file(with_body=True)
+        if self.path.startswith("/api/models/"):
+            self.answer_listing()
+        else:
+            self.answer_file(with_body=True)
+
+    def answer_listing(self):
+        self.server.asked.append(f"{self.command} {self.path}")
+        repository, _, revision = self.path.removeprefix("/api/models/").partition("/revision/")
+        commits = self.server.commits.get(repository, {})
+        commit = list(commits)[-1] if revision in ("", "main") and commits else revision
+        if commit not in commits:
+            error = "RevisionNotFound" if commits else "RepoNotFound"
+            self.send(404, b"", {"X-Error-Code": error, "X-Error-Message": "not found"})
+            return
+        files = [{"rfilename": name} for name in commits[commit]]
+        self.send_json({"id": repository, "sha": commit, "siblings": files})
 
     def answer_file(self, with_body):
         self.server.asked.append(f"{self.command} {self.path}")
@@ -143,12 +159,6 @@ def own_folders(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def no_patience(monkeypatch):
-    """Let the client try again at once where it would wait for seconds."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-
-
-@pytest.fixture
 def hub(monkeypatch):
     with Hub() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -189,6 +199,10 @@ def test_a_saved_folder_is_weights_card_and_readme(tiny, tmp_path):
     assert load_card(folder / "model") == load_card("tiny")
     back = HubPrior.from_pretrained(folder)
     assert "not loaded" in repr(back)
+    for twin in (copy.deepcopy(back), pickle.loads(pickle.dumps(back))):
+        assert type(twin) is HubPrior
+        assert twin.name == back.name
+        assert "not loaded" in repr(twin)
     assert same_weights(back.load(), load_prior("tiny"))
     assert back.nfe_per_sample == 1
 
@@ -243,24 +257,38 @@ def published_tiny(hub, tmp_path, seed=0, commit=COMMITS[0], **changes):
     hub.publish("someone/faces", files_of(folder), commit)
 
 
+def downloads(hub):
+    """Return what was downloaded, "REPOSITORY/FILE", in order."""
+    gets = [line.removeprefix("GET /") for line in hub.asked if "/resolve/" in line]
+    gets = [line.split("/resolve/") for line in gets if not line.startswith("HEAD")]
+    return [f"{repository}/{rest.partition('/')[2]}" for repository, rest in gets]
+
+
 def test_a_repository_is_fetched_once_and_works_offline_afterwards(hub, tmp_path, monkeypatch):
     published_tiny(hub, tmp_path)
-    stem = fetch_repository("someone/faces")
+    address = Address("someone/faces")
+    stem = fetch(address)
     assert load_prior(stem).card.name == "tiny"
-    gets = [line for line in hub.asked if line.startswith("GET")]
-    assert len(gets) == 2  # the card and the weights, and no file besides
-    assert fetch_repository("someone/faces") == stem
-    assert [line for line in hub.asked if line.startswith("GET")] == gets
+    both = ["someone/faces/model.json", "someone/faces/model.safetensors"]
+    assert downloads(hub) == both  # and no file besides
+    assert fetch(address) == stem
+    assert downloads(hub) == both
+    asked = len(hub.asked)
+    assert fetch(address, local_files_only=True) == stem
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert fetch(address) == stem
+    assert fetch(Address("someone/faces", COMMITS[0])) == stem
+    assert len(hub.asked) == asked
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     use(monkeypatch, "http://127.0.0.1:9")
-    assert fetch_repository("someone/faces") == stem
-    assert fetch_repository("someone/faces", local_files_only=True) == stem
+    assert fetch(address) == stem
 
 
 def test_weights_and_card_are_of_one_commit(hub, tmp_path):
     published_tiny(hub, tmp_path, seed=0)
     published_tiny(hub, tmp_path, seed=1, commit=COMMITS[1])
-    old = load_prior(fetch_repository(f"someone/faces@{COMMITS[0]}"))
-    assert not same_weights(old, load_prior(fetch_repository("someone/faces")))
+    old = load_prior(fetch(Address("someone/faces", COMMITS[0])))
+    assert not same_weights(old, load_prior(fetch(Address("someone/faces"))))
     assert any(f"resolve/{COMMITS[1]}/model.safetensors" in line for line in hub.asked)
     assert same_weights(old, HubPrior.from_pretrained("someone/faces", revision=COMMITS[0]).load())
 
@@ -275,11 +303,12 @@ def test_a_repository_with_other_weights_is_refused(hub, tmp_path):
 
 def test_a_diffusion_prior_counts_its_calls(hub, tmp_path):
     published_tiny(hub, tmp_path, kind="diffusion", gamma=None)
-    assert HubPrior.from_pretrained("someone/faces").nfe_per_sample == 20
+    prior = HubPrior.from_pretrained("someone/faces")
+    assert prior.nfe_per_sample == prior.load().nfe_per_sample
 
 
 @pytest.mark.parametrize("absent", ["network", "repository", "file"])
-def test_what_cannot_be_fetched_is_named(absent, hub, tmp_path, monkeypatch, no_patience):
+def test_what_cannot_be_fetched_is_named(absent, hub, tmp_path, monkeypatch):
     published_tiny(hub, tmp_path)
     name = "someone/faces"
     if absent == "network":
@@ -290,19 +319,20 @@ def test_what_cannot_be_fetched_is_named(absent, hub, tmp_path, monkeypatch, no_
         del hub.commits[name][COMMITS[0]]["model.safetensors"]
     with pytest.raises(CheckpointError) as caught:
         HubPrior.from_pretrained(name)
-    for part in (name, f"{name}/resolve/", "model.safetensors", "model.json", "FOLDER/model"):
+    for part in (name, f"{name}/resolve/", "model.safetensors"):
         assert part in str(caught.value)
 
 
 class Convert:
     """A stand-in for `convert` that counts how often it is called."""
 
-    def __init__(self):
+    def __init__(self, **changes):
         self.sources = []
+        self.changes = changes
 
     def __call__(self, source, stem):
         self.sources.append(source.read_bytes())
-        save_tiny(stem, name=stem.name)
+        save_tiny(stem, name=stem.name, **self.changes)
 
 
 def test_a_published_prior_is_fetched_and_converted_once(hub, tmp_path, monkeypatch):
@@ -330,7 +360,7 @@ def test_a_pickle_fetched_by_hand_is_taken_from_the_folder(tmp_path):
     assert fetch_published("ncvsd_ffhq", convert) == stem
 
 
-def test_without_a_network_it_is_said_what_to_fetch(tmp_path, monkeypatch, no_patience):
+def test_without_a_network_it_is_said_what_to_fetch(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         fetch_published("ncvsd_ffhq", Convert())
     for part in (
@@ -399,23 +429,220 @@ def test_load_prior_takes_repositories_and_published_names(hub, tmp_path, monkey
     monkeypatch.setattr("ncvsd_inverse.priors.convert.convert", Convert())
     assert load_prior("ncvsd_ffhq").card.name == "ncvsd_ffhq"
 
+    assert load_card("ncvsd_ffhq").name == "ncvsd_ffhq"
+
+
+NONE, FACES = None, Address("someone/faces")
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("someone/faces", True),
-        ("some-one/faces.v2@1a2b3c", True),
-        ("someone/faces@refs/pr/1", True),
-        ("own/tiny", False),  # a prior of that path
-        ("own/other", False),
-        ("own", False),
-        ("ncvsd_ffhq", False),
-        ("a/b/c", False),
-        ("/a/b", False),
-        ("../b", False),
-        ("./b", False),
+        ("someone/faces", FACES),
+        ("some-one/faces.v2@1a2b3c", Address("some-one/faces.v2", "1a2b3c")),
+        ("someone/faces@refs/pr/1", Address("someone/faces", "refs/pr/1")),
+        ("someone/faces@v1/deep/x.pkl", Address("someone/faces", "v1", "deep/x.pkl")),
+        ("someone/faces@refs/pr/1/x.pt", Address("someone/faces", "refs/pr/1", "x.pt")),
+        ("someone/faces/x.pth", Address("someone/faces", None, "x.pth")),
+        ("hf:someone/faces", FACES),
+        ("hf:own/tiny", Address("own/tiny")),
+        ("hf:own/tiny.pt@main", Address("own/tiny.pt", "main")),
+        ("own/tiny", NONE),  # a prior of that path
+        ("own/other", NONE),
+        ("own/other/x.pkl", NONE),
+        ("own", NONE),
+        ("ncvsd_ffhq", NONE),
+        ("a/b.pkl", NONE),
+        ("a/b.json", NONE),
+        ("a/b/c", NONE),
+        ("/a/b", NONE),
+        ("../b", NONE),
+        ("./b", NONE),
+        ("~/b", NONE),
     ],
 )
-def test_names_of_repositories(name, expected, tiny, tmp_path, monkeypatch):
+def test_names_of_the_hub(name, expected, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_repository(name) is expected
+    assert Address.parse(name) == expected
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:faces", "hf:a/b/c", "hf:a/b/code.py", "hf:../b"])
+def test_odd_names_of_the_hub_are_refused(name):
+    with pytest.raises(CheckpointError, match=r"must be owner/name\[@revision\]\[/FILE\]"):
+        load_prior(name)
+
+
+def test_hf_means_the_hub_whatever_paths_there_are(hub, tmp_path, monkeypatch):
+    published_tiny(hub, tmp_path, data="of the hub")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    save_tiny(tmp_path / "someone" / "faces", data="of a path")
+    assert load_card("someone/faces").data == "of a path"
+    assert hub.asked == []
+    assert load_card("hf:someone/faces").data == "of the hub"
+
+
+def test_without_path_and_hub_the_path_is_said_first(monkeypatch):
+    with pytest.raises(CheckpointError, match=r"^there is no path some/body here, nor a prior at"):
+        load_prior("some/body")
+    with pytest.raises(CheckpointError, match=r"^some/body cannot be had"):
+        load_prior("hf:some/body")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointError, match=r"x\.pkl here, nor a prior at the hub: some/body can"
+    ):
+        load_prior("some/body/x.pkl")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
+    released = threading.Event()
+
+    def hang(*_, **__):
+        # Looking up a name takes no heed of time limits.
+        released.wait(20)
+
+    monkeypatch.setattr(ours.HfApi, "model_info", hang)
+    monkeypatch.setattr(ours, "PATIENCE", 0.1)
+    started = time.monotonic()
+    with pytest.raises(
+        CheckpointError, match=r"no answer within 0\.1 s, which \$HF_HUB_ETAG_TIMEOU"
+    ):
+        load_prior("hf:some/body")
+    with pytest.raises(CheckpointError, match="no answer within"):
+        fetch_published("ncvsd_ffhq", Convert())
+    assert time.monotonic() - started < 5
+    released.set()
+
+
+CONFIG = json.dumps({"_class_name": "UNet2DModel"}).encode()
+SAFE, UNSAFE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Record what `load_foreign` is given instead of loading it."""
+    paths = []
+    monkeypatch.setattr(zoo, "load_foreign", lambda path, device, dtype: paths.append(path))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        (
+            f"README.md model_index.json pipeline.py unet/code.py unet/config.json unet/{SAFE} "
+            f"unet/{UNSAFE} scheduler/scheduler_config.json vae/config.json vae/{SAFE}",
+            f"unet/config.json model_index.json scheduler/scheduler_config.json unet/{SAFE}",
+        ),
+        (
+            f"config.json {UNSAFE} model_index.json scheduler_config.json",
+            f"config.json model_index.json scheduler_config.json {UNSAFE}",
+        ),
+        (f"config.json {SAFE} code.py", f"config.json {SAFE}"),
+    ],
+)
+def test_of_diffusers_what_is_needed_is_fetched(there, wanted, hub, loaded):
+    # Every file is another one, as the client fetches no content twice.
+    hub.publish("someone/cats", {name: CONFIG + b" " * i for i, name in enumerate(there.split())})
+    load_prior("someone/cats")
+    (folder,) = loaded
+    assert downloads(hub) == [f"someone/cats/{name}" for name in wanted.split()]
+    assert all((folder / name).is_file() for name in wanted.split())
+    assert HubPrior.from_pretrained("someone/cats").name == str(folder)
+
+
+def test_of_other_diffusers_no_weights_are_fetched(hub, loaded):
+    config = json.dumps({"_class_name": "UNet2DConditionModel"}).encode()
+    hub.publish("someone/texts", {"unet/config.json": config, f"unet/{SAFE}": b""})
+    with pytest.raises(CheckpointError, match=r"hold a UNet2DModel .*, got 'UNet2DConditionModel'"):
+        load_prior("someone/texts")
+    assert downloads(hub) == ["someone/texts/unet/config.json"]
+    hub.publish("someone/parts", {"config.json": CONFIG, "model_index.json": b"{}"})
+    with pytest.raises(CheckpointError, match="must hold its weights in one file"):
+        load_prior("someone/parts")
+    hub.publish("someone/odd", {"config.json": b"[" * 10**5, SAFE: b""})
+    with pytest.raises(CheckpointError, match="must be JSON"):
+        load_prior("someone/odd")
+    assert loaded == []
+
+
+def test_single_files_of_a_repository_are_taken(hub, loaded, tmp_path):
+    hub.publish("someone/one", {"README.md": b"", "deep/net.pkl": PICKLE})
+    hub.publish("someone/two", {"a.pt": PICKLE, "b.pth": OTHER})
+    load_prior("someone/one")
+    load_prior("someone/two/b.pth")
+    load_prior(f"hf:someone/two@{COMMITS[0]}/a.pt")
+    assert [path.read_bytes() for path in loaded] == [PICKLE, OTHER, PICKLE]
+    assert downloads(hub) == ["someone/one/deep/net.pkl", "someone/two/b.pth", "someone/two/a.pt"]
+    with pytest.raises(CheckpointError, match=r"got a\.pt, b\.pth: name one as someone/two/FILE"):
+        load_prior("someone/two")
+    hub.publish("someone/none", {"README.md": b""})
+    with pytest.raises(CheckpointError, match="got none"):
+        load_prior("someone/none")
+    with pytest.raises(CheckpointError, match=r"c\.pkl of someone/two, http.*, cannot be"):
+        load_prior("someone/two/c.pkl")
+    with pytest.raises(CheckpointError, match="`ncvsd convert` makes both"):
+        load_card("someone/one")
+    stem = save_tiny(tmp_path / "small")
+    hub.publish("someone/ours", files_of_prior(stem))
+    assert load_prior("someone/ours/small.safetensors").card.name == "tiny"
+
+
+def files_of_prior(stem):
+    paths = zoo.card_path(stem), zoo.weights_path(stem)
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def test_the_first_file_of_a_published_prior_is_recorded(hub, tmp_path):
+    hub.publish(REPOSITORY, {FILE: PICKLE})
+    fetch_published("ncvsd_ffhq", Convert())
+    sha256 = hashlib.sha256(PICKLE).hexdigest()
+    assert zoo.accepted_file("ncvsd_ffhq") == (sha256, COMMITS[0])
+    # What was converted is gone: the commit that was recorded is fetched again, not a newer one.
+    (tmp_path / "cache" / "ncvsd_inverse" / "converted").rename(tmp_path / "gone")
+    hub.publish(REPOSITORY, {FILE: OTHER}, COMMITS[1])
+    convert = Convert()
+    fetch_published("ncvsd_ffhq", convert)
+    assert convert.sources == [PICKLE]
+
+
+def test_a_later_file_of_other_content_is_refused(tmp_path):
+    source = tmp_path / "own" / FILE
+    source.write_bytes(PICKLE)
+    stem = fetch_published("ncvsd_ffhq", Convert())
+    source.write_bytes(OTHER)
+    record = zoo.record_path("ncvsd_ffhq")
+    convert = Convert()
+    with pytest.raises(CheckpointError) as caught:
+        fetch_published("ncvsd_ffhq", convert)
+    digests = [hashlib.sha256(content).hexdigest() for content in (PICKLE, OTHER)]
+    for part in (*digests, f"delete {source}", str(record)):
+        assert part in str(caught.value)
+    assert convert.sources == []
+    record.unlink()
+    assert fetch_published("ncvsd_ffhq", convert) != stem
+    assert convert.sources == [OTHER]
+
+
+def test_a_file_of_another_sha256_than_is_stated_is_refused(tmp_path, monkeypatch):
+    entry = dataclasses.replace(PUBLISHED["ncvsd_ffhq"], sha256="0" * 64)
+    monkeypatch.setitem(PUBLISHED, "ncvsd_ffhq", entry)
+    source = tmp_path / "own" / FILE
+    source.write_bytes(PICKLE)
+    with pytest.raises(CheckpointError, match=f"{'0' * 64}, got .*; delete {source}") as caught:
+        fetch_published("ncvsd_ffhq", Convert())
+    assert "to accept" not in str(caught.value)
+
+
+def test_the_teacher_under_the_name_of_the_student_is_refused(tmp_path, monkeypatch):
+    for name, kind in (("ncvsd_ffhq", "diffusion"), ("ncvsd_ffhq_teacher", "ncvsd")):
+        source = tmp_path / "own" / PUBLISHED[name].file
+        source.write_bytes(PICKLE)
+        convert = Convert(kind=kind, gamma=None if kind == "diffusion" else 0.4)
+        monkeypatch.setattr("ncvsd_inverse.priors.convert.convert", convert)
+        for times in (1, 2):
+            with pytest.raises(CheckpointError, match=f"of kind '{kind}': delete {source}, which"):
+                load_prior(name)
+            assert len(convert.sources) == times
+        assert zoo.accepted_file(name) is None
+        assert describe_prior(name) is PUBLISHED[name]

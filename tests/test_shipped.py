@@ -11,7 +11,8 @@ from ncvsd_inverse import load_prior
 from ncvsd_inverse.images import read_image
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.priors import load_card
+from ncvsd_inverse.priors import PriorHandle, describe_prior, list_priors, load_card
+from ncvsd_inverse.priors.published import PUBLISHED
 
 FOLDER = Path(ncvsd_inverse.priors.__file__).parent / "weights"
 PHOTOGRAPHS = Path(ncvsd_inverse.__file__).parent / "assets" / "photographs"
@@ -36,6 +37,25 @@ def test_a_shipped_card_says_what_a_user_must_know(name):
     assert "research" in card.licence
     assert len(card.weaknesses) > 40
     assert (FOLDER / f"{name}.safetensors").stat().st_size < 16e6
+
+
+def test_every_shipped_and_published_prior_has_a_handle():
+    for name in {*SHIPPED, *PUBLISHED}:
+        handle = getattr(ncvsd_inverse.priors, name)
+        assert type(handle) is PriorHandle
+        assert handle.name == name
+    assert {*SHIPPED, *PUBLISHED} <= set(list_priors())
+    assert {*SHIPPED, *PUBLISHED} <= set(ncvsd_inverse.priors.__all__)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_handle_stands_for_its_prior(name):
+    handle = getattr(ncvsd_inverse.priors, name)
+    prior = handle.load("cpu")
+    assert handle.card == describe_prior(name)
+    assert handle.card.kind == ("diffusion" if name.endswith("_teacher") else "ncvsd")
+    assert handle.nfe_per_sample == prior.nfe_per_sample
+    assert hasattr(handle, "denoise") == name.endswith("_teacher")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
 """Saving and loading priors: round trips, every kind of damage, names, handles."""
 
+import copy
+import hashlib
 import json
 import math
 import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,12 +24,16 @@ from ncvsd_inverse.priors import (
     NCVSDPrior,
     PriorCard,
     PriorHandle,
+    describe_prior,
     list_priors,
     load_card,
     load_prior,
     save_prior,
     zoo,
 )
+from ncvsd_inverse.priors.convert import build_converted
+from ncvsd_inverse.priors.files import TensorFile, write_tensors
+from ncvsd_inverse.priors.zoo import load_network
 
 CARD = {
     "name": "tiny",
@@ -77,7 +86,7 @@ def rewrite_weights(stem, state):
     """Store other weights and their true hash."""
     weights = safetensors.torch.save(state)
     Path(f"{stem}.safetensors").write_bytes(weights)
-    rewrite_card(stem, sha256=zoo.hashlib.sha256(weights).hexdigest())
+    rewrite_card(stem, sha256=hashlib.sha256(weights).hexdigest())
 
 
 def test_round_trip(saved):
@@ -147,7 +156,7 @@ def test_damaged_weights(saved):
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", pickle.dumps({}), b"\xff" * 64])
 def test_weights_that_are_no_safetensors(saved, content):
     Path(f"{saved}.safetensors").write_bytes(content)
-    rewrite_card(saved, sha256=zoo.hashlib.sha256(content).hexdigest())
+    rewrite_card(saved, sha256=hashlib.sha256(content).hexdigest())
     with pytest.raises(CheckpointError, match="must be a safetensors file"):
         load_prior(saved)
 
@@ -264,7 +273,7 @@ def test_save_writes_a_complete_card(saved):
     entries = json.loads(Path(f"{saved}.json").read_text())
     assert entries["network"]["kind"] == "concat"
     weights = Path(f"{saved}.safetensors").read_bytes()
-    assert entries["sha256"] == zoo.hashlib.sha256(weights).hexdigest()
+    assert entries["sha256"] == hashlib.sha256(weights).hexdigest()
     assert PriorCard.from_dict(entries).to_json() == Path(f"{saved}.json").read_text()
 
 
@@ -293,6 +302,80 @@ def test_save_refuses_before_it_writes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_file_is_the_one_that_the_library_would_write(tmp_path):
+    state = {
+        "layer.weight": torch.rand(3, 4, 3, 3).to(memory_format=torch.channels_last),
+        "gain": torch.tensor(0.5),
+        "half": torch.rand(5).half(),
+        "brain": torch.rand(2, 3).bfloat16(),
+        "empty": torch.zeros(0, 3),
+        "é": torch.rand(1, dtype=torch.float64),
+    }
+    plain = {name: value.contiguous() for name, value in state.items()}
+    digest = write_tensors(tmp_path / "ours", state)
+    content = (tmp_path / "ours").read_bytes()
+    assert content == safetensors.torch.save(plain)
+    assert digest == hashlib.sha256(content).hexdigest()
+    with TensorFile(tmp_path / "ours") as file:
+        assert file.shapes == {name: tuple(value.shape) for name, value in state.items()}
+        for name, value in state.items():
+            assert torch.equal(file.read(name), value)
+            assert file.read(name).dtype == value.dtype
+    with pytest.raises(ValueError, match=r"tensor count must be floating-point, got torch\.int64"):
+        write_tensors(tmp_path / "ours", {"count": torch.tensor(1)})
+
+
+def test_weights_are_read_one_at_a_time(saved, monkeypatch):
+    held, reads = weakref.WeakSet(), []
+    read = TensorFile.read
+
+    def watched(file, name):
+        # What was read before is a layer by now, in the memory layout and dtype of the network.
+        assert not held
+        value = read(file, name)
+        held.add(value)
+        reads.append(name)
+        return value
+
+    monkeypatch.setattr(TensorFile, "read", watched)
+    network = load_prior(saved, dtype=torch.bfloat16).network
+    assert sorted(reads) == sorted(network.state_dict())
+    convolutions = [value for value in network.state_dict().values() if value.ndim == 4]
+    assert {value.dtype for value in convolutions} == {torch.bfloat16}
+    assert all(v.is_contiguous(memory_format=torch.channels_last) for v in convolutions)
+    trained = load_network(saved)
+    assert {value.dtype for value in trained.state_dict().values()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    for name, value in make_network().state_dict().items():
+        assert torch.equal(trained.state_dict()[name], value)
+
+
+def test_a_network_of_a_library_stays_in_float32(tmp_path):
+    arguments = {"sample_size": 8, "block_out_channels": [32, 32], "layers_per_block": 1}
+    arguments |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    config = {
+        "kind": "diffusers",
+        "arguments": {"in_channels": 3, **arguments},
+        "prediction": "epsilon",
+        "num_levels": 10,
+    }
+    network = build_converted(config, "cpu")
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            value.uniform_(-0.1, 0.1)
+        network.log_sigmas.copy_(torch.linspace(-3, 3, 10))
+    state = network.state_dict()
+    digest = write_tensors(tmp_path / "theirs.safetensors", state)
+    card = {**CARD, "kind": "diffusion", "gamma": None, "network": config, "sha256": digest}
+    (tmp_path / "theirs.json").write_text(json.dumps(card))
+    loaded = load_prior(tmp_path / "theirs", dtype=torch.bfloat16)
+    for name, value in loaded.network.state_dict().items():
+        assert torch.equal(value, state[name])
+    x = torch.rand(1, 3, 8, 8)
+    expected = network.eval()(x, torch.ones(1))
+    torch.testing.assert_close(loaded.denoise(x, 1.0), expected)
+
+
 @pytest.mark.parametrize("broken_step", ["write_bytes", "replace"])
 def test_a_failed_save_leaves_the_old_prior_whole(saved, monkeypatch, broken_step):
     before = {path.name: path.read_bytes() for path in saved.parent.iterdir()}
@@ -317,7 +400,7 @@ def test_saved_files_have_the_usual_permissions(saved):
 
 
 def test_names_are_found_in_the_package_the_folder_and_the_cache(saved, tmp_path):
-    assert list_priors() == ["ncvsd_ffhq", "tiny"]
+    assert list_priors() == ["ncvsd_ffhq", "ncvsd_ffhq_teacher", "tiny"]
     assert load_prior("tiny").card.name == "tiny"
     for folder in ("cache/ncvsd_inverse", "package"):
         (tmp_path / folder).mkdir(parents=True)
@@ -325,11 +408,11 @@ def test_names_are_found_in_the_package_the_folder_and_the_cache(saved, tmp_path
         save_prior(tmp_path / folder / "ncvsd_ffhq", make_network(), {**CARD, "name": "ours"})
     assert load_card("tiny").name == "package"
     assert load_card("ncvsd_ffhq").name == "ours"
-    assert list_priors() == ["ncvsd_ffhq", "tiny"]
+    assert list_priors() == ["ncvsd_ffhq", "ncvsd_ffhq_teacher", "tiny"]
 
 
 def test_unknown_names_list_the_known_ones(saved):
-    with pytest.raises(ValueError, match="one of ncvsd_ffhq, tiny, got 'nowhere'"):
+    with pytest.raises(ValueError, match="one of ncvsd_ffhq, ncvsd_ffhq_teacher, tiny, got 'n"):
         load_prior("nowhere")
     with pytest.raises(ValueError, match="did you mean ncvsd_ffhq"):
         load_prior("ncvsd_fhq")
@@ -357,7 +440,6 @@ def test_a_published_prior_that_is_not_here_says_what_it_needs(
 def test_a_handle_loads_once_and_stands_for_its_prior(saved):
     handle = PriorHandle("tiny")
     assert repr(handle) == "<prior 'tiny', not loaded>"
-    assert handle.nfe_per_sample == 1
     assert not hasattr(handle, "_repr_html_")
     assert repr(handle) == "<prior 'tiny', not loaded>"
     assert handle.image_shape == (3, 8, 8)
@@ -369,9 +451,141 @@ def test_a_handle_loads_once_and_stands_for_its_prior(saved):
         for source in (handle, handle.load())
     ]
     assert torch.equal(*draws)
+    assert handle.nfe_per_sample == 1
     assert handle.refined((1.0, 0.2)).nfe_per_sample == 2
     with pytest.raises(AttributeError, match="no_such_thing"):
         handle.no_such_thing  # noqa: B018
+
+
+def test_a_handle_counts_the_calls_of_its_prior(no_other_priors, monkeypatch):
+    teacher = DiffusionPrior(lambda x, sigma: x, num_steps=7)
+    monkeypatch.setattr(zoo, "load_prior", lambda name, device: teacher)
+    handle = PriorHandle("teacher")
+    assert handle.nfe_per_sample == 7
+    assert handle.load() is teacher
+
+
+def test_a_handle_goes_where_the_images_are(saved):
+    handle = PriorHandle("tiny")
+    there = handle.load("meta")
+    assert there.device == torch.device("meta")
+    assert handle.load() is handle.load(torch.device("meta")) is there
+    here = handle.load("cpu")
+    assert here.device == torch.device("cpu")
+    assert handle.load("cpu") is here is not there
+    u = torch.rand(2, 3, 8, 8)
+    assert handle.sample(u, 0.5).device == u.device
+    assert handle.to("cpu") is handle
+    assert handle.network is here.network
+    here.to("meta")  # no longer the prior on the CPU
+    assert handle.sample(u, 0.5).device == u.device
+
+
+def test_handles_travel_as_their_names(saved):
+    handle = PriorHandle("tiny")
+    handle.load()
+    for twin in (copy.copy(handle), copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
+        assert type(twin) is PriorHandle
+        assert repr(twin) == "<prior 'tiny', not loaded>"
+        assert twin.image_shape == (3, 8, 8)
+    assert len(pickle.dumps(handle)) < 200
+
+
+def test_threads_that_share_a_handle_load_it_once(saved, monkeypatch):
+    loads, together = [], threading.Barrier(4)
+
+    def slow(name, device):
+        loads.append(name)
+        time.sleep(0.05)
+        return load_prior(name, device)
+
+    monkeypatch.setattr(zoo, "load_prior", slow)
+    handle, found = PriorHandle("tiny"), []
+
+    def use():
+        together.wait()
+        found.append(handle.load())
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == ["tiny"]
+    assert len({id(prior) for prior in found}) == 1
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Fail whoever asks the hub."""
+
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("ncvsd_inverse.priors.hub.fetch", asked)
+    monkeypatch.setattr("ncvsd_inverse.priors.hub.fetch_published", asked)
+
+
+def test_a_description_asks_nobody(saved, no_hub):
+    assert describe_prior("tiny") == describe_prior(saved) == load_card(saved)
+    entry = describe_prior("ncvsd_ffhq")
+    assert (entry.kind, entry.image_shape) == ("ncvsd", (3, 256, 256))
+    assert describe_prior("ncvsd_ffhq_teacher").kind == "diffusion"
+    for away in ("someone/faces", "hf:someone/faces", "nowhere/else.pkl", saved.parent / "none"):
+        with pytest.raises(CheckpointError, match="there is no"):
+            describe_prior(away)
+    with pytest.raises(ValueError, match="prior must be one of"):
+        describe_prior("nowhere")
+    with pytest.raises(CheckpointError, match="ncvsd_faces64 needs"):
+        describe_prior("ncvsd_faces64")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./someone/faces",
+        "../faces",
+        "/nowhere/faces",
+        "~/nowhere/faces",
+        "here/faces",
+        "here/faces/model.pkl",
+        "one/two/three",
+        "someone/faces.pkl",
+        "someone/faces.json",
+        "faces.safetensors",
+        Path("someone/faces"),
+    ],
+)
+def test_a_path_that_is_not_there_is_said_without_asking_the_hub(path, saved, no_hub):
+    (saved.parent / "here").mkdir()
+    for load in (load_prior, load_card, load_network):
+        with pytest.raises(CheckpointError, match=r"there is no .*, and no .*: a prior needs"):
+            load(path)
+
+
+@pytest.mark.parametrize("stem", ["prior", "model"])
+def test_folders_of_runs_and_of_saved_priors_are_taken(saved, stem, monkeypatch):
+    monkeypatch.setenv("NCVSD_WEIGHTS", "")
+    run = saved.parent / "runs" / "student"
+    run.mkdir(parents=True)
+    (run / "state.safetensors").write_bytes(b"the state of the training")
+    for load in (load_prior, load_card, load_network, describe_prior):
+        with pytest.raises(CheckpointError, match=r"not written a prior yet; .*--seconds 0 does"):
+            load(run)
+    save_prior(run / stem, make_network(), CARD)
+    for path in (run, str(run), "runs/student"):
+        assert load_prior(path).card == load_card(path) == describe_prior(path)
+        assert type(load_network(path)) is ConcatDenoiser
+    monkeypatch.chdir(run.parent)
+    assert load_card("student").name == "tiny"
+
+
+def test_the_file_of_another_prior_under_a_published_name_is_refused(saved):
+    folder = saved.parent
+    save_prior(folder / "ncvsd_ffhq_teacher", make_network(), CARD)
+    for load in (load_prior, load_card, describe_prior):
+        with pytest.raises(CheckpointError, match="of kind 'diffusion', got one of kind 'ncvsd'"):
+            load("ncvsd_ffhq_teacher")
 
 
 def test_a_handle_without_weights_says_what_it_needs_each_time(no_other_priors):
@@ -386,9 +600,10 @@ def test_a_handle_without_weights_says_what_it_needs_each_time(no_other_priors):
 def test_importing_handles_loads_nothing():
     code = (
         "import sys\n"
-        "from ncvsd_inverse.priors import ncvsd_faces64, ncvsd_ffhq, ncvsd_natural\n"
-        "for handle in (ncvsd_faces64, ncvsd_ffhq, ncvsd_natural):\n"
-        "    assert repr(handle).endswith('not loaded>'), handle\n"
+        "from ncvsd_inverse import priors\n"
+        "for name in ('ncvsd_faces64', 'ncvsd_ffhq', 'ncvsd_natural'):\n"
+        "    for handle in (getattr(priors, name), getattr(priors, f'{name}_teacher')):\n"
+        "        assert repr(handle).endswith('not loaded>'), handle\n"
         "heavy = {'lpips', 'piq', 'kornia', 'deepinv', 'matplotlib', 'torchvision', 'accelerate',\n"
         "         'huggingface_hub', 'scipy', 'rich', 'typer'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"

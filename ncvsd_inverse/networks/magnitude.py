@@ -95,6 +95,19 @@ class MPConv(nn.Module):
             return nn.functional.linear(x, weight)
         return nn.functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether `fold_` has taken the scale into the weight."""
+        return self.scale != 1 / math.sqrt(self.weight[0].numel())
+
+    @torch.no_grad()
+    def fold_(self, dtype: torch.dtype) -> None:
+        """Take the scale into the weight and store it as `dtype`, in place."""
+        if self.scale == 1 and self.weight.dtype == dtype:
+            return
+        self.weight = nn.Parameter((self.weight * self.scale).to(dtype), requires_grad=False)
+        self.scale = 1.0
+
 
 def _mp_convs(module: nn.Module) -> list[MPConv]:
     return [layer for layer in module.modules() if isinstance(layer, MPConv)]
@@ -126,12 +139,10 @@ def project_gradients_(module: nn.Module) -> None:
         grad.addcmul_(weight, along / weight.square().sum(filters, keepdim=True), value=-1)
 
 
-@torch.no_grad()
 def fold_weights_(module: nn.Module, dtype: torch.dtype) -> None:
     """Fold every MPConv's scale into its weight and store the weight as `dtype`, in place.
 
     The module then computes the same function faster and can no longer be trained.
     """
     for layer in _mp_convs(module):
-        layer.weight = nn.Parameter((layer.weight * layer.scale).to(dtype), requires_grad=False)
-        layer.scale = 1.0
+        layer.fold_(dtype)

@@ -1,7 +1,7 @@
 """Samplers of clean images given noisy ones; they must not know operators or measurements.
 
-`ncvsd_ffhq`, `ncvsd_faces64` and `ncvsd_natural` are handles: each loads its weights when it is
-first used.
+`ncvsd_ffhq`, `ncvsd_faces64`, `ncvsd_natural` and their teachers, `ncvsd_ffhq_teacher` and so on,
+are handles: each loads its weights when it is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -11,8 +11,10 @@ from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.latent import LatentPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior, RefinedPrior
+from ncvsd_inverse.priors.published import PublishedPrior
 from ncvsd_inverse.priors.zoo import (
     PriorHandle,
+    describe_prior,
     list_priors,
     load_card,
     load_prior,
@@ -31,19 +33,27 @@ __all__ = [
     "NCVSDPrior",
     "PriorCard",
     "PriorHandle",
+    "PublishedPrior",
     "RefinedPrior",
+    "describe_prior",
     "list_priors",
     "load_card",
     "load_prior",
     "ncvsd_faces64",
+    "ncvsd_faces64_teacher",
     "ncvsd_ffhq",
+    "ncvsd_ffhq_teacher",
     "ncvsd_natural",
+    "ncvsd_natural_teacher",
     "save_prior",
 ]
 
 ncvsd_ffhq = PriorHandle("ncvsd_ffhq")
+ncvsd_ffhq_teacher = PriorHandle("ncvsd_ffhq_teacher")
 ncvsd_faces64 = PriorHandle("ncvsd_faces64")
+ncvsd_faces64_teacher = PriorHandle("ncvsd_faces64_teacher")
 ncvsd_natural = PriorHandle("ncvsd_natural")
+ncvsd_natural_teacher = PriorHandle("ncvsd_natural_teacher")
 
 
 def __getattr__(name: str) -> object:

@@ -1,18 +1,13 @@
 """Where statistics that were measured for a prior are kept: its card, or a file of the cache."""
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ncvsd_inverse.covariance import ImageStatistics
 from ncvsd_inverse.images import write_atomically
 from ncvsd_inverse.priors.card import PriorCard
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is downloaded, converted or measured on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncvsd_inverse"
+from ncvsd_inverse.priors.files import cache_folder
 
 
 @dataclass(frozen=True)
