@@ -17,7 +17,14 @@ import torch
 
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
-from ncvsd_inverse.priors import describe_prior, load_card, load_prior, save_prior, zoo
+from ncvsd_inverse.priors import (
+    DiffusionPrior,
+    describe_prior,
+    load_card,
+    load_prior,
+    save_prior,
+    zoo,
+)
 from ncvsd_inverse.priors import hub as ours
 from ncvsd_inverse.priors.hub import Address, HubPrior, convert_once, fetch, fetch_published
 from ncvsd_inverse.priors.published import PUBLISHED
@@ -522,7 +529,12 @@ SAFE, UNSAFE = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.b
 def loaded(monkeypatch):
     """Record what `load_foreign` is given instead of loading it."""
     paths = []
-    monkeypatch.setattr(zoo, "load_foreign", lambda path, device, dtype: paths.append(path))
+
+    def load(path, device, dtype):
+        paths.append(path)
+        return DiffusionPrior.from_function(lambda x, sigma: x)
+
+    monkeypatch.setattr(zoo, "load_foreign", load)
     return paths
 
 
