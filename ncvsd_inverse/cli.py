@@ -386,7 +386,7 @@ def convert_file(
     tried = card.training["self_check"]
     if isinstance(tried, list):
         falls = (
-            f"{row['noisy']:.2g} to {row['denoised']:.2g} at noise std {row['sigma']}"
+            f"{row['noisy']:.3g} to {row['denoised']:.3g} at noise std {row['sigma']}"
             for row in tried
         )
         tried = f"mean squared error of a photograph {', '.join(falls)}"

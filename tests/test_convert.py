@@ -351,17 +351,13 @@ def test_adm(tmp_path, adm):
         assert close(ours.clamp(-1, 1), theirs)
 
 
-def test_adm_with_classes_is_named(tmp_path, adm):
-    state = {**adm_state(adm), "label_emb.weight": torch.zeros(1000, 512)}
-    del state["out.0.bias"]
-    torch.save({"state_dict": state}, tmp_path / "adm.pt")
+def test_what_does_not_fit_is_listed_up_to_ten(tmp_path):
+    state = {**teacher_state(), **{f"unet.dec.more{i:02d}": torch.zeros(1) for i in range(12)}}
     with pytest.raises(
-        CheckpointError,
-        match=r"adm\.pt cannot be converted: .* missing: network\.out\.0\.bias; "
-        r"unexpected: network\.label_emb\.weight$",
+        CheckpointError, match=r"unexpected: (\S+, ){9}unet\.dec\.more09 and 2 more$"
     ):
-        convert(tmp_path / "adm.pt", tmp_path / "converted")
-    assert [path.name for path in tmp_path.iterdir()] == ["adm.pt"]
+        convert(nvidia(tmp_path / "teacher.pkl", state), tmp_path / "converted")
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.pkl"]
 
 
 def teacher_state(**options):

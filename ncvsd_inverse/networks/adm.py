@@ -88,7 +88,9 @@ class ADMUNet(nn.Module):
         for level, outer in enumerate(channels):
             attends = resolution >> level in attention
             for _ in range(blocks):
-                layers = [block(inner, outer)] + [attend(outer)] * attends
+                layers = [block(inner, outer)]
+                if attends:
+                    layers.append(attend(outer))
                 self.input_blocks.append(stage(*layers))
                 inner = outer
                 skips.append(inner)
@@ -106,7 +108,9 @@ class ADMUNet(nn.Module):
         for level, outer in reversed(list(enumerate(channels))):
             attends = resolution >> level in attention
             for index in range(blocks + 1):
-                layers = [block(inner + skips.pop(), outer)] + [attend(outer)] * attends
+                layers = [block(inner + skips.pop(), outer)]
+                if attends:
+                    layers.append(attend(outer))
                 inner = outer
                 if level and index == blocks:
                     layers.append(

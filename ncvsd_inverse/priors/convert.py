@@ -251,7 +251,8 @@ def load_foreign(
     """
     found = _read(Path(src), NOTHING)
     where = torch.get_default_device() if device is None else torch.device(device)
-    return _prior(_filled(found, where, dtype or inference_dtype(where)), found)
+    network = _filled(found, where, dtype or inference_dtype(where))
+    return _prior(network, found, found.image_shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +299,10 @@ class Found:
         layers = dict(network.named_modules())
         for name in network.state_dict():
             owner, _, attribute = name.rpartition(".")
-            value = self.tensors[name].detach().float()
-            if not bool(value.isfinite().all()):
+            stored = self.tensors[name].detach()
+            if stored.numel() and not all(math.isfinite(end) for end in stored.aminmax()):
                 raise CheckpointError(f"the tensor {name} must be finite")
+            value = stored.float()
             layer = layers[owner]
             if isinstance(layer, MPConv):
                 held, layer.weight = layer.weight, nn.Parameter(value.clone(), requires_grad=False)
@@ -320,33 +322,32 @@ def _filled(found: Found, device: torch.device, dtype: torch.dtype) -> Network |
     layers = dict(network.named_modules())
     for name, value in found.converted():
         owner, _, attribute = name.rpartition(".")
-        layer = layers[owner]
-        entries = layer._parameters if attribute in layer._parameters else layer._buffers
-        hollow = entries[attribute]
-        assert hollow is not None
-        kept = dtype if isinstance(layer, MPConv) else torch.float32
-        stored = torch.empty_like(hollow, device=device, dtype=kept)
+        layer, kept = layers[owner], torch.float32
         if isinstance(layer, MPConv):
-            stored.copy_(value.mul_(layer.scale))
+            value, kept = value.mul_(layer.scale), dtype
             layer.scale = 1.0
-        else:
-            stored.copy_(value)
-        parameter = isinstance(hollow, nn.Parameter)
-        entries[attribute] = nn.Parameter(stored, requires_grad=False) if parameter else stored
+        hollow: Tensor = getattr(layer, attribute)
+        # Where passes want another order in memory, the hollow tensor has it.
+        stored = torch.empty_strided(hollow.shape, hollow.stride(), device=device, dtype=kept)
+        stored.copy_(value)
+        trained = isinstance(hollow, nn.Parameter)
+        setattr(layer, attribute, nn.Parameter(stored, requires_grad=False) if trained else stored)
     return network.to_inference(dtype)
 
 
-def _prior(network: Network | LibraryDenoiser, found: Found) -> NCVSDPrior | DiffusionPrior:
+def _prior(
+    network: Network | LibraryDenoiser, found: Found, image_shape: tuple[int, int, int] | None
+) -> NCVSDPrior | DiffusionPrior:
     if found.gamma is None:
         return DiffusionPrior(
             network,
-            image_shape=found.image_shape,
+            image_shape=image_shape,
             sigma_min=found.sigma_min,
             sigma_max=found.sigma_max,
         )
     return NCVSDPrior(
         network,
-        image_shape=found.image_shape,
+        image_shape=image_shape,
         gamma=found.gamma,
         sigma_min=found.sigma_min,
         sigma_max=found.sigma_max,
@@ -377,15 +378,16 @@ def _tried(found: Found, told: Unsaid, source: Path) -> tuple[Found, object]:
         CheckpointError: if the error does not fall, or a schedule was given and the other is
             better.
     """
-    x0 = photograph(*found.image_shape)
-    if x0 is None:
-        return found, f"not possible: images of {found.image_shape[0]} channels are no pictures"
+    channels, side, _ = found.image_shape
+    if channels not in (1, 3):
+        return found, f"not possible: images of {channels} channels are no pictures"
     network = _filled(found, torch.device("cpu"), inference_dtype("cpu"))
+    x0 = photograph(channels, side, network.size_multiple)
 
     def errors_at(candidate: Found, levels: Sequence[float]) -> list[DenoisingError]:
         if isinstance(network, ADMDenoiser):
             network.log_sigmas.copy_(candidate.tensors["log_sigmas"])
-        return denoising_errors(_prior(network, candidate), x0, levels)
+        return denoising_errors(_prior(network, candidate, None), x0, levels)
 
     fault = ""
     if found.schedule:
@@ -508,6 +510,13 @@ def _edm2(state: dict[str, Tensor], module: Inert | None, told: Unsaid) -> Found
     recorded = _head_channels(modules)
     if None not in (told.head_channels, recorded) and told.head_channels != recorded:
         raise ValueError(f"head_channels is {recorded} by the file, got {told.head_channels}")
+    head_channels = recorded or told.head_channels or EDM2_HEAD_CHANNELS
+    attending = [
+        c for s, c in zip(encoder.sides, encoder.channels, strict=True) if s in encoder.attention
+    ]
+    for channels in attending + [encoder.channels[-1]] * encoder.bottleneck_attention:
+        if channels % head_channels:
+            raise ValueError(f"head_channels must divide {channels} channels, got {head_channels}")
     shape = UNetShape(
         resolution=encoder.sides[0],
         image_channels=image_channels,
@@ -515,7 +524,7 @@ def _edm2(state: dict[str, Tensor], module: Inert | None, told: Unsaid) -> Found
         blocks=encoder.blocks,
         attention=encoder.attention,
         bottleneck_attention=encoder.bottleneck_attention,
-        head_channels=recorded or told.head_channels or EDM2_HEAD_CHANNELS,
+        head_channels=head_channels,
         num_classes=0 if labels is None else labels.shape[-1],
     )
     attends = bool(encoder.attention) or encoder.bottleneck_attention

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.images import read_image
-from ncvsd_inverse.networks import inference_dtype
-from ncvsd_inverse.networks.library import LibraryDenoiser
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
 
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "photographs" / "cat.png"
 LEVELS = (0.1, 0.5, 2.0)
 """Noise stds at which a denoiser is tried, image units."""
+LEAST_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,30 @@ class DenoisingError:
         return ratio if math.isfinite(ratio) else math.inf
 
     def __str__(self) -> str:
-        return f"{self.noisy:.2g} to {self.denoised:.2g} at noise std {self.sigma}"
+        return f"{self.noisy:.3g} to {self.denoised:.3g} at noise std {self.sigma}"
 
 
-def photograph(channels: int, height: int, width: int) -> Tensor | None:
-    """Return the photograph at a size, (1, C, H, W), in [-1, 1]; None where C is not 1 or 3."""
-    if channels not in (1, 3):
-        return None
+def photograph(channels: int, side: int, multiple: int) -> Tensor:
+    """Return the photograph for a network of square images.
+
+    Of a large one it is the middle: a denoiser works on parts of images too, in less time and
+    memory. A side of at least 64 pixels is kept, and four where the network is coarsest.
+
+    Args:
+        channels: C, 1 or 3.
+        side: side of the network's images, pixels.
+        multiple: what sides must be a multiple of.
+
+    Returns:
+        The photograph, shape (1, C, H, H), in [-1, 1].
+    """
     picture = read_image(PHOTOGRAPH)
     if channels == 1:
         picture = picture.mean(1, keepdim=True)
-    resized: Tensor = nn.functional.interpolate(
-        picture, (height, width), mode="bicubic", antialias=True
-    )
-    return resized.clamp(-1, 1)
+    whole = nn.functional.interpolate(picture, (side, side), mode="bicubic", antialias=True)
+    kept = min(side, max(LEAST_SIDE // multiple, 4) * multiple)
+    middle = slice((side - kept) // 2, (side + kept) // 2)
+    return whole[..., middle, middle].clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -63,27 +72,25 @@ def denoising_errors(
     """Denoise a photograph at those of `levels` that the prior knows, one call each.
 
     Of a generative denoiser one draw is judged, whose error is up to twice that of the mean; one
-    with classes takes its first. Networks of libraries compute in bfloat16 where that is fast.
+    with classes takes its first.
 
     Args:
-        prior: the prior, on the CPU.
+        prior: the prior, on the CPU, without an image shape.
         x0: the photograph, shape (1, C, H, W), in [-1, 1].
         levels: noise stds, image units.
     """
     known = prior.conditioned_on(0) if getattr(prior.network, "num_classes", 0) else prior
-    lowers = isinstance(prior.network, LibraryDenoiser) and inference_dtype() is torch.bfloat16
     errors = []
     for sigma in levels:
         if not known.sigma_min <= sigma <= known.sigma_max:
             continue
         generator = torch.Generator().manual_seed(0)
         u = x0 + sigma * torch.randn(x0.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=lowers):
-            out = (
-                known.sample(u, sigma, generator=generator)
-                if isinstance(known, NCVSDPrior)
-                else known.denoise(u, sigma)
-            )
+        out = (
+            known.sample(u, sigma, generator=generator)
+            if isinstance(known, NCVSDPrior)
+            else known.denoise(u, sigma)
+        )
         noisy, denoised = (float((image - x0).square().mean()) for image in (u, out))
         errors.append(DenoisingError(sigma, noisy, denoised))
     return errors
