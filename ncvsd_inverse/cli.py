@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import torch
 import typer
@@ -416,14 +416,56 @@ def convert_file(
     data: Annotated[
         str | None, typer.Option("--data", help="What it was trained on, for the card.")
     ] = None,
+    schedule: Annotated[
+        Literal["linear", "cosine"] | None,
+        typer.Option("--schedule", help="Noise schedule of ADM; both are tried if not given."),
+    ] = None,
+    head_channels: Annotated[
+        int | None, typer.Option("--head-channels", help="Channels of an attention head.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option("--num-heads", help="Attention heads of each block of ADM.")
+    ] = None,
+    attention_order: Annotated[
+        Literal["legacy", "new"] | None,
+        typer.Option("--attention-order", help="new for ADM's use_new_attention_order."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side of the images, where nothing tells it.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check/--no-check", help="Whether it must denoise a shipped photograph."),
+    ] = True,
 ) -> None:
     """Write the checkpoint of others as a prior, and run no code that it holds."""
     from ncvsd_inverse.priors.convert import UNSAID, convert
 
-    card = convert(source, target, licence=licence or UNSAID, data=data or UNSAID)
+    card = convert(
+        source,
+        target,
+        licence=licence or UNSAID,
+        data=data or UNSAID,
+        schedule=schedule,
+        head_channels=head_channels,
+        num_heads=num_heads,
+        attention_order=attention_order,
+        size=size,
+        check=check,
+    )
     shape = "any size" if card.image_shape is None else "x".join(map(str, card.image_shape))
     stem = target.with_name(card.name)
     typer.echo(f"{source}: a {card.kind} prior of {shape}; load_prior({str(stem)!r})")
+    if "schedule" in card.training:
+        typer.echo(f"noise schedule: {card.training['schedule']}")
+    tried = card.training["self_check"]
+    if isinstance(tried, list):
+        falls = (
+            f"{row['noisy']:.3g} to {row['denoised']:.3g} at noise std {row['sigma']}"
+            for row in tried
+        )
+        tried = f"mean squared error of a photograph {', '.join(falls)}"
+    typer.echo(f"self-check: {tried}")
 
 
 @app.command()

@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -270,24 +271,43 @@ def test_a_checkpoint_is_converted(run, tmp_path, monkeypatch):
         kind = "diffusion"
         image_shape = (3, 64, 64)
         name = "theirs"
+        training = MappingProxyType({"self_check": "not wanted"})
 
-    def stand_in(src, dst, *, licence, data):
-        came.update(src=src, dst=dst, licence=licence, data=data)
+    def stand_in(src, dst, **options):
+        came.update(src=src, dst=dst, **options)
         return Card()
 
     monkeypatch.setattr(convert, "convert", stand_in)
     target = tmp_path / "theirs.safetensors"
     status, out, err = run("convert", "net.pkl", target, "--licence", "CC0")
     assert (status, err) == (0, "")
-    assert came == {
+    untold = ("schedule", "head_channels", "num_heads", "attention_order", "size")
+    expected = {
         "src": Path("net.pkl"),
         "dst": target,
         "licence": "CC0",
         "data": convert.UNSAID,
+        "check": True,
+        **dict.fromkeys(untold),
     }
-    assert (
-        out == f"net.pkl: a diffusion prior of 3x64x64; load_prior({str(tmp_path / 'theirs')!r})\n"
+    assert came == expected
+    assert out == (
+        f"net.pkl: a diffusion prior of 3x64x64; load_prior({str(tmp_path / 'theirs')!r})\n"
+        "self-check: not wanted\n"
     )
+    Card.training = {
+        "schedule": "cosine, as given",
+        "self_check": [{"sigma": 0.5, "noisy": 0.25, "denoised": 0.0123}],
+    }
+    told = {"schedule": "cosine", "num_heads": 4, "attention_order": "new", "size": 64}
+    flat = [text for key, value in told.items() for text in (f"--{key.replace('_', '-')}", value)]
+    status, out, err = run("convert", "net.pkl", target, "--no-check", *flat)
+    assert (status, err) == (0, "")
+    assert came == {**expected, **told, "check": False, "licence": convert.UNSAID}
+    assert out.splitlines()[1:] == [
+        "noise schedule: cosine, as given",
+        "self-check: mean squared error of a photograph 0.25 to 0.0123 at noise std 0.5",
+    ]
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(run, tmp_path):

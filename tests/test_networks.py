@@ -1,10 +1,15 @@
 """Networks: preconditioning, magnitude-preserving layers, starting from a teacher."""
 
+import dataclasses
+import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from ncvsd_inverse.distill import ImageData, TeacherConfig, TeacherRun
 from ncvsd_inverse.networks import (
     ConcatDenoiser,
     ConcatDiscriminator,
@@ -209,3 +214,70 @@ def test_inference_dtype_is_one_that_this_cpu_runs():
     assert math.isfinite(
         float(torch.ones(2, 2, dtype=dtype).mm(torch.ones(2, 2, dtype=dtype))[0, 0])
     )
+
+
+def test_shapes_of_one_network_are_equal():
+    wide = {"resolution": 256, "channels": (128, 256, 384, 512)}
+    named = UNetShape(**wide, attention=(16, 8))
+    read = UNetShape(**wide, attention=(), bottleneck_attention=True)
+    assert named == read
+    assert (named.attention, named.bottleneck_attention) == ((), True)
+    assert UNetShape(**wide, attention=()) != read
+    assert UNetShape(**wide, attention=(32, 64)).attention == (64, 32)
+    with pytest.raises(TypeError, match="bottleneck_attention must be true or false, got 'no'"):
+        UNetShape(**wide, bottleneck_attention="no")
+
+
+@pytest.mark.parametrize("attention", [(), (8,), (4,), (2,)])
+@pytest.mark.parametrize("bottleneck", [None, True, False])
+def test_where_blocks_attend(attention, bottleneck):
+    shape = UNetShape(
+        8, channels=(16, 16), blocks=1, attention=attention, bottleneck_attention=bottleneck
+    )
+    with torch.device("meta"):
+        names = Denoiser(dataclasses.replace(shape, head_channels=16)).state_dict()
+    attending = {name.split(".")[2] for name in names if "attn_qkv" in name}
+    met = set(attention) & {8, 4}
+    expected = {f"{side}x{side}_block{index}" for side in met for index in (0, 1)}
+    if bottleneck or (bottleneck is None and attention):
+        expected.add("4x4_in0")
+    assert attending == expected
+
+
+def test_cards_of_before_keep_their_networks():
+    for attention, expected in (((4,), True), ((), False)):
+        shape = dataclasses.replace(SHAPE, attention=attention, bottleneck_attention=None)
+        config = network_config(make(Denoiser, shape))
+        assert config.pop("bottleneck_attention") is expected
+        assert build_network(config).shape == shape
+
+
+def test_runs_of_before_are_taken_up(tmp_path):
+    settings = {"images": 16, "batch_size": 8, "warmup_images": 0}
+    data = ImageData(torch.zeros(16, 3, 16, 16, dtype=torch.uint8))
+
+    def run(**changes):
+        network = dataclasses.replace(SHAPE, **changes)
+        return TeacherRun(TeacherConfig(network=network, **settings), data, tmp_path)
+
+    run().run(seconds=0.0)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["network"]["bottleneck_attention"]
+    saved["network"]["attention"] = [64, 4]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"other settings.*network"):
+        run(bottleneck_attention=False).run(seconds=0.0)
+    run().run(seconds=0.0)
+    assert json.loads(path.read_text())["network"]["attention"] == [4]
+
+
+def test_a_network_without_values_is_made_without_the_compiler():
+    code = """
+import sys, torch
+from ncvsd_inverse.networks import *
+with torch.device("meta"):
+    ControlledDenoiser(UNetShape(16, channels=(16, 16), num_classes=3)).state_dict()
+assert "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

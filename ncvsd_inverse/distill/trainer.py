@@ -11,6 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -33,7 +34,7 @@ from ncvsd_inverse.distill.shards import (
     split_like,
 )
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
-from ncvsd_inverse.networks import Network, constrain_weights_, project_gradients_
+from ncvsd_inverse.networks import Network, UNetShape, constrain_weights_, project_gradients_
 from ncvsd_inverse.numerics import draw_normal, local_part, make_generators
 
 if TYPE_CHECKING:
@@ -426,6 +427,7 @@ class Run(ABC, Generic[Config]):
             mine = json.loads(json.dumps(self.describe()))
             if path.exists():
                 theirs = self.config.defaults() | json.loads(path.read_text(encoding="utf-8"))
+                theirs["network"] = _network_as_built(theirs.get("network"))
                 # How long and in what pieces a run computes may change; what it computes may not.
                 free = {"images", "microbatch", "compile"}
                 changed = {k for k in mine | theirs if mine.get(k) != theirs.get(k)} - free
@@ -509,6 +511,17 @@ class Run(ABC, Generic[Config]):
             parts = torch.stack([state[key].float() for _, _, state in stored])
             combined[key] = torch.tensordot(torch.tensor(weights), parts, dims=1)
         return combined
+
+
+def _network_as_built(entries: object) -> object:
+    """Return the shape of a network as a run saves it today, from what an older one saved."""
+    if not isinstance(entries, dict):
+        return entries
+    lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()}
+    try:
+        return json.loads(json.dumps(asdict(UNetShape(**lists))))
+    except (TypeError, ValueError):
+        return entries
 
 
 def _load_moments(

@@ -50,6 +50,14 @@ def mp_cat(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a * (scale / math.sqrt(num_a)), b * (scale / math.sqrt(num_b))], dim=1)
 
 
+def _is_hollow() -> bool:
+    """Tell whether what is now made has a shape but no values.
+
+    To draw such values would make torch import its compiler: seconds, and 150 MiB.
+    """
+    return torch.get_default_device().type == "meta"
+
+
 class FourierFeatures(nn.Module):
     """Random cosine features of a scalar: (B,) to (B, num_channels), unit variance."""
 
@@ -58,8 +66,9 @@ class FourierFeatures(nn.Module):
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+        for name, draw in (("freqs", torch.randn), ("phases", torch.rand)):
+            values = torch.empty(num_channels) if _is_hollow() else 2 * math.pi * draw(num_channels)
+            self.register_buffer(name, values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return sqrt(2) cos(freqs * x + phases), in float32."""
@@ -79,9 +88,10 @@ class MPConv(nn.Module):
         shape = (
             (out_channels, in_channels, kernel, kernel) if kernel else (out_channels, in_channels)
         )
-        weight = torch.randn(shape)
-        if kernel:
-            weight = weight.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if kernel else torch.contiguous_format
+        weight = torch.empty(shape, memory_format=layout)
+        if not _is_hollow():
+            weight.copy_(torch.randn(shape))
         self.weight = nn.Parameter(weight)
         self.scale = 1 / math.sqrt(weight[0].numel())
 

@@ -32,10 +32,13 @@ class UNetShape:
         image_channels: channels of the images.
         channels: channels of each level, finest first; each level halves the side.
         blocks: residual blocks at each encoder level (the decoder has one more).
-        attention: sides (of the nominal resolution) at which blocks attend over all pixels.
+        attention: sides (of the nominal resolution) at which blocks attend over all pixels; kept
+            finest first and without sides that no level has.
         head_channels: channels of an attention head.
         patch: side of the pixel blocks folded into channels before the first level.
         num_classes: number of class labels, 0 for none.
+        bottleneck_attention: whether the decoder's first block attends, as it does in all networks
+            of EDM2; None: where `attention` was given any side.
     """
 
     resolution: int
@@ -46,6 +49,7 @@ class UNetShape:
     head_channels: int = 64
     patch: int = 1
     num_classes: int = 0
+    bottleneck_attention: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1:
@@ -56,6 +60,16 @@ class UNetShape:
             raise ValueError(
                 f"resolution must be a multiple of {self.size_multiple}, got {self.resolution}"
             )
+        if not isinstance(self.bottleneck_attention, bool | None):
+            raise TypeError(
+                f"bottleneck_attention must be true or false, got {self.bottleneck_attention!r}"
+            )
+        # Shapes that build the same network must compare equal.
+        if self.bottleneck_attention is None:
+            object.__setattr__(self, "bottleneck_attention", bool(self.attention))
+        sides = (self.side >> level for level in range(len(self.channels)))
+        met = tuple(side for side in sides if side in self.attention)
+        object.__setattr__(self, "attention", met)
 
     @property
     def size_multiple(self) -> int:
@@ -216,7 +230,7 @@ def decoder_blocks(shape: UNetShape) -> nn.ModuleDict:
                 previous,
                 width,
                 decodes=True,
-                head_channels=shape.head_channels if shape.attention else 0,
+                head_channels=shape.head_channels if shape.bottleneck_attention else 0,
             )
             blocks[f"{side}x{side}_in1"] = Block(previous, previous, width, decodes=True)
         else:

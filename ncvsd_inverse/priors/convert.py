@@ -1,9 +1,8 @@
 """Turns the checkpoints of others into priors, without running anything that a file holds.
 
 What a network is, is read from the names and shapes of its tensors; what they do not tell stands
-in the file as plain numbers, or is the value that the authors publish. Networks of EDM2's kind
-become ours; for others a library has the architecture, and a denoiser of this module makes
-x0 = D(x, sigma) of it. It must not know how priors are found by name.
+in the file as plain numbers, is given, or is the value that the authors publish. Networks of EDM2's
+kind become ours, others those of `networks.library`. It must not know how priors are found by name.
 """
 
 import hashlib
@@ -11,28 +10,33 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.checks import check_choice, check_count
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import (
     Network,
     UNetShape,
-    build_network,
     constrain_weights_,
     inference_dtype,
 )
+from ncvsd_inverse.networks.adm import AttentionOrder
+from ncvsd_inverse.networks.library import ADM_LEVELS, ADMDenoiser, Prediction
+from ncvsd_inverse.networks.library import LibraryDenoiser as LibraryDenoiser
+from ncvsd_inverse.networks.library import build_converted as build_converted
 from ncvsd_inverse.networks.magnitude import MPConv
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.ncvsd import GAMMA, NCVSDPrior
+from ncvsd_inverse.priors.selfcheck import LEVELS, DenoisingError, denoising_errors, photograph
 from ncvsd_inverse.unpickle import Inert, read_checkpoint_file, state_dict_of
 
 EDM2_HEAD_CHANNELS = 64
@@ -47,16 +51,69 @@ EDM2_CONSTANTS = {
 BLENDS = ("additional_x_weight", "additional_skips_weight")
 EDM_LEAST_CHANNELS = 128
 """With fewer channels EDM normalises in smaller groups than deepinv's network does."""
-ADM_RESOLUTION = 256
-ADM_LEVELS = 1000
+ADM_SIDES = {4: 64, 5: 128, 6: 256, 7: 512}
+"""Sides of the images of the published networks, pixels, by number of levels."""
+ADM_HEAD_CHANNELS = 64
 ADM_BETAS = (1e-4, 0.02)
-CONTAINERS = ("ema", "state_dict", "model", "net")
+CONTAINERS = ("ema", "model_ema", "state_dict", "model", "net")
 """Entries under which files keep their network, the one to prefer first."""
+LAYOUTS = {
+    "EDM2": r"(unet\.(emb_|enc\.|dec\.|out_|condition_)|logvar_).*",
+    "NCVSD": r"((enc|ctrl|dec)\.(emb_|enc\.|dec\.|out_|additional_)|logvar_).*",
+    "EDM": r"(map_(noise|label|augment|layer0|layer1)\.|(enc|dec)\.\d+x\d+_).*",
+    "ADM": r"((input|output)_blocks|middle_block|time_embed|label_emb|out)\..*",
+    "diffusers": r"((down|up)_blocks|mid_block|(time|class)_embedding|conv_(norm_)?(in|out))\..*",
+}
+"""Names of tensors by whose network has them."""
 UNSAID = "not said by the file; ask those who published it"
-MOST_LISTED = 1000
+MOST_LISTED = 10
 MAX_JSON = 1 << 20
 
-Prediction = Literal["epsilon", "sample", "v_prediction"]
+Schedule = Literal["linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsaid:
+    """What the tensors of some layouts do not tell of their network; None: not given.
+
+    Attributes:
+        schedule: how the noise of an ADM network grows, "linear" or "cosine".
+        head_channels: channels of an attention head, of ADM and EDM2.
+        num_heads: attention heads of each block of ADM, where their number is the same at all
+            levels; not together with `head_channels`.
+        attention_order: of ADM; "new" where it was trained with its new attention order, in which
+            heads are parts of queries, keys and values, else "legacy".
+        size: side of the images of ADM and diffusers, pixels.
+    """
+
+    schedule: Schedule | None = None
+    head_channels: int | None = None
+    num_heads: int | None = None
+    attention_order: AttentionOrder | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("schedule", get_args(Schedule)),
+            ("attention_order", get_args(AttentionOrder)),
+        ):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
+        for name in ("head_channels", "num_heads", "size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.head_channels is not None and self.num_heads is not None:
+            raise ValueError("head_channels and num_heads must not be given together")
+
+    def check_known(self, layout: str, *names: str) -> None:
+        """Check that nothing but `names` was given."""
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if given is not None and field.name not in names:
+                raise ValueError(f"{field.name} must not be given for {layout}, got {given!r}")
+
+
+NOTHING = Unsaid()
 
 
 def convert(
@@ -65,32 +122,70 @@ def convert(
     *,
     licence: str = UNSAID,
     data: str = UNSAID,
+    schedule: Schedule | None = None,
+    head_channels: int | None = None,
+    num_heads: int | None = None,
+    attention_order: AttentionOrder | None = None,
+    size: int | None = None,
+    check: bool = True,
 ) -> PriorCard:
     """Write a foreign checkpoint as a prior of ours: NAME.safetensors and its card, NAME.json.
 
     Tensors are copied one at a time, as float32, so that memory holds the file once at most. Both
     files appear whole, the weights first.
 
+    Before, the denoiser is tried: it must lower the error of a shipped photograph at several noise
+    levels. What a wrong guess of the schedule does shows clearly, of the heads hardly. Networks of
+    other than 1 or 3 channels, those of latents among them, cannot be tried so.
+
     Args:
         src: the checkpoint; see `load_foreign`.
         dst: FOLDER/NAME, with or without ".safetensors"; the folder must exist.
         licence: terms of use of the weights.
         data: what the network was trained on.
+        schedule: how the noise of an ADM network grows; None: the one with which it denoises
+            better, "linear" where it is not tried.
+        head_channels: channels of an attention head, of ADM and EDM2; None: what the file records,
+            else 64.
+        num_heads: attention heads of each block of ADM, instead of `head_channels`.
+        attention_order: of ADM, whether heads are split before queries, keys and values ("legacy",
+            if None) or after ("new").
+        size: side of the images, pixels, where the file does not tell it: of ADM (None: 64, 128,
+            256, 512 for 4, 5, 6, 7 levels) and of diffusers.
+        check: whether the denoiser is tried; False for weights that were never trained.
 
     Returns:
-        The card as written.
+        The card as written; its `training` says what was tried and taken.
 
     Raises:
-        CheckpointError: if `src` cannot be read or is of no known kind.
-        ValueError: if the folder of `dst` does not exist, or a text is empty.
+        CheckpointError: if `src` cannot be read, is of no known kind, or does not denoise; nothing
+            is written then.
+        ValueError: if the folder of `dst` does not exist, or an argument is out of range.
     """
+    told = Unsaid(
+        schedule=schedule,
+        head_channels=head_channels,
+        num_heads=num_heads,
+        attention_order=attention_order,
+        size=size,
+    )
     source, stem = Path(src), Path(dst)
     if stem.suffix in (".safetensors", ".json"):
         stem = stem.with_suffix("")
     if not stem.parent.is_dir():
         raise ValueError(f"dst must lie in an existing folder, got {dst}")
-    found = _read(source)
-    origin = {"converted_from": source.name, "layout": found.layout, "dtype": found.dtype}
+    found = _read(source, told)
+    origin: dict[str, object] = {
+        "converted_from": source.name,
+        "layout": found.layout,
+        "dtype": found.dtype,
+        "self_check": "not wanted",
+    }
+    if check:
+        found, origin["self_check"] = _tried(found, told, source)
+    if found.schedule:
+        how = "as given" if schedule else "by the self-check" if check else "taken unchecked"
+        origin["schedule"] = f"{found.schedule}, {how}"
     if source.is_file():
         with source.open("rb") as file:
             origin["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -135,8 +230,9 @@ def load_foreign(
         NCVSD and EDM2: pickles whose "ema" is the network.
         EDM: such pickles of its DDPM++ and NCSN++ networks, also as plain state dicts, which
             are then taken to be preconditioned as EDM does.
-        ADM (guided diffusion): plain state dicts of the 256x256 networks without classes that
-            deepinv's DiffUNet has, `ffhq_10m.pt` for one.
+        ADM (guided diffusion): plain state dicts, `ffhq_10m.pt` for one, with or without classes
+            and learned variance; their noise is taken to grow linearly, and for what else tensors
+            do not tell the published values are taken. `convert` has options for it, and tries.
         diffusers: a folder of a `UNet2DModel` with its scheduler, a pipeline's or the model's.
         ours: safetensors of a network as trained (one with a card is loaded by `load_prior`).
 
@@ -153,200 +249,10 @@ def load_foreign(
         CheckpointError: if `src` cannot be read or is of no known kind; every tensor that is
             missing, unexpected or of another shape is named.
     """
-    found = _read(Path(src))
-    network = build_converted(found.config, device="cpu")
-    state = network.state_dict()
-    for name, value in found.converted():
-        state[name].copy_(value)
+    found = _read(Path(src), NOTHING)
     where = torch.get_default_device() if device is None else torch.device(device)
-    network.to(where).to_inference(dtype or inference_dtype(where))
-    if found.gamma is None:
-        return DiffusionPrior(
-            network,
-            image_shape=found.image_shape,
-            sigma_min=found.sigma_min,
-            sigma_max=found.sigma_max,
-        )
-    return NCVSDPrior(
-        network,
-        image_shape=found.image_shape,
-        gamma=found.gamma,
-        sigma_min=found.sigma_min,
-        sigma_max=found.sigma_max,
-    )
-
-
-class LibraryDenoiser(nn.Module):
-    """Base of denoisers x0 = D(x, sigma) whose network a library builds; they compute in float32.
-
-    Lower precision would show: a network that predicts noise has its errors multiplied by sigma.
-
-    Attributes:
-        network: the library's network.
-        image_channels: channels of the images.
-        resolution: side of the images, pixels.
-        size_multiple: what both sides must be a multiple of.
-        num_classes: number of class labels, 0 for none.
-    """
-
-    image_channels: int
-    resolution: int
-    size_multiple: int
-    num_classes = 0
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def to_inference(self, dtype: torch.dtype) -> Self:
-        """Make the network ready for passes, in place; it stays in float32 whatever `dtype` is."""
-        return self.eval().requires_grad_(False)
-
-
-class EDMDenoiser(LibraryDenoiser):
-    """EDM's DDPM++ or NCSN++ by deepinv's `NCSNpp`; `arguments` are those of its constructor.
-
-    Source: Karras et al., arXiv 2206.00364.
-    """
-
-    def __init__(self, arguments: Mapping[str, Any], *, sigma_data: float) -> None:
-        from deepinv.models import NCSNpp
-
-        super().__init__(NCSNpp(**arguments, pretrained=None, pixel_std=sigma_data))
-        self.image_channels = arguments["in_channels"]
-        self.resolution = arguments["img_resolution"]
-        self.size_multiple = 1 << (len(arguments["channel_mult"]) - 1)
-        self.num_classes = arguments["label_dim"]
-
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W) of noise std `sigma` (B,); without labels all are 0."""
-        if labels is None and self.num_classes:
-            labels = x.new_zeros(x.shape[0], self.num_classes)
-        x0: Tensor = self.network(x.float(), sigma.float(), class_labels=labels)
-        return x0.to(x.dtype)
-
-
-class VPDenoiser(LibraryDenoiser):
-    """Base of networks that were trained on c (x0 + sigma eps), c = 1/sqrt(1 + sigma^2), at times.
-
-    The time of a sigma between two of its levels is interpolated linearly in log sigma; beyond
-    the levels it is that of the first or last. Predictions are not clipped to [-1, 1].
-
-    Args:
-        network: the library's network.
-        prediction: what it returns: "epsilon" eps, "sample" x0, "v_prediction"
-            c eps - sqrt(1 - c^2) x0. Channels beyond those of the image, a learned variance, are
-            dropped.
-        num_levels: number of times.
-
-    Attributes:
-        log_sigmas: increasing, shape (num_levels,); stored with the weights.
-    """
-
-    log_sigmas: Tensor
-
-    def __init__(self, network: nn.Module, *, prediction: Prediction, num_levels: int) -> None:
-        super().__init__(network)
-        self.prediction = prediction
-        self.register_buffer("log_sigmas", torch.zeros(num_levels))
-
-    def predict(self, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        """Call the network on scaled images (B, C, H, W) at times (B,)."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Denoise `x` (B, C, H, W) of noise std `sigma` (B,); labels (B, K) are one-hot."""
-        noisy, level = x.float(), sigma.float().reshape(-1, 1, 1, 1)
-        scale = (1 + level**2).rsqrt()
-        out = self.predict(scale * noisy, self.time(sigma), labels)[:, : x.shape[1]]
-        if self.prediction == "sample":
-            return out.to(x.dtype)
-        if self.prediction == "v_prediction":
-            return (scale**2 * noisy - level * scale * out).to(x.dtype)
-        return (noisy - level * out).to(x.dtype)
-
-    def time(self, sigma: Tensor) -> Tensor:
-        """Return the times of stds (B,), in [0, num_levels - 1]."""
-        levels = self.log_sigmas
-        wanted = sigma.float().log().clamp(levels[0], levels[-1])
-        above = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1)
-        low, high = levels[above - 1], levels[above]
-        return above - 1 + (wanted - low) / (high - low)
-
-
-class ADMDenoiser(VPDenoiser):
-    """A network of guided diffusion by deepinv's `DiffUNet`; the arguments of its constructor.
-
-    Source: Dhariwal & Nichol, arXiv 2105.05233; betas linear as there.
-    """
-
-    def __init__(self, *, in_channels: int, out_channels: int, large_model: bool) -> None:
-        from deepinv.models import DiffUNet
-
-        network = DiffUNet(in_channels, out_channels, large_model, pretrained=None)
-        # Tables of the library's own wrapper, which is not used here.
-        del network.sqrt_1m_alphas_cumprod, network.sqrt_alphas_cumprod
-        super().__init__(network, prediction="epsilon", num_levels=ADM_LEVELS)
-        self.image_channels = in_channels
-        self.resolution = ADM_RESOLUTION
-        self.size_multiple = 1 << (len(network.channel_mult) - 1)
-
-    def predict(self, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        """Call the network; labels are not taken."""
-        out: Tensor = self.network.forward_diffusion(x, time)  # type: ignore[operator]
-        return out
-
-
-class DiffusersDenoiser(VPDenoiser):
-    """A network of diffusers; `arguments` are those of `UNet2DModel`."""
-
-    def __init__(
-        self, arguments: Mapping[str, Any], *, prediction: Prediction, num_levels: int
-    ) -> None:
-        from diffusers import UNet2DModel
-
-        network = UNet2DModel(**arguments)
-        super().__init__(network, prediction=prediction, num_levels=num_levels)
-        self.image_channels = arguments["in_channels"]
-        self.resolution = arguments["sample_size"]
-        self.size_multiple = 1 << (len(network.down_blocks) - 1)
-        self.num_classes = arguments.get("num_class_embeds") or 0
-
-    def predict(self, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        """Call the network; one trained with classes needs labels."""
-        if self.num_classes and labels is None:
-            raise ValueError("this prior needs a class: use prior.conditioned_on(label)")
-        classes = None if labels is None else labels.argmax(1)
-        out: Tensor = self.network(x, time, class_labels=classes, return_dict=False)[0]
-        return out
-
-
-LIBRARY: dict[str, Callable[..., LibraryDenoiser]] = {
-    "edm": EDMDenoiser,
-    "adm": ADMDenoiser,
-    "diffusers": DiffusersDenoiser,
-}
-"""Kinds of networks, as cards name them, beside those of `networks.build_network`."""
-
-
-def build_converted(config: Mapping[str, Any], device: str) -> Network | LibraryDenoiser:
-    """Build the network of a card without drawing its weights; "meta" takes no memory for them.
-
-    Raises:
-        ValueError: if the configuration is wrong.
-    """
-    entries = dict(config)
-    kind = entries.pop("kind", None)
-    try:
-        with torch.device("meta"):
-            if isinstance(kind, str) and kind in LIBRARY:
-                network: Network | LibraryDenoiser = LIBRARY[kind](**entries)
-            else:
-                network = build_network(dict(config))
-    except Exception as error:
-        # A wrong configuration can break the construction anywhere.
-        raise ValueError(f"its configuration cannot be built: {error}") from error
-    return network if device == "meta" else network.to_empty(device=device)
+    network = _filled(found, where, dtype or inference_dtype(where))
+    return _prior(network, found, found.image_shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +267,8 @@ class Found:
         gamma: how far a conditional network raises the noise level; None for others.
         sigma_min: smallest noise std, image units.
         sigma_max: largest noise std, image units.
+        schedule: how its noise grows, where nothing tells it.
+        guessed: names of the options that could change what was read.
     """
 
     layout: str
@@ -368,6 +276,8 @@ class Found:
     tensors: Mapping[str, Tensor]
     image_shape: tuple[int, int, int]
     gamma: float | None = None
+    schedule: Schedule | None = None
+    guessed: tuple[str, ...] = ()
     sigma_min: float = SIGMA_MIN
     sigma_max: float = SIGMA_MAX
 
@@ -381,16 +291,18 @@ class Found:
     def converted(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors one by one, float32 and as our networks store them.
 
-        EDM2 divides filters by their norm at each pass and the published conditional network clips
-        its blends; ours are stored so.
+        Those of our layers are copies, others may be views of the file. EDM2 divides filters by
+        their norm at each pass and the published conditional network clips its blends; ours are
+        stored so.
         """
         network = build_converted(self.config, "meta")
         layers = dict(network.named_modules())
         for name in network.state_dict():
             owner, _, attribute = name.rpartition(".")
-            value = self.tensors[name].detach().float()
-            if not bool(value.isfinite().all()):
+            stored = self.tensors[name].detach()
+            if stored.numel() and not all(math.isfinite(end) for end in stored.aminmax()):
                 raise CheckpointError(f"the tensor {name} must be finite")
+            value = stored.float()
             layer = layers[owner]
             if isinstance(layer, MPConv):
                 held, layer.weight = layer.weight, nn.Parameter(value.clone(), requires_grad=False)
@@ -401,19 +313,104 @@ class Found:
             yield name, value
 
 
-def _read(path: Path) -> Found:
+def _filled(found: Found, device: torch.device, dtype: torch.dtype) -> Network | LibraryDenoiser:
+    """Return the network with its weights, ready for passes; memory holds them once.
+
+    Each tensor is stored as the passes use it before the next is read.
+    """
+    network = build_converted(found.config, "meta")
+    layers = dict(network.named_modules())
+    for name, value in found.converted():
+        owner, _, attribute = name.rpartition(".")
+        layer, kept = layers[owner], torch.float32
+        if isinstance(layer, MPConv):
+            value, kept = value.mul_(layer.scale), dtype
+            layer.scale = 1.0
+        hollow: Tensor = getattr(layer, attribute)
+        # Where passes want another order in memory, the hollow tensor has it.
+        stored = torch.empty_strided(hollow.shape, hollow.stride(), device=device, dtype=kept)
+        stored.copy_(value)
+        trained = isinstance(hollow, nn.Parameter)
+        setattr(layer, attribute, nn.Parameter(stored, requires_grad=False) if trained else stored)
+    return network.to_inference(dtype)
+
+
+def _prior(
+    network: Network | LibraryDenoiser, found: Found, image_shape: tuple[int, int, int] | None
+) -> NCVSDPrior | DiffusionPrior:
+    if found.gamma is None:
+        return DiffusionPrior(
+            network,
+            image_shape=image_shape,
+            sigma_min=found.sigma_min,
+            sigma_max=found.sigma_max,
+        )
+    return NCVSDPrior(
+        network,
+        image_shape=image_shape,
+        gamma=found.gamma,
+        sigma_min=found.sigma_min,
+        sigma_max=found.sigma_max,
+    )
+
+
+def _read(path: Path, told: Unsaid) -> Found:
     """Read any known checkpoint and check that its tensors are those of its network."""
     try:
-        found = _read_folder(path) if path.is_dir() else _read_file(path)
+        found = _read_folder(path, told) if path.is_dir() else _read_file(path, told)
+        if told.size not in (None, found.image_shape[1]):
+            raise ValueError(f"size is {found.image_shape[1]} by its tensors, got {told.size}")
         network = build_converted(found.config, "meta")
         _check_tensors(network.state_dict(), found.tensors)
     except CheckpointError:
         raise
     except Exception as error:
         # Odd tensors can break the reading of their shapes anywhere.
-        told = str(error) if isinstance(error, ValueError) else repr(error)
-        raise CheckpointError(f"{path} cannot be converted: {told}") from error
+        text = str(error) if isinstance(error, ValueError) else repr(error)
+        raise CheckpointError(f"{path} cannot be converted: {text}") from error
     return found
+
+
+def _tried(found: Found, told: Unsaid, source: Path) -> tuple[Found, object]:
+    """Denoise a photograph; return what was found, its schedule chosen, and the errors.
+
+    Raises:
+        CheckpointError: if the error does not fall, or a schedule was given and the other is
+            better.
+    """
+    channels, side, _ = found.image_shape
+    if channels not in (1, 3):
+        return found, f"not possible: images of {channels} channels are no pictures"
+    network = _filled(found, torch.device("cpu"), inference_dtype("cpu"))
+    x0 = photograph(channels, side, network.size_multiple)
+
+    def errors_at(candidate: Found, levels: Sequence[float]) -> list[DenoisingError]:
+        if isinstance(network, ADMDenoiser):
+            network.log_sigmas.copy_(candidate.tensors["log_sigmas"])
+        return denoising_errors(_prior(network, candidate, None), x0, levels)
+
+    fault = ""
+    if found.schedule:
+        # Halfway a wrong schedule shows best: on a teacher of ours it trebled the error.
+        tried = {name: _scheduled(found, name) for name in get_args(Schedule)}
+        errors = {name: errors_at(one, LEVELS[1:2]) for name, one in tried.items()}
+        best: Schedule = min(tried, key=lambda name: errors[name][0].ratio)
+        found = tried[told.schedule or best]
+        if found.schedule != best:
+            fault = (
+                f"denoises a photograph better with schedule {best!r} ({errors[best][0]}) than "
+                f"with the {found.schedule!r} that was given"
+            )
+    result = errors_at(found, LEVELS)
+    if not all(error.ratio < 1 for error in result):
+        cause = ", ".join(found.guessed) or "its weights, damaged or never trained"
+        fault = f"does not denoise a photograph as it was read; wrong may be {cause}"
+    if fault:
+        raise CheckpointError(
+            f"{source} {fault}; its mean squared errors: {', '.join(map(str, result))}; "
+            "check=False (--no-check) converts it all the same"
+        )
+    return found, [asdict(error) for error in result]
 
 
 def _check_tensors(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> None:
@@ -439,38 +436,59 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:MOST_LISTED]) + rest
 
 
-def _read_file(path: Path) -> Found:
+def _read_file(path: Path, told: Unsaid) -> Found:
     if path.suffix == ".safetensors" and path.is_file():
-        return _recognised(safetensors.torch.load_file(path), None)
+        return _recognised(safetensors.torch.load_file(path), None, told)
     value = read_checkpoint_file(path)
     if isinstance(value, dict):
         inner = (value[name] for name in CONTAINERS if isinstance(value.get(name), Inert | dict))
         value = next(inner, value)
     if isinstance(value, Inert):
-        return _recognised(state_dict_of(value), value)
+        return _recognised(state_dict_of(value), value, told)
     if not isinstance(value, dict) or not value:
         raise ValueError(f"it must hold a network or a state dict, got a {type(value).__name__}")
     odd = [str(name) for name, entry in value.items() if not isinstance(entry, Tensor)]
     if odd:
         raise ValueError(f"a state dict must hold tensors only, got others: {_listed(odd)}")
-    return _recognised({str(name): entry for name, entry in value.items()}, None)
+    return _recognised({str(name): entry for name, entry in value.items()}, None, told)
 
 
-def _recognised(state: dict[str, Tensor], module: Inert | None) -> Found:
+def _recognised(state: dict[str, Tensor], module: Inert | None, told: Unsaid) -> Found:
     """Tell whose network has these tensors; `module` is what held them, if anything did."""
     for prefix in ("module.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     if "input_blocks.0.0.weight" in state:
-        return _adm(state)
+        return _adm(state, told)
     if "map_layer0.weight" in state:
-        return _edm(state, module)
+        return _edm(state, module, told)
     if "unet.emb_noise.weight" in state or "ctrl.emb_noise.weight" in state:
-        return _edm2(state, module)
-    raise ValueError(f"its tensors are of no known network: {_listed(list(state))}")
+        return _edm2(state, module, told)
+    raise ValueError(_unknown(state))
 
 
-def _edm2(state: dict[str, Tensor], module: Inert | None) -> Found:
+def _unknown(state: Mapping[str, Tensor]) -> str:
+    """Tell what a state dict of no known network is nearest to, and what does not fit there."""
+    odd = {
+        layout: [name for name in state if not re.fullmatch(pattern, name)]
+        for layout, pattern in LAYOUTS.items()
+    }
+    nearest = min(odd, key=lambda layout: len(odd[layout]))
+    if len(odd[nearest]) == len(state):
+        return (
+            f"its tensors are of no known network: {_listed(odd[nearest])}; not one has a name of "
+            f"the known layouts, {', '.join(LAYOUTS)}"
+        )
+    if nearest == "diffusers":
+        hint = "which are read as folders, with config.json and scheduler_config.json"
+    elif odd[nearest]:
+        hint = f"where these do not fit: {_listed(odd[nearest])}"
+    else:
+        hint = "whose first layers it lacks"
+    return f"its tensors are of no known network; the nearest known layout is {nearest}, {hint}"
+
+
+def _edm2(state: dict[str, Tensor], module: Inert | None, told: Unsaid) -> Found:
     """Describe a network of EDM2's kind: a teacher, a published conditional one, or our light one.
 
     Sources: Karras et al., arXiv 2312.02696; Peng et al., arXiv 2506.09416.
@@ -480,23 +498,36 @@ def _edm2(state: dict[str, Tensor], module: Inert | None) -> Found:
         for name, known in EDM2_CONSTANTS.items():
             if inert.state.get(name, known) != known:
                 raise ValueError(f"{name} must be {known}, got {inert.state[name]!r}")
+    told.check_known("EDM2", "head_channels", "size")
     kind = "denoiser" if "unet.emb_noise.weight" in state else "controlled"
-    branch = "unet." if kind == "denoiser" else "enc."
+    branch, decoder = ("unet.", "unet.dec.") if kind == "denoiser" else ("enc.", "dec.dec.")
     if "unet.emb_condition.weight" in state:
         kind = "concat"
-    encoder = _Encoder(state, f"{branch}enc.", "conv_res0", "attn_qkv")
+    encoder = _Encoder(state, (f"{branch}enc.", decoder), "conv_res0", "attn_qkv")
     inputs = encoder.inputs - 1
     image_channels = inputs // 2 if kind == "concat" else inputs
     labels = state.get(f"{branch}emb_label.weight")
+    recorded = _head_channels(modules)
+    if None not in (told.head_channels, recorded) and told.head_channels != recorded:
+        raise ValueError(f"head_channels is {recorded} by the file, got {told.head_channels}")
+    head_channels = recorded or told.head_channels or EDM2_HEAD_CHANNELS
+    attending = [
+        c for s, c in zip(encoder.sides, encoder.channels, strict=True) if s in encoder.attention
+    ]
+    for channels in attending + [encoder.channels[-1]] * encoder.bottleneck_attention:
+        if channels % head_channels:
+            raise ValueError(f"head_channels must divide {channels} channels, got {head_channels}")
     shape = UNetShape(
         resolution=encoder.sides[0],
         image_channels=image_channels,
         channels=encoder.channels,
         blocks=encoder.blocks,
         attention=encoder.attention,
-        head_channels=_head_channels(modules, EDM2_HEAD_CHANNELS),
+        bottleneck_attention=encoder.bottleneck_attention,
+        head_channels=head_channels,
         num_classes=0 if labels is None else labels.shape[-1],
     )
+    attends = bool(encoder.attention) or encoder.bottleneck_attention
     sigma_data = _recorded(modules, "sigma_data", 0.5)
     return Found(
         layout="EDM2" if kind == "denoiser" else "NCVSD",
@@ -504,16 +535,18 @@ def _edm2(state: dict[str, Tensor], module: Inert | None) -> Found:
         tensors=state,
         image_shape=(image_channels, encoder.sides[0], encoder.sides[0]),
         gamma=None if kind == "denoiser" else _recorded(modules, "gamma", GAMMA),
+        guessed=("head_channels",) if attends and recorded is None else (),
     )
 
 
-def _edm(state: dict[str, Tensor], module: Inert | None) -> Found:
+def _edm(state: dict[str, Tensor], module: Inert | None, told: Unsaid) -> Found:
     """Describe EDM's DDPM++ or NCSN++. Source: Karras et al., arXiv 2206.00364, table 1."""
+    told.check_known("EDM", "size")
     if module is not None and module.name != "EDMPrecond":
         raise ValueError(f"its preconditioning must be EDM's, got {module.name}")
     if "out_conv.weight" in state:
         raise ValueError("its network is EDM's variant of ADM, which no library here carries")
-    encoder = _Encoder(state, "enc.", "conv0", "qkv")
+    encoder = _Encoder(state, ("enc.", "dec."), "conv0", "qkv")
     first = state[f"enc.{encoder.sides[0]}x{encoder.sides[0]}_conv.weight"].shape[0]
     if min(first, *encoder.channels) < EDM_LEAST_CHANNELS:
         raise ValueError(
@@ -543,23 +576,91 @@ def _edm(state: dict[str, Tensor], module: Inert | None) -> Found:
     )
 
 
-def _adm(state: dict[str, Tensor]) -> Found:
-    """Describe a network of guided diffusion; what deepinv's does not carry shows by its names."""
-    width, in_channels = state["input_blocks.0.0.weight"].shape[:2]
-    out = state.get("out.2.weight")
-    config: dict[str, object] = {
-        "kind": "adm",
+def _adm(state: dict[str, Tensor], told: Unsaid) -> Found:
+    """Describe a network of guided diffusion.
+
+    Residual blocks that change the side have the names of others; how many levels there are shows
+    in the decoder, where they come second in their stage.
+
+    Source: Dhariwal & Nichol, arXiv 2105.05233; the sides by levels are those of its networks.
+    """
+    last = max(
+        (int(n.split(".")[1]) for n in state if re.match(r"output_blocks\.\d+\.", n)), default=-1
+    )
+    raising = re.compile(r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight", re.ASCII)
+    levels = 1 + len({match[1] for match in map(raising.fullmatch, state) if match})
+    blocks, rest = (last + 1) // levels - 1, (last + 1) % levels
+    if rest or blocks < 1:
+        raise ValueError(f"{levels} levels must share its output blocks, got {last + 1}")
+    first = [f"input_blocks.{1 + level * (blocks + 1)}." for level in range(levels)]
+    try:
+        channels = [state[f"{stage}0.in_layers.2.weight"].shape[0] for stage in first]
+        embedding = state["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+        in_channels = state["input_blocks.0.0.weight"].shape[1]
+        out_channels = state["out.2.weight"].shape[0]
+        model_channels = state["time_embed.0.weight"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"its network lacks a layer: {error}") from None
+    # The published networks of 6 channels each way double the side of a small image beside noise.
+    if out_channels not in (in_channels, 2 * in_channels) or in_channels == out_channels == 6:
+        raise ValueError(
+            "its network must return its image's channels, once or with a variance twice, got "
+            f"{out_channels} for {in_channels}"
+        )
+    side = told.size or ADM_SIDES.get(levels)
+    if side is None or side % (1 << (levels - 1)):
+        raise ValueError(
+            f"size must be given, a multiple of {1 << (levels - 1)}, for a network of {levels} "
+            f"levels, got {side}"
+        )
+    by, count = ("head_channels", told.head_channels or ADM_HEAD_CHANNELS)
+    if told.num_heads:
+        by, count = "num_heads", told.num_heads
+    labels = state.get("label_emb.weight")
+    arguments: dict[str, object] = {
+        "resolution": side,
         "in_channels": in_channels,
-        "out_channels": 2 * in_channels if out is None else out.shape[0],
-        "large_model": width == 256,
+        "out_channels": out_channels,
+        "model_channels": model_channels,
+        "channels": channels,
+        "blocks": blocks,
+        "attention": [
+            side >> level for level, stage in enumerate(first) if f"{stage}1.qkv.weight" in state
+        ],
+        "heads": [by, count],
+        "attention_order": told.attention_order or "legacy",
+        "block_resampling": f"input_blocks.{blocks + 1}.0.op.weight" not in state,
+        "scale_shift": embedding == 2 * channels[0],
+        "num_classes": 0 if labels is None else labels.shape[0],
     }
-    betas = torch.linspace(*ADM_BETAS, ADM_LEVELS, dtype=torch.float64)
-    side = ADM_RESOLUTION
-    return _vp("ADM", config, state, (1 - betas).cumprod(0), (in_channels, side, side))
+    found = Found(
+        layout="ADM",
+        config={"kind": "adm", "arguments": arguments},
+        tensors={f"network.{name}": value for name, value in state.items()},
+        image_shape=(in_channels, side, side),
+        guessed=("schedule", "head_channels", "num_heads", "attention_order", "size"),
+    )
+    return _scheduled(found, told.schedule or "linear")
 
 
-def _read_folder(path: Path) -> Found:
+def _scheduled(found: Found, schedule: Schedule) -> Found:
+    """Return `found` with noise that grows by a schedule of ADM's.
+
+    Sources: Ho et al., arXiv 2006.11239, section 4; Nichol & Dhariwal, arXiv 2102.09672, equation
+    17, with its betas of at most 0.999.
+    """
+    if schedule == "linear":
+        betas = torch.linspace(*ADM_BETAS, ADM_LEVELS, dtype=torch.float64)
+    else:
+        times = torch.linspace(0, 1, ADM_LEVELS + 1, dtype=torch.float64)
+        kept = ((times + 0.008) / 1.008 * math.pi / 2).cos().square()
+        betas = (1 - kept[1:] / kept[:-1]).clamp(max=0.999)
+    return replace(_noised(found, (1 - betas).cumprod(0)), schedule=schedule)
+
+
+def _read_folder(path: Path, told: Unsaid) -> Found:
     """Read a `UNet2DModel` of diffusers and the schedule of its noise."""
+    told.check_known("diffusers", "size")
     model = path / "unet" if (path / "unet").is_dir() else path
     entries = _read_json(model / "config.json")
     if entries.get("_class_name") != "UNet2DModel":
@@ -570,9 +671,14 @@ def _read_folder(path: Path) -> Found:
     if arguments.get("class_embed_type") is not None:
         raise ValueError("its classes must be embedded by index")
     _check_most(arguments, "layers_per_block", 100)
-    side, channels = arguments.get("sample_size"), arguments.setdefault("in_channels", 3)
+    if arguments.get("sample_size") is None:
+        arguments["sample_size"] = told.size
+    side, channels = arguments["sample_size"], arguments.setdefault("in_channels", 3)
     if type(side) is not int or type(channels) is not int:
-        raise ValueError(f"its images must be squares of known size, got {side!r}, {channels!r}")
+        raise ValueError(
+            f"its images must be squares of known size, got {side!r}, {channels!r}; where its "
+            "configuration has no sample_size, give size"
+        )
     weights = model / "diffusion_pytorch_model.safetensors"
     if weights.is_file():
         state = safetensors.torch.load_file(weights)
@@ -592,28 +698,23 @@ def _read_folder(path: Path) -> Found:
         "num_levels": len(alphas),
     }
     renamed = {_attention_name(name): value for name, value in state.items()}
-    return _vp("diffusers", config, renamed, alphas, (channels, side, side))
+    found = Found(
+        layout="diffusers",
+        config=config,
+        tensors={f"network.{name}": value for name, value in renamed.items()},
+        image_shape=(channels, side, side),
+    )
+    return _noised(found, alphas)
 
 
-def _vp(
-    layout: str,
-    config: dict[str, object],
-    state: dict[str, Tensor],
-    alphas: Tensor,
-    image_shape: tuple[int, int, int],
-) -> Found:
-    """Describe a network of scaled noise; `alphas` (T,) are the squared scales at its times."""
+def _noised(found: Found, alphas: Tensor) -> Found:
+    """Return a network of scaled noise with `alphas` (T,), the squared scales at its times."""
     if not bool(((alphas > 0) & (alphas < 1)).all()) or not bool((alphas.diff() < 0).all()):
         raise ValueError("its noise must grow from time to time and never drown the image")
     log_sigmas = ((1 - alphas) / alphas).log() / 2
-    return Found(
-        layout=layout,
-        config=config,
-        tensors={
-            "log_sigmas": log_sigmas.float(),
-            **{f"network.{name}": value for name, value in state.items()},
-        },
-        image_shape=image_shape,
+    return replace(
+        found,
+        tensors={**found.tensors, "log_sigmas": log_sigmas.float()},
         sigma_min=math.exp(log_sigmas[0]),
         sigma_max=math.exp(log_sigmas[-1]),
     )
@@ -672,9 +773,9 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 class _Encoder:
-    """What the names and shapes of an encoder of NVIDIA's U-Nets tell of it.
+    """What the names and shapes of NVIDIA's U-Nets tell of the encoder, and where blocks attend.
 
-    Layers are called SIDExSIDE_conv, _down and _blockN.
+    Layers are called SIDExSIDE_conv, _down and _blockN, those of the decoder also _in0.
 
     Attributes:
         sides: sides of its levels, pixels, the finest first.
@@ -682,28 +783,37 @@ class _Encoder:
         channels: channels of each level.
         blocks: blocks of each level.
         attention: sides at which blocks attend.
+        bottleneck_attention: whether the decoder's first block attends.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], prefix: str, conv: str, attends: str) -> None:
-        pattern = re.compile(re.escape(prefix) + r"(\d{1,5})x\1_(\w+)\.([\w.]+)", re.ASCII)
-        found = [match.groups() for match in map(pattern.fullmatch, state) if match]
-        self.sides = sorted({int(side) for side, _, _ in found}, reverse=True)
-        layers = {
-            f"{side}_{layer}.{rest}": f"{side}x{side}_{layer}.{rest}" for side, layer, rest in found
-        }
+    def __init__(
+        self, state: Mapping[str, Tensor], prefixes: tuple[str, str], conv: str, attends: str
+    ) -> None:
+        encoder, decoder = (_layers(state, prefix) for prefix in prefixes)
+        self.sides = sorted({side for side, _, _ in encoder}, reverse=True)
+
+        def width(layer: str, axis: int) -> int:
+            return state[f"{prefixes[0]}{layer}.weight"].shape[axis]
+
         try:
             first = self.sides[0]
-            self.inputs: int = state[prefix + layers[f"{first}_conv.weight"]].shape[1]
-            self.channels: tuple[int, ...] = tuple(
-                state[prefix + layers[f"{side}_block0.{conv}.weight"]].shape[0]
-                for side in self.sides
-            )
+            self.inputs = width(f"{first}x{first}_conv", 1)
+            self.channels = tuple(width(f"{s}x{s}_block0.{conv}", 0) for s in self.sides)
         except (IndexError, KeyError) as error:
             raise ValueError(f"its encoder lacks a layer: {error}") from None
-        blocks = {layer for side, layer, _ in found if int(side) == first}
+        blocks = {layer for side, layer, _ in encoder if side == first}
         self.blocks = sum(layer.startswith("block") for layer in blocks)
-        attending = {int(side) for side, _, rest in found if rest == f"{attends}.weight"}
-        self.attention = tuple(sorted(attending, reverse=True))
+        attending = [layer for layer in encoder + decoder if layer[2] == f"{attends}.weight"]
+        sides = {side for side, layer, _ in attending if layer.startswith("block")}
+        self.attention = tuple(sorted(sides, reverse=True))
+        self.bottleneck_attention = any(layer == "in0" for _, layer, _ in attending)
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> list[tuple[int, str, str]]:
+    """Return the side, the layer and the rest of each name that begins with `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,5})x\1_(\w+)\.([\w.]+)", re.ASCII)
+    found = (match.groups() for match in map(pattern.fullmatch, state) if match)
+    return [(int(side), layer, rest) for side, layer, rest in found]
 
 
 def _modules(module: Inert) -> Iterator[Inert]:
@@ -722,8 +832,8 @@ def _recorded(modules: Iterable[Inert], name: str, default: float) -> float:
     return float(came)  # type: ignore[arg-type]
 
 
-def _head_channels(modules: Iterable[Inert], default: int) -> int:
-    """Return the channels of an attention head, of the first module that attends."""
+def _head_channels(modules: Iterable[Inert]) -> int | None:
+    """Return the channels of an attention head, of the first module that attends and tells."""
     for module in modules:
         heads, inner = module.state.get("num_heads"), module.state.get("_modules")
         if type(heads) is int and heads > 0 and isinstance(inner, dict) and "attn_proj" in inner:
@@ -731,7 +841,7 @@ def _head_channels(modules: Iterable[Inert], default: int) -> int:
             if width % heads:
                 raise ValueError(f"{heads} attention heads must divide {width} channels")
             return width // heads
-    return default
+    return None
 
 
 def _write_weights(path: Path, found: Found) -> str:

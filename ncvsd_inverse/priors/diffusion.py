@@ -18,7 +18,7 @@ from ncvsd_inverse.protocols import Generators
 from ncvsd_inverse.schedules import karras
 
 if TYPE_CHECKING:
-    from ncvsd_inverse.priors.convert import Prediction
+    from ncvsd_inverse.networks.library import Prediction
 
 GENERATION_STEPS = 35
 """Denoiser calls for an image from nothing."""

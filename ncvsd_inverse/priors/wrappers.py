@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_choice
+from ncvsd_inverse.networks.library import Prediction, VPDenoiser
 from ncvsd_inverse.priors.base import as_module, check_output
-from ncvsd_inverse.priors.convert import Prediction, VPDenoiser
 
 
 class UnitRange(nn.Module):
