@@ -89,7 +89,7 @@ def main() -> None:
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     large, small = (1, 3, 256, 256), (8, 3, 64, 64)
-    table = [HEADER]
+    table: list[tuple[str, ...]] = [HEADER]
     table += [time_row(row, large, settings.repeats) for row in make_rows(large, ("3", "30", "40"))]
     table += [time_row(row, small, settings.repeats) for row in make_rows(small, ("1", "1", "-"))]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -55,7 +56,7 @@ def loop(prior_name: str, repeats: int) -> None:
     for name in ("inpaint_box", "deblur_gaussian"):
         task = make_task(name, 64)
         y = task.operator.measure(x, task.sigma_y, generator=torch.Generator().manual_seed(1))
-        runs[name] = lambda y=y, op=task.operator: solve(y, operator=op, prior=prior, nfe=10)
+        runs[name] = partial(solve, y, operator=task.operator, prior=prior, nfe=10)
     medians = alternate(runs, repeats)
     base = medians.pop("ten forwards")
     print(f"ten forwards, batch 8, 64x64, {prior_name}: {base * 1e3:.0f} ms")
@@ -81,7 +82,7 @@ def imports(repeats: int) -> None:
     """Print the import time over torch's, each in a fresh interpreter."""
     statements = ("import torch", "from ncvsd_inverse import solve")
     runs: dict[str, Callable[[], object]] = {
-        code: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)
+        code: partial(subprocess.run, [sys.executable, "-c", code], check=True)
         for code in statements
     }
     base, ours = alternate(runs, repeats).values()
@@ -94,11 +95,11 @@ def convolutions(repeats: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(16, 128, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
         w = torch.randn(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
-        runs[str(dtype)] = lambda x=x, w=w: torch.nn.functional.conv2d(x, w, padding=1)
+        runs[str(dtype)] = partial(torch.nn.functional.conv2d, x, w, padding=1)
     medians = alternate(runs, repeats)
     work = 2 * 16 * 128 * 128 * 9 * 32 * 32
-    for dtype, median in medians.items():
-        print(f"convolution, {dtype}: {work / median / 1e12:.2f} TFLOP/s")
+    for name, median in medians.items():
+        print(f"convolution, {name}: {work / median / 1e12:.2f} TFLOP/s")
     print(f"networks run in {inference_dtype('cpu')} on this CPU")
 
 

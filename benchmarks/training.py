@@ -7,9 +7,10 @@ discriminator, generator) and of its whole iteration: of `DistillRun` in float32
 compiled and not, and of a plain loop, which is written below: a fresh batch for each step, float32,
 not compiled, every weight normalised within autograd at every forward pass, as EDM2's equations
 say. (The published code also overwrites the stored weights in each training pass; that is left
-out, which favours the plain loop.) Times are medians of iterations taken in turn in one process.
-Memory is the peak over what the process held before its networks were made, each way in a fresh
-process: resident memory on a CPU, allocated memory on a GPU.
+out, which favours the plain loop.) Neither has the energy score that some presets add. Times are
+medians of iterations taken in turn in one process. Memory is the peak over what the process held
+before its networks were made, each way in a fresh process: resident memory on a CPU, allocated
+memory on a GPU.
 
 The trainer's steps share, in each iteration, one batch of images, the noisy views y and the images
 that the generator draws from y: two of three generator passes and two of three batches are saved.
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +66,19 @@ from ncvsd_inverse.networks import (
 from ncvsd_inverse.networks.magnitude import MPConv
 from ncvsd_inverse.schedules import karras
 
+Network = TypeVar("Network", bound=nn.Module)
+
 STEPS = ("score", "discriminator", "generator")
 ITERATION = "iteration"
 PLAIN = "plain"
-OURS = {
-    "float32": {"precision": "float32", "compile": False},
-    "float32 compiled": {"precision": "float32", "compile": True},
-    "bfloat16": {"precision": "bfloat16", "compile": False},
-    "bfloat16 compiled": {"precision": "bfloat16", "compile": True},
+OURS: dict[str, tuple[Literal["float32", "bfloat16"], bool]] = {
+    "float32": ("float32", False),
+    "float32 compiled": ("float32", True),
+    "bfloat16": ("bfloat16", False),
+    "bfloat16 compiled": ("bfloat16", True),
 }
+"""Precision of our ways to train, and whether the networks are compiled."""
+
 GOALS = (
     "goals over the plain loop: on a CPU with AMX 4 times in bfloat16 and 1.3 times in float32, "
     "on a GPU 2 times in bfloat16 compiled"
@@ -167,10 +173,10 @@ class MeteredRun(DistillRun):
 
     meter: Meter
 
-    def descend(self, name: str, losses: Iterator[Tensor]) -> None:
+    def descend(self, name: str, losses: Iterator[Tensor], *, rate: float | None = None) -> None:
         """Take one optimiser step of module `name`."""
         with self.meter.part(name):
-            super().descend(name, losses)
+            super().descend(name, losses, rate=rate)
 
 
 class UnitFilters(nn.Module):
@@ -180,10 +186,11 @@ class UnitFilters(nn.Module):
         """Normalise `weight`, (filters, ...)."""
         dims = tuple(range(1, weight.ndim))
         norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
-        return weight / (1e-4 + norm / weight[0].numel() ** 0.5)
+        out: Tensor = weight / (1e-4 + norm / weight[0].numel() ** 0.5)
+        return out
 
 
-def normalised(network: nn.Module) -> nn.Module:
+def normalised(network: Network) -> Network:
     """Let every layer of `network` normalise its weight whenever it is used."""
     for layer in [m for m in network.modules() if isinstance(m, MPConv)]:
         register_parametrization(layer, "weight", UnitFilters())
@@ -230,7 +237,7 @@ class PlainLoop:
                 self.discriminator.requires_grad_(name == "discriminator")
                 optimizer = self.optimizers[name]
                 optimizer.zero_grad()
-                loss().backward()
+                torch.autograd.backward(loss())
                 optimizer.param_groups[0]["lr"] = 1e-4
                 optimizer.step()
         with torch.no_grad():
@@ -310,7 +317,9 @@ def make_way(name: str, config: DistillConfig, device: torch.device, folder: Pat
     batches = data.batches(0, config.batch_size, seed=0)
     if name == PLAIN:
         return Way(PlainLoop(config, batches, teacher, meter).iterate, meter)
-    run = MeteredRun(replace(config, **OURS[name]), data, folder / name, teacher)
+    precision, compiled = OURS[name]
+    config = replace(config, precision=precision, compile=compiled)
+    run = MeteredRun(config, data, folder / name, teacher)
     run.meter = meter
     return Way(lambda: run.advance(next(batches)), meter)
 
@@ -411,8 +420,15 @@ def main() -> None:
     config = load_distill_config(args.preset)
     if config.network.image_channels != 3 or config.network.num_classes:
         parser.error(f"--preset must be one of colour images without classes, got {args.preset}")
-    config = replace(config, images=10**9, adversarial_images=0, microbatch=None)
-    config = replace(config, batch_size=args.batch or config.batch_size)
+    config = replace(
+        config,
+        images=10**9,
+        batch_size=args.batch or config.batch_size,
+        microbatch=None,
+        adversarial_images=0,
+        energy_images=0,
+        energy_weight=0.0,
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.peaks_of:
         print(json.dumps(measure_peaks(args.peaks_of, config, device)))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.security.fuzz_unpickle import persistent_pickle
+from fuzz_unpickle import persistent_pickle
 from ncvsd_inverse.networks import ControlledDenoiser, UNetShape
 from ncvsd_inverse.priors.convert import convert
 
