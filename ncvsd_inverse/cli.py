@@ -437,9 +437,17 @@ def convert_file(
         bool,
         typer.Option("--check/--no-check", help="Whether it must denoise a shipped photograph."),
     ] = True,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--statistics/--no-statistics",
+            help="Whether its statistics are measured at once; else when it is first used.",
+        ),
+    ] = True,
 ) -> None:
     """Write the checkpoint of others as a prior, and run no code that it holds."""
     from ncvsd_inverse.priors.convert import UNSAID, convert
+    from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 
     card = convert(
         source,
@@ -466,6 +474,14 @@ def convert_file(
         )
         tried = f"mean squared error of a photograph {', '.join(falls)}"
     typer.echo(f"self-check: {tried}")
+    of_latents = card.image_shape is not None and card.image_shape[0] == LATENT_CHANNELS
+    if measure and not of_latents:
+        loaded = load_prior(stem)
+        if lacks := lacks_statistics(loaded):
+            typer.echo(f"statistics: none, {lacks}; ncvsd statistics {stem} --data IMAGES")
+        else:
+            with_own_statistics(loaded, loaded.image_shape or (3, SIDE, SIDE))
+            typer.echo("statistics: measured from images that it generated")
 
 
 @app.command()

@@ -11,11 +11,11 @@ r"""Compare priors by where their statistics come from, and by how many images w
         --data DIR/natural/val.zip --images 8 --draws 2 --measure-at 256 \
         --rows shipped 2 4 8 16 --calls 10 --out experiments/statistics/natural_few.json
 
-Rows: `shipped`, the statistics of the card, measured on validation images; a number, statistics
-that the prior measures from so many images that it generates; `own`, from as many as it takes by
-default; `teacher`, the teacher's draws of one call with statistics of its own; `gibbs`, the
-published loop, which needs none. Prints PSNR and lpips-alex of the first draw and CRPS of all; a
-stopped run goes on with the same command.
+Rows: `shipped`, the student with the statistics of its card, measured on validation images; `own`,
+with those that it measures from images that it generates, or from NUMBER of them; `teacher` and
+`teacher-own`, draws of one call of the teacher, likewise; `gibbs`, the student in the published
+loop, which needs none. Prints PSNR and lpips-alex of the first draw and CRPS of all; a stopped run
+goes on with the same command.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.solver import Method
 from ncvsd_inverse.tasks import SIGMA_Y, make_task
 
+ROWS = ("shipped", "own", "teacher", "teacher-own", "gibbs")
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="most images (%(default)s)")
     parser.add_argument("--size", type=int, default=64, help="side of crops (%(default)s)")
     parser.add_argument("--draws", type=int, default=8, help="draws an image (%(default)s)")
-    parser.add_argument("--rows", nargs="+", default=["shipped", "own", "teacher", "gibbs"])
+    parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--calls", nargs="+", type=int, default=[4, 10])
     parser.add_argument("--measure-at", type=int, help="side of generated images of any size")
@@ -79,8 +80,8 @@ def main() -> None:
 
 def find_prior(name: str, row: str, side: int | None) -> Prior:
     """Return the prior of a row, with its statistics."""
-    prior = load_prior(f"{name}_teacher" if row == "teacher" else name)
-    if row in ("shipped", "gibbs"):
+    prior = load_prior(f"{name}_teacher" if row.startswith("teacher") else name)
+    if row in ("shipped", "teacher", "gibbs"):
         return prior
     shape = None if prior.image_shape is not None or side is None else (3, side, side)
     number = int(row) if row.isdecimal() else None
