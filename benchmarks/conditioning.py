@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ncvsd_inverse import solve
 from ncvsd_inverse.conditioning import Conditioning
-from ncvsd_inverse.covariance import SpectralCovariance
+from ncvsd_inverse.covariance import Covariance
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.priors import load_prior
@@ -38,7 +38,7 @@ class Watched(Conditioning):
     def draw(
         self,
         x: Tensor,
-        covariance: SpectralCovariance,
+        covariance: Covariance,
         *,
         generator: Generators = None,
         temperature: float = 1.0,

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from ncvsd_inverse import __version__, cli
 from ncvsd_inverse.images import read_image, write_image
-from ncvsd_inverse.priors import GaussianPrior
+from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
 from ncvsd_inverse.tasks import list_more_tasks, list_tasks, make_task
 
 pytestmark = [
@@ -262,6 +263,92 @@ def test_a_published_prior_is_described_without_a_network(run, only_published):
     assert err.startswith("error: there is no someone/faces")
 
 
+NEITHER = ("--no-check", "--no-statistics")
+
+
+class Denoises(torch.nn.Module):
+    """The posterior mean of smooth pictures."""
+
+    image_channels = 3
+
+    def forward(self, x, sigma):
+        return SmoothPrior.of_shape(x.shape[1:]).denoise(x, sigma)
+
+
+class Store:
+    """Where statistics go in these tests."""
+
+    def __init__(self):
+        self.kept = []
+
+    def write(self, statistics):
+        self.kept.append(statistics)
+        return Path("card.json")
+
+
+def diffusion():
+    prior = DiffusionPrior(Denoises(), image_shape=(3, 16, 16))
+    prior.statistics_store = Store()
+    return prior
+
+
+def test_statistics_are_measured_and_kept(run, tmp_path, prior):
+    prior.kind = diffusion()
+    status, out, err = run("statistics", "stand_in", "--images", 4)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "kept in card.json"
+    assert "given a view at sigma 0.2: 0." in out
+    (of_own,) = prior.kind.statistics_store.kept
+    for number in range(3):
+        x = 0.3 * torch.randn(1, 3, 20, 18, generator=torch.Generator().manual_seed(number))
+        write_image(tmp_path / f"{number}.png", x)
+    assert run("statistics", "stand_in", "--data", tmp_path, "--images", 2)[0] == 0
+    assert prior.kind.statistics_store.kept[-1] != of_own
+
+
+def test_what_cannot_be_measured_is_said(run, prior):
+    prior.kind = diffusion()
+    prior.kind.sigma_max = 0.5
+    status, _, err = run("statistics", "stand_in")
+    assert status == 1
+    assert err.startswith("error: data must be given to measure statistics: its sigma_max is 0.5")
+    prior.kind.statistics_store = None
+    status, _, err = run("statistics", "stand_in")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "PRIOR must be a copy of stand_in" in err
+
+
+def test_a_diffusion_prior_takes_steps_and_the_loop_is_named(run, tmp_path, prior):
+    prior.kind = diffusion()
+    picture = tmp_path / "picture.png"
+    write_image(picture, torch.zeros(1, 3, 16, 16))
+    words = [picture, "--simulate", "--task", "inpaint_box", "--prior", "stand_in"]
+    status, out, _ = run("solve", *words, "--nfe", 4, "-o", tmp_path / "one")
+    assert status == 0
+    assert "conditioning loop, 4 network calls" in out
+    assert len(json.loads((tmp_path / "one" / "picture.json").read_text())["schedule"]) == 4
+    assert prior.kind.statistics_store.kept == [prior.kind.statistics]
+    status, out, _ = run("solve", *words, "--nfe", 4, "--steps", 2, "-o", tmp_path / "two")
+    assert len(json.loads((tmp_path / "two" / "picture.json").read_text())["schedule"]) == 2
+    prior.kind = SmoothPrior.of_shape((3, 16, 16))
+    status, _, err = run("solve", *words, "--steps", 2, "-o", tmp_path / "three")
+    assert (status, err) == (1, "error: --steps must come with a diffusion prior, got stand_in\n")
+
+
+def test_a_weaker_loop_is_warned_of_in_a_line(run, tmp_path, prior):
+    prior.kind = AnySize()
+    picture = tmp_path / "picture.png"
+    write_image(picture, torch.zeros(1, 3, 16, 16))
+    words = [picture, "--simulate", "--task", "inpaint_box", "--prior", "stand_in"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        status, out, err = run("solve", *words, "--nfe", 4, "-o", tmp_path / "out")
+    assert status == 0
+    assert "gibbs loop" in out
+    assert err.startswith("warning: the loop is 'gibbs', the weaker one")
+    assert err.count("\n") == 1
+
+
 def test_a_checkpoint_is_converted(run, tmp_path, monkeypatch):
     from ncvsd_inverse.priors import convert
 
@@ -279,7 +366,7 @@ def test_a_checkpoint_is_converted(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "convert", stand_in)
     target = tmp_path / "theirs.safetensors"
-    status, out, err = run("convert", "net.pkl", target, "--licence", "CC0")
+    status, out, err = run("convert", "net.pkl", target, "--licence", "CC0", "--no-statistics")
     assert (status, err) == (0, "")
     untold = ("schedule", "head_channels", "num_heads", "attention_order", "size")
     expected = {
@@ -301,13 +388,19 @@ def test_a_checkpoint_is_converted(run, tmp_path, monkeypatch):
     }
     told = {"schedule": "cosine", "num_heads": 4, "attention_order": "new", "size": 64}
     flat = [text for key, value in told.items() for text in (f"--{key.replace('_', '-')}", value)]
-    status, out, err = run("convert", "net.pkl", target, "--no-check", *flat)
+    status, out, err = run("convert", "net.pkl", target, *NEITHER, *flat)
     assert (status, err) == (0, "")
     assert came == {**expected, **told, "check": False, "licence": convert.UNSAID}
     assert out.splitlines()[1:] == [
         "noise schedule: cosine, as given",
         "self-check: mean squared error of a photograph 0.25 to 0.0123 at noise std 0.5",
     ]
+    loaded = diffusion()
+    monkeypatch.setattr(cli, "load_prior", lambda stem: loaded)
+    assert "statistics: measured" in run("convert", "net.pkl", target, "--no-check")[1]
+    assert loaded.statistics_store.kept == [loaded.statistics]
+    loaded.statistics, loaded.sigma_max = None, 0.5
+    assert "statistics: none, its sigma_max" in run("convert", "net.pkl", target, "--no-check")[1]
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line(run, tmp_path):
