@@ -248,11 +248,11 @@ def test_odd_networks_of_adm_are_named(tmp_path):
 
 
 TINY = UNetShape(32, channels=(16, 32), blocks=1, attention=(16,), head_channels=16)
-WHOLE_HEADS = UNetShape(32, channels=(16, 64), blocks=1, attention=(16,))
+WHOLE_HEADS = UNetShape(32, channels=(16, 96), blocks=1, attention=(16,))
 
 
 def tiny(path, shape=TINY, *, gain=0.0, kind=Denoiser):
-    """Write a network that returns c_skip x, which lowers errors a little, or adds a mess to it."""
+    """Write a network that returns c_skip x, or adds a mess to it."""
     torch.manual_seed(0)
     network = kind(shape)
     constrain_weights_(network)
@@ -265,7 +265,13 @@ def tiny(path, shape=TINY, *, gain=0.0, kind=Denoiser):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_conversion_is_checked(tmp_path, channels):
+def test_a_conversion_is_checked(tmp_path, monkeypatch, channels):
+    teacher, own = load_prior("ncvsd_natural_teacher").network, Denoiser.forward
+
+    def ideal(self, x, sigma, labels=None):
+        return own(teacher, x.expand(-1, 3, -1, -1), sigma)[:, : x.shape[1]]
+
+    monkeypatch.setattr(Denoiser, "forward", ideal)
     shape = UNetShape(**{**asdict(TINY), "image_channels": channels})
     card = convert(tiny(tmp_path / "a.pt", shape), tmp_path / "a", head_channels=16)
     told = json.loads((tmp_path / "a.json").read_text())["training"]["self_check"]
@@ -277,12 +283,16 @@ def test_a_conversion_is_checked(tmp_path, channels):
     for row in told:
         assert row["noisy"] == pytest.approx(row["sigma"] ** 2, rel=0.1)
         assert 0 < row["denoised"] < row["noisy"]
+    assert told[0]["denoised"] < told[0]["scaled"] < told[0]["noisy"]
 
 
+@pytest.mark.parametrize("gain", [0.0, 1.5])
 @pytest.mark.parametrize("kind", [Denoiser, ControlledDenoiser])
-def test_what_does_not_denoise_is_not_written(tmp_path, kind):
-    path = tiny(tmp_path / "a.pt", gain=1.5, kind=kind)
-    with pytest.raises(CheckpointError, match="head_channels must divide 32 channels, got 64"):
+def test_what_does_not_denoise_is_not_written(tmp_path, kind, gain):
+    path = tiny(tmp_path / "a.pt", gain=gain, kind=kind)
+    with pytest.raises(
+        CheckpointError, match="head_channels must make heads that divide 32 channels, got 64"
+    ):
         convert(path, tmp_path / "a")
     with pytest.raises(CheckpointError) as caught:
         convert(path, tmp_path / "a", head_channels=16)

@@ -7,8 +7,8 @@ file of random weights is written in the form in which its authors publish it, a
 convert and load it. Printed is a Markdown table: whether names and shapes are those of the network
 that was built, seconds, and the largest resident memory of the process, whole and over what it had
 before; of loading also what it takes beyond the size of the file, over the size of the weights as
-loaded. The self-check refuses most random weights: they are converted again without it, and seconds
-and memory are those of both.
+loaded. The self-check refuses random weights: they are converted again without it, and seconds and
+memory are those of both.
 """
 
 import argparse

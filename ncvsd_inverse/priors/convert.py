@@ -135,8 +135,9 @@ def convert(
     files appear whole, the weights first.
 
     Before, the denoiser is tried: it must lower the error of a shipped photograph at several noise
-    levels. What a wrong guess of the schedule does shows clearly, of the heads hardly. Networks of
-    other than 1 or 3 channels, those of latents among them, cannot be tried so.
+    levels, at the lowest by more than scaling the noisy photograph would. What a wrong guess of the
+    schedule does shows clearly, of the heads hardly. Networks of other than 1 or 3 channels, those
+    of latents among them, cannot be tried so.
 
     Args:
         src: the checkpoint; see `load_foreign`.
@@ -402,7 +403,8 @@ def _tried(found: Found, told: Unsaid, source: Path) -> tuple[Found, object]:
                 f"with the {found.schedule!r} that was given"
             )
     result = errors_at(found, LEVELS)
-    if not all(error.ratio < 1 for error in result):
+    # Preconditioning alone scales the photograph: a network must add something to it.
+    if not all(error.ratio < 1 for error in result) or result[0].denoised >= result[0].scaled:
         cause = ", ".join(found.guessed) or "its weights, damaged or never trained"
         fault = f"does not denoise a photograph as it was read; wrong may be {cause}"
     if fault:
@@ -515,8 +517,12 @@ def _edm2(state: dict[str, Tensor], module: Inert | None, told: Unsaid) -> Found
         c for s, c in zip(encoder.sides, encoder.channels, strict=True) if s in encoder.attention
     ]
     for channels in attending + [encoder.channels[-1]] * encoder.bottleneck_attention:
-        if channels % head_channels:
-            raise ValueError(f"head_channels must divide {channels} channels, got {head_channels}")
+        heads = channels // head_channels
+        if not heads or channels % heads:
+            raise ValueError(
+                f"head_channels must make heads that divide {channels} channels, "
+                f"got {head_channels}"
+            )
     shape = UNetShape(
         resolution=encoder.sides[0],
         image_channels=image_channels,

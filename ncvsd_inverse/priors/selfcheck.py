@@ -26,11 +26,13 @@ class DenoisingError:
         sigma: noise std.
         noisy: of the noisy photograph.
         denoised: of the denoised one.
+        scaled: of the noisy one after the scaling that is best on average.
     """
 
     sigma: float
     noisy: float
     denoised: float
+    scaled: float
 
     @property
     def ratio(self) -> float:
@@ -39,7 +41,10 @@ class DenoisingError:
         return ratio if math.isfinite(ratio) else math.inf
 
     def __str__(self) -> str:
-        return f"{self.noisy:.3g} to {self.denoised:.3g} at noise std {self.sigma}"
+        return (
+            f"{self.noisy:.3g} to {self.denoised:.3g} at noise std {self.sigma} "
+            f"({self.scaled:.3g} by scaling)"
+        )
 
 
 def photograph(channels: int, side: int, multiple: int) -> Tensor:
@@ -92,5 +97,6 @@ def denoising_errors(
             else known.denoise(u, sigma)
         )
         noisy, denoised = (float((image - x0).square().mean()) for image in (u, out))
-        errors.append(DenoisingError(sigma, noisy, denoised))
+        power = float(x0.square().mean())
+        errors.append(DenoisingError(sigma, noisy, denoised, power / (power / sigma**2 + 1)))
     return errors
