@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_count, check_finite, check_images, check_level, check_shape
+from ncvsd_inverse.checks import (
+    check_count,
+    check_finite,
+    check_images,
+    check_level,
+    check_shape,
+    check_stays_finite,
+)
 from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
 from ncvsd_inverse.protocols import Denoiser, Prior
 
@@ -352,6 +359,7 @@ def _restored_minus_truth(
             restored = prior.denoise(u, sigma)
         else:
             restored = prior.sample(u, sigma, generator=sources)
+        check_stays_finite("what the prior returns", restored, f"its call at sigma = {sigma:g}")
         parts.append(restored - x0)
     return torch.cat(parts)
 

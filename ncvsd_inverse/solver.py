@@ -362,6 +362,7 @@ class _CountedPrior:
         if not isinstance(x0, Tensor) or (x0.shape, x0.dtype) != (u.shape, u.dtype):
             came = f"{tuple(x0.shape)}, {x0.dtype}" if isinstance(x0, Tensor) else f"{type(x0)}"
             raise ValueError(f"prior must draw x0 as {tuple(u.shape)}, {u.dtype}, got {came}")
+        check_stays_finite("the prior's draw", x0, f"its call at sigma = {float(sigma):.4g}")
         if self.network is None:
             self.forwards += self.nfe_per_sample * u.shape[0]
         elif self.forwards - before != self.nfe_per_sample * u.shape[0]:

@@ -374,6 +374,23 @@ def test_samples_are_posterior_samples_whatever_nfe(operator, nfe):
         check_law(gibbs.samples.flatten(1), expected, posterior)
 
 
+@pytest.mark.parametrize("nfe", [1, 4])
+def test_a_dense_gaussian_reaches_the_posterior_with_no_argument(nfe):
+    """Its covariance is not stationary: hidden pixels have one of their own."""
+    shape, count = (1, 4, 3), 4000
+    root = normal(12, 12, seed=3) * torch.linspace(0.1, 0.6, 12)
+    covariance = root @ root.T + 0.01 * torch.eye(12)
+    prior = GaussianPrior(torch.full(shape, 0.2).double(), covariance)
+    operator = ops.Inpaint(torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 0, 1]]).bool())
+    y = operator(prior.draw(1, generator=torch.Generator().manual_seed(1)))
+    result = solve(y, operator=operator, prior=prior, nfe=nfe, num_samples=count)
+    matrix = torch.diag(operator.mask.flatten().double())
+    gain = gains(matrix[None], covariance, 0.05)[0]
+    mean = torch.full((12,), 0.2).double()
+    expected = mean + gain @ (y.flatten() - matrix @ mean)
+    check_law(result.samples.flatten(1), expected, covariance - gain @ matrix @ covariance)
+
+
 class Draws:
     """A user's prior without statistics."""
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ncvsd_inverse import DivergenceError, solve
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse import solve
 from ncvsd_inverse.covariance import measure_statistics
 from ncvsd_inverse.networks import ConcatDenoiser, UNetShape
 from ncvsd_inverse.priors import (
@@ -288,6 +288,27 @@ def test_a_pipeline_and_a_deepinv_denoiser_are_told_too():
     ):
         with pytest.raises(TypeError, match=words):
             solve(measurement(), operator=box(), prior=model)
+
+
+def test_what_is_not_finite_is_named():
+    def broken(x, sigma):
+        return x / (sigma.view(-1, 1, 1, 1) > 0.3)
+
+    prior = DiffusionPrior(broken, image_shape=SHAPE, statistics=exact().statistics)
+    with pytest.raises(DivergenceError, match=r"sweep \d+ of 10.*prior's draw must stay"):
+        solve(measurement(), operator=box(), prior=prior)
+    with pytest.raises(DivergenceError, match="generated images must stay finite"):
+        solve(measurement(), operator=box(), prior=prior.with_statistics(None))
+    with pytest.raises(DivergenceError, match=r"what the prior returns.*sigma = 0\.02"):
+        own_statistics(prior, data=exact().draw(4))
+
+
+def test_shapes_and_objects_a_denoiser_returns_are_named():
+    given = {"image_shape": SHAPE, "statistics": exact().statistics}
+    with pytest.raises(ValueError, match="the denoiser's output must have shape"):
+        solve(measurement(), operator=box(), prior=DiffusionPrior(lambda x, s: x[..., 1:], **given))
+    with pytest.raises(TypeError, match="the denoiser must return a tensor, got tuple"):
+        solve(measurement(), operator=box(), prior=DiffusionPrior(lambda x, s: (x,), **given))
 
 
 @pytest.fixture

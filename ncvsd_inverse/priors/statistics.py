@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_count
+from ncvsd_inverse.checks import check_count, check_stays_finite
 from ncvsd_inverse.covariance import LEVELS, ImageStatistics, Statistics, measure_statistics
 from ncvsd_inverse.priors.base import NetworkPrior
 from ncvsd_inverse.priors.ncvsd import RefinedPrior
@@ -61,6 +61,7 @@ def own_statistics(
     Raises:
         ValueError: if an argument is out of range, or there is no `data` and the prior cannot
             generate; it says why.
+        DivergenceError: if the prior returns NaN or infinity.
     """
     if images is not None:
         check_count("images", images, least=2)
@@ -74,7 +75,9 @@ def own_statistics(
     num = images or num_images(size)
     with _announced(prior, num, generates=True, shown=progress):
         options = {"batch_size": _batch_size(size)} if isinstance(source, NetworkPrior) else {}
-        return _measured(prior, source.generate(num, **options))
+        generated = source.generate(num, **options)
+        check_stays_finite("generated images", generated, "the prior's network")
+        return _measured(prior, generated)
 
 
 def lacks_statistics(prior: Prior) -> str:
