@@ -1,7 +1,7 @@
 r"""Write the networks of finished runs as the package's priors, with their cards.
 
-    python experiments/ship.py natural --teacher runs/natural/teacher --run runs/natural/distill \
-        --val DIR/natural/val.zip --out ncvsd_inverse/priors/weights
+    python experiments/ship.py natural --teacher-run runs/natural/teacher \
+        --run runs/natural/distill --val DIR/natural/val.zip --out ncvsd_inverse/priors/weights
     ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip -o runs/judged
     python experiments/ship.py natural --judged runs/judged/evaluation.json \
         --out ncvsd_inverse/priors/weights
@@ -179,17 +179,24 @@ def describe_training(folder: Path, command: str, about: dict[str, Any]) -> dict
         for before, after, line in zip(steps, steps[1:], lines, strict=False)
         if before < after <= seen
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
     return {
         "command": command,
-        "commit": commit.stdout.strip(),
+        "commit": commit_of_this_file(),
         "images_seen": seen,
         "hours": round(seconds / 3600, 2),
         "hardware": about["hardware"],
         "config": settings,
     }
+
+
+def commit_of_this_file() -> str:
+    """Return the commit of this file's repository, "unknown" where there is none."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def halved(network: nn.Module) -> Denoiser | ConcatDenoiser:

@@ -595,6 +595,16 @@ With a mixture it is not: the move takes draws for Gaussian with one covariance 
 """
 
 
+def commit_of_this_file() -> str:
+    """Return the commit of this file's repository, "unknown" where there is none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
 def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(
@@ -606,13 +616,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    commit = commit_of_this_file()
     started = time.process_time()
     distances: list[Distance] = []
     rows: list[Calibration] = []

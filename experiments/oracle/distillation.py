@@ -531,9 +531,6 @@ def draws_beside(results: list[Result], u: Tensor, sigma: float) -> Iterator[Ten
 
 def write_json(path: Path, results: list[Result]) -> None:
     """Write settings, commit and figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
-    ).stdout.strip()
     records = [
         {
             "teacher": result.case.name,
@@ -546,8 +543,23 @@ def write_json(path: Path, results: list[Result]) -> None:
         for result in results
     ]
     measured = {"pairs": PAIRS, "views": VIEWS, "draws": DRAWS}
-    page = {"commit": commit, "torch": torch.__version__, **measured, "results": records}
+    page = {
+        "commit": commit_of_this_file(),
+        "torch": torch.__version__,
+        **measured,
+        "results": records,
+    }
     write_text(path, json.dumps(page, indent=1) + "\n")
+
+
+def commit_of_this_file() -> str:
+    """Return the commit of this file's repository, "unknown" where there is none."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -555,12 +567,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the results")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="of each distillation; what reaches the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
     for case in (points(), images()):
         for gamma in (GAMMA, 0.0):
-            result = run_case(replace(case, config=replace(case.config, gamma=gamma)))
+            config = replace(case.config, gamma=gamma)
+            if args.steps is not None:
+                num = args.steps * config.batch_size
+                config = replace(config, images=num, adversarial_images=num)
+            result = run_case(replace(case, config=config))
             results.append(result)
             print(table([result]), f"{result.seconds:.0f} s", sep="\n", flush=True)
     write_text(args.out / "distillation.md", report(results))
