@@ -172,7 +172,9 @@ def describe_training(folder: Path, command: str, about: dict[str, Any]) -> dict
     _, header = read_checkpoint(folder / CHECKPOINT)
     settings = header["config"]
     seen = header["step"] * settings["batch_size"]
-    lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    log = folder / LOG  # a run of a few steps has none yet
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     steps = [0, *(line["images"] for line in lines)]
     seconds = sum(
         (after - before) / line["images_per_second"]

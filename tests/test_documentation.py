@@ -7,6 +7,7 @@ To document a command, add its row. Those marked documented take more than ten s
 """
 
 import ast
+import gzip
 import json
 import os
 import re
@@ -97,10 +98,16 @@ COMMANDS: dict[str, Short | Skipped] = {
         )
     ),
     "ncvsd solve FOLDER --task sr4x --prior ncvsd_faces64 -o OUT": FOLDER,
+    "ncvsd solve photo.jpg --simulate --task sr4x --prior ncvsd_natural_teacher -o restored": Short(
+        "ncvsd solve photo.jpg --simulate --task sr4x --prior ncvsd_natural_teacher "
+        "-o restored_by_teacher --nfe 1",
+        makes=("restored_by_teacher/photo_restored.png",),
+    ),
+    "ncvsd statistics PRIOR": Short("ncvsd statistics measured/ncvsd_faces64 --images 2"),
     "ncvsd priors ncvsd_faces64": Short("ncvsd priors ncvsd_faces64"),
     "ncvsd priors NAME": Short("ncvsd priors ncvsd_natural_teacher"),
     "ncvsd convert SRC DST": Short(
-        "ncvsd convert checkpoint.pt converted",
+        "ncvsd convert checkpoint.pt converted --no-check --no-statistics",
         makes=("converted.safetensors", "converted.json"),
         needs=("checkpoint.pt",),
     ),
@@ -153,6 +160,7 @@ COMMANDS: dict[str, Short | Skipped] = {
     f"{RUN} --task all --nfe 4 10 20 50 --out results": Short(
         f"{RUN} --task all --nfe 1 --out results --images 1 --methods ncvsd",
         makes=("results/report.html",),
+        slow=True,
     ),
     "accelerate launch benchmarks/run.py --task all --out results": Short(
         "accelerate launch --cpu --num_processes 1 benchmarks/run.py --task sr4x "
@@ -164,12 +172,14 @@ COMMANDS: dict[str, Short | Skipped] = {
         f"{RUN} --task all --prior ncvsd_faces64 --out benchmarks/results/faces64 --images 1 "
         "--methods pinv",
         makes=("benchmarks/results/faces64/report.html",),
+        slow=True,
     ),
     "... --task sr4x deblur_gaussian deblur_motion inpaint_random --prior ncvsd_natural "
     "--images 20": Short(
         f"{RUN} --task sr4x deblur_gaussian deblur_motion inpaint_random --prior ncvsd_natural "
         "--images 1 --methods ncvsd --nfe 1 --size 64 --out results_natural",
         makes=("results_natural/report.html",),
+        slow=True,
     ),
     "... --images 8 --draws 32 --methods ncvsd --nfe 10": Short(
         f"{RUN} --task sr4x --images 1 --draws 2 --methods ncvsd --nfe 2 --out results_draws",
@@ -191,11 +201,13 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python benchmarks/likelihood.py": Short("python benchmarks/likelihood.py --repeats 1"),
     "python benchmarks/conditioning.py --data DIR/natural/test.zip": Short(
         "python benchmarks/conditioning.py --data DIR/natural/test.zip --size 64 --images 1 "
-        "--draws 1"
+        "--draws 1",
+        slow=True,
     ),
     "python benchmarks/conditioning.py --data DIR/natural/test.zip --draws 2": Short(
         "python benchmarks/conditioning.py --data DIR/natural/test.zip --size 32 --images 1 "
-        "--draws 2"
+        "--draws 2",
+        slow=True,
     ),
     "python benchmarks/speed.py": Short("python benchmarks/speed.py --repeats 1", slow=True),
     "python benchmarks/speed.py [--repeats 9] [--prior ncvsd_faces64]": Short(
@@ -249,10 +261,32 @@ COMMANDS: dict[str, Short | Skipped] = {
         "--temperatures .1 .4 --tasks sr4x --calls 1 --first 0.4",
         lpips=True,
     ),
-    "python experiments/covariance/measure.py ncvsd_inverse/priors/weights/ncvsd_faces64 "
-    "--val DIR/faces64/val.zip --images 256": Short(
-        "python experiments/covariance/measure.py measured/ncvsd_faces64 "
-        "--val DIR/faces64/val.zip --images 2"
+    "python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 16 "
+    "--out experiments/statistics/faces64.json": Short(
+        "python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 1 "
+        "--out faces64.json --tasks sr4x --calls 1 --draws 2 --rows shipped 2",
+        makes=("faces64.json",),
+        lpips=True,
+    ),
+    "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 --images 12 "
+    "--data DIR/natural/test.zip --out experiments/statistics/natural.json": Short(
+        "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 --images 1 "
+        "--data DIR/natural/test.zip --out natural.json --tasks sr4x --calls 1 --draws 2 "
+        "--rows teacher",
+        makes=("natural.json",),
+        lpips=True,
+    ),
+    "python experiments/statistics/self_measured.py --data DIR/faces64/val.zip --images 16 "
+    "--draws 2 --rows shipped 4 8 16 32 128 --calls 10 "
+    "--out experiments/statistics/faces64_few.json": Skipped("as above"),
+    "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 "
+    "--data DIR/natural/val.zip --images 4 --draws 2 --measure-at 256 --rows shipped 2 4 8 16 "
+    "--calls 10 --out experiments/statistics/natural_few.json": Skipped("as above"),
+    "python experiments/published/conversions.py --shapes FOLDER": Short(
+        "python experiments/published/conversions.py --shapes SHAPES", needs=("SHAPES",), slow=True
+    ),
+    "python experiments/large/load_memory.py --millions 550": Short(
+        "python experiments/large/load_memory.py --millions 20", slow=True
     ),
     "python experiments/large/tiles.py --data DIR/natural/val.zip --out experiments/large": Short(
         "python experiments/large/tiles.py --data DIR/natural/val.zip --out . --images 1 --nfe 1",
@@ -300,6 +334,7 @@ COMMANDS: dict[str, Short | Skipped] = {
         "--val DIR/natural/test.zip --out shipped --images 2",
         makes=("shipped/ncvsd_natural.json", "shipped/ncvsd_natural_teacher.safetensors"),
         needs=(TRAIN, DISTILL),
+        slow=True,
     ),
     JUDGE: Short(
         "ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip -o runs/judged --images 2 "
@@ -396,7 +431,7 @@ precision = "float32"
 warmup_images = 8
 any_size = true
 [network]
-resolution = 32
+resolution = 64
 channels = [16, 16]
 blocks = 1
 attention = []
@@ -424,8 +459,8 @@ def write_inputs(folder):
         for name, num in (("faces64/test.zip", 2), ("faces64/val.zip", 3), ("natural/test.zip", 2)):
             write_pictures(place / name, num=num, side=96 if "natural" in name else 64)
     write_pictures(folder / "DIR" / "natural" / "val.zip", num=4, side=256)
-    write_pictures(folder / "pictures.zip", num=8, side=32)
-    write_pictures(folder / "held_out.zip", num=4, side=32)
+    write_pictures(folder / "pictures.zip", num=8, side=64)
+    write_pictures(folder / "held_out.zip", num=4, side=64)
     (folder / "tiny.toml").write_text(TINY)
     assets = folder / "ncvsd_inverse" / "assets"
     face = Image.open(assets / "grace_hopper.png").convert("RGB")
@@ -460,7 +495,15 @@ def write_vae(path):
     ).save_pretrained(path)
 
 
-INPUTS = {"checkpoint.pt": write_checkpoint, "vae": write_vae}
+def write_shapes(path):
+    """Write the names and shapes of one small published network."""
+    with gzip.open(ROOT / "tests" / "data" / "published.json.gz", "rt") as file:
+        name, shapes = "edm-cifar10-32x32-cond-vp", json.load(file)
+    path.mkdir()
+    (path / f"{name}.json").write_text(json.dumps(shapes[name]))
+
+
+INPUTS = {"checkpoint.pt": write_checkpoint, "vae": write_vae, "SHAPES": write_shapes}
 
 SERVER = """
 import json, os, runpy, signal, sys, traceback
@@ -604,15 +647,15 @@ def place(tmp_path_factory):
 def rows():
     for documented, form in COMMANDS.items():
         if isinstance(form, Short):
-            slow = [pytest.mark.slow, pytest.mark.documented] if form.slow else []
-            yield pytest.param(documented, id=documented, marks=slow)
+            marks = [pytest.mark.slow, pytest.mark.documented] if form.slow else []
+            if form.lpips:
+                unset = "NCVSD_WEIGHTS" not in os.environ
+                marks.append(pytest.mark.skipif(unset, reason="NCVSD_WEIGHTS is not set"))
+            yield pytest.param(documented, id=documented, marks=marks)
 
 
 @pytest.mark.parametrize("documented", list(rows()))
 def test_a_documented_command_runs(place, documented):
-    form = COMMANDS[documented]
-    if form.lpips and "NCVSD_WEIGHTS" not in os.environ:
-        pytest.skip("NCVSD_WEIGHTS is not set")
     place.run(documented)
 
 

@@ -1,4 +1,4 @@
-r"""What `ncvsd solve FOLDER` costs beyond the passes through the network.
+r"""What `ncvsd solve` of a folder costs beyond the passes through the network.
 
     python experiments/large/folder.py --data DIR/faces64/test.zip --out experiments/large
 

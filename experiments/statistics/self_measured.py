@@ -1,14 +1,14 @@
 r"""Compare priors by where their statistics come from, and by how many images were generated.
 
-    python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 32 \
+    python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 16 \
         --out experiments/statistics/faces64.json
-    python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 \
+    python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 --images 12 \
         --data DIR/natural/test.zip --out experiments/statistics/natural.json
-    python experiments/statistics/self_measured.py --data DIR/faces64/val.zip --images 32 \
+    python experiments/statistics/self_measured.py --data DIR/faces64/val.zip --images 16 \
         --draws 2 --rows shipped 4 8 16 32 128 --calls 10 \
         --out experiments/statistics/faces64_few.json
     python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 \
-        --data DIR/natural/val.zip --images 8 --draws 2 --measure-at 256 \
+        --data DIR/natural/val.zip --images 4 --draws 2 --measure-at 256 \
         --rows shipped 2 4 8 16 --calls 10 --out experiments/statistics/natural_few.json
 
 Rows: `shipped`, the student with the statistics of its card, measured on validation images; `own`,
