@@ -31,7 +31,7 @@ from ncvsd_inverse.linearised import Linearised
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
-from ncvsd_inverse.priors.latent import LATENT_CHANNELS
+from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
 from ncvsd_inverse.priors.statistics import lacks_statistics, with_own_statistics
 from ncvsd_inverse.protocols import Generators, LikelihoodStep, LinearOperator, Operator, Prior
 from ncvsd_inverse.settings import (
@@ -414,7 +414,8 @@ def _check_measurement(y: Tensor, operator: Operator, prior: _CountedPrior) -> t
             f"the operator traces to {shape}"
         )
     size = getattr(prior.prior, "image_shape", None)
-    if size is not None and (size[0], shape[1]) == (LATENT_CHANNELS, 3):
+    of_latents = size is not None and (size[0], shape[1]) == (LATENT_CHANNELS, 3)
+    if of_latents or isinstance(prior.prior, LatentPrior):
         raise ValueError(
             "prior must be one of pixels, got one of latents; LatentPrior(prior).generate(...) "
             "draws pictures with it"

@@ -379,6 +379,7 @@ def test_methods_reach_the_posterior_as_far_as_they_can(oracle, cases, key):
 # Ours.
 
 
+@pytest.mark.filterwarnings("ignore:the schedule has one sweep only")
 @pytest.mark.parametrize("name", ["ncvsd", "ncvsd-tempered", "ncvsd-published"])
 def test_phase_retrieval_spends_large_budgets_on_several_chains(monkeypatch, name):
     asked = []

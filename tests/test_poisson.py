@@ -149,7 +149,8 @@ def test_solve_of_blurred_counts_draws_from_their_law(peak):
     blocks = torch.block_diag(*[covariance] * rows)
     prior = GaussianPrior(torch.zeros(1, rows, 2, dtype=torch.float64), blocks)
     levels = tuple(rho - 1e-6 * sweep for sweep in range(20))
-    result = solve(y, operator=operator, prior=prior, nfe=20, schedule=levels, num_samples=samples)
+    settings = {"nfe": 20, "schedule": levels, "num_samples": samples, "method": "gibbs"}
+    result = solve(y, operator=operator, prior=prior, **settings)
     assert result.sigma_lik == 1.0
     grid = torch.linspace(-2, 2, 121, dtype=torch.float64)
     points = torch.cartesian_prod(grid, grid)

@@ -245,7 +245,7 @@ def test_a_picture_that_diverges_does_not_take_its_batch_along(run, tmp_path, pi
     assert status == 1
     assert "4 pictures restored, 0 finished before, 1 failed" in printed
     assert "in/b.png: " in err
-    assert "x0 must stay finite" in err
+    assert "the prior's draw must stay finite" in err
 
 
 def test_outputs_within_the_folder_are_not_taken_for_pictures(run, pictures):

@@ -290,6 +290,30 @@ def test_a_pipeline_and_a_deepinv_denoiser_are_told_too():
             solve(measurement(), operator=box(), prior=model)
 
 
+class UnitMean(nn.Module):
+    """The same posterior mean as a deepinv denoiser: images and stds on a [0, 1] scale."""
+
+    def forward(self, x, sigma):
+        return (exact().denoise(2 * x - 1, 2 * sigma) + 1) / 2
+
+
+def test_a_denoiser_of_little_noise_restores_with_statistics_of_given_images():
+    prior = DiffusionPrior.from_deepinv(UnitMean(), image_shape=SHAPE)
+    assert "too little noise" in lacks_statistics(prior)
+    images = exact().draw(64, generator=torch.Generator().manual_seed(8))
+    prior = prior.with_statistics(own_statistics(prior, data=images))
+    x = exact().draw(2, generator=torch.Generator().manual_seed(3))
+    y = box().measure(x, 0.05, generator=torch.Generator().manual_seed(4))
+    result = solve(y, operator=box(), prior=prior, nfe=4, num_samples=16)
+    assert (result.method, result.nfe) == ("conditioning", 4)
+    # No level is above what it was trained to.
+    assert result.schedule[0] == pytest.approx(prior.sigma_max)
+    known = solve(y, operator=box(), prior=exact(), nfe=4, num_samples=16)
+    errors = [float((found.mean - x).square().mean()) for found in (result, known)]
+    assert errors[0] < 1.2 * errors[1], errors
+    assert 0.5 < float(result.residual.mean()) < 1.5
+
+
 def test_what_is_not_finite_is_named():
     def broken(x, sigma):
         return x / (sigma.view(-1, 1, 1, 1) > 0.3)

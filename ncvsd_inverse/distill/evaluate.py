@@ -531,17 +531,9 @@ def _reverse_diffusion(
 ) -> DiffusionPrior:
     """Return the teacher as a sampler with `num_steps` calls."""
     check_count("num_steps", num_steps, least=2)
-    if not isinstance(teacher, DiffusionPrior):
-        return DiffusionPrior(teacher.denoise, num_steps=num_steps, image_shape=image_shape)
-    sampler = DiffusionPrior(
-        teacher.network,
-        num_steps=num_steps,
-        image_shape=teacher.image_shape,
-        sigma_min=teacher.sigma_min,
-        sigma_max=teacher.sigma_max,
-        exponent=teacher.exponent,
-    )
-    return sampler if teacher.label is None else sampler.conditioned_on(teacher.label)
+    if isinstance(teacher, DiffusionPrior):
+        return teacher.with_steps(num_steps)
+    return DiffusionPrior(teacher.denoise, num_steps=num_steps, image_shape=image_shape)
 
 
 def _training_halves(

@@ -70,9 +70,10 @@ class DiffusionPrior(NetworkPrior):
         ValueError: if an argument is out of range.
 
     Sources:
-        One step: the Gaussian of the mean and the average covariance; see METHOD.md of the
-        project, section 7. Levels: Karras et al., arXiv 2206.00364, section 3. Steps: the
-        ancestral step of Ho et al., arXiv 2006.11239, for noise added without scaling the image.
+        One step: a Gaussian of the right first two moments, its covariance an average over u; see
+        Rozet et al., arXiv 2405.13712, for one covariance each u. Levels: Karras et al., arXiv
+        2206.00364, section 3. Steps: the ancestral step of Ho et al., arXiv 2006.11239, for noise
+        added without scaling the image.
     """
 
     generation_calls = GENERATION_STEPS
