@@ -77,6 +77,7 @@ def ship(
     out: Path,
 ) -> None:
     """Choose the averaged weights, write both priors and a picture of their draws."""
+    out.mkdir(parents=True, exist_ok=True)
     run = open_run(run_folder, teacher_folder)
     teacher = run.teacher
     assert isinstance(teacher, Denoiser)
