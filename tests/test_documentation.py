@@ -280,8 +280,9 @@ COMMANDS: dict[str, Short | Skipped] = {
     "--draws 2 --rows shipped 4 8 16 32 128 --calls 10 "
     "--out experiments/statistics/faces64_few.json": Skipped("as above"),
     "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 "
-    "--data DIR/natural/val.zip --images 4 --draws 2 --measure-at 256 --rows shipped 2 4 8 16 "
-    "--calls 10 --out experiments/statistics/natural_few.json": Skipped("as above"),
+    "--data DIR/natural/val.zip --images 3 --draws 2 --measure-at 256 --rows shipped 2 4 8 16 "
+    "--calls 10 --tasks inpaint_random sr4x deblur_gaussian "
+    "--out experiments/statistics/natural_few.json": Skipped("as above"),
     "python experiments/published/conversions.py --shapes FOLDER": Short(
         "python experiments/published/conversions.py --shapes SHAPES", needs=("SHAPES",), slow=True
     ),
@@ -312,6 +313,10 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/natural/denoising.py --data DIR/natural/test.zip": Short(
         "python experiments/natural/denoising.py --data DIR/natural/test.zip"
     ),
+    "python experiments/natural/denoising.py --data DIR/natural/val.zip "
+    "--prior runs/natural_teacher/prior": Skipped("as above"),
+    "python experiments/natural/denoising.py --data DIR/faces64/val.zip "
+    "--prior runs/faces_teacher/prior": Skipped("as above"),
     "python experiments/operators/pictures.py --data DIR/faces64/val.zip": Short(
         "python experiments/operators/pictures.py --data DIR/faces64/val.zip --nfe 1"
     ),

@@ -8,8 +8,9 @@ r"""Compare priors by where their statistics come from, and by how many images w
         --draws 2 --rows shipped 4 8 16 32 128 --calls 10 \
         --out experiments/statistics/faces64_few.json
     python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 \
-        --data DIR/natural/val.zip --images 4 --draws 2 --measure-at 256 \
-        --rows shipped 2 4 8 16 --calls 10 --out experiments/statistics/natural_few.json
+        --data DIR/natural/val.zip --images 3 --draws 2 --measure-at 256 \
+        --rows shipped 2 4 8 16 --calls 10 --tasks inpaint_random sr4x deblur_gaussian \
+        --out experiments/statistics/natural_few.json
 
 Rows: `shipped`, the student with the statistics of its card, measured on validation images; `own`,
 with those that it measures from images that it generates, or from NUMBER of them; `teacher` and
