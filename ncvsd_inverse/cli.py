@@ -492,7 +492,7 @@ def statistics(
         typer.Option("--data", help="Folder or zip of clean images; else the prior generates."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option("--images", help="How many; 32 of 64x64, 8 of 256x256.")
+        int | None, typer.Option("--images", help="How many; 32 of 64x64, 4 of 256x256.")
     ] = None,
     size: Annotated[
         int, typer.Option("--size", help="Side of the images, where a prior takes any size.")

@@ -104,6 +104,9 @@ COMMANDS: dict[str, Short | Skipped] = {
         makes=("restored_by_teacher/photo_restored.png",),
     ),
     "ncvsd statistics PRIOR": Short("ncvsd statistics measured/ncvsd_faces64 --images 2"),
+    "ncvsd statistics ncvsd_inverse/priors/weights/NAME --data val.zip --images 256": Short(
+        "ncvsd statistics measured/ncvsd_faces64 --data DIR/faces64/val.zip --images 2"
+    ),
     "ncvsd priors ncvsd_faces64": Short("ncvsd priors ncvsd_faces64"),
     "ncvsd priors NAME": Short("ncvsd priors ncvsd_natural_teacher"),
     "ncvsd convert SRC DST": Short(

@@ -87,7 +87,14 @@ def box():
 
 @pytest.mark.parametrize(
     ("size", "number"),
-    [((64, 64), 32), ((8, 8), 32), ((96, 96), 14), ((256, 256), 8), ((512, 512), 8)],
+    [
+        ((64, 64), 32),
+        ((8, 8), 32),
+        ((96, 96), 14),
+        ((128, 128), 8),
+        ((256, 256), 4),
+        ((512, 512), 4),
+    ],
 )
 def test_larger_images_are_fewer(size, number):
     assert num_images(size) == number

@@ -19,7 +19,7 @@ from ncvsd_inverse.protocols import Generator, Prior
 SIDE = 64
 """Side in pixels at which a prior of any size is measured unless told otherwise."""
 
-MOST_IMAGES, LEAST_IMAGES = 32, 8
+MOST_IMAGES, LEAST_IMAGES = 32, 4
 PIXELS = MOST_IMAGES * 64 * 64
 """Pixels of all images that are measured unless told otherwise."""
 
@@ -36,7 +36,7 @@ _measuring = threading.Lock()
 
 
 def num_images(size: Sequence[int]) -> int:
-    """Return how many images of (H, W) pixels are measured unless told otherwise: 8 to 32."""
+    """Return how many images of (H, W) pixels are measured unless told otherwise: 4 to 32."""
     return min(MOST_IMAGES, max(LEAST_IMAGES, PIXELS // math.prod(size)))
 
 
