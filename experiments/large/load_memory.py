@@ -25,7 +25,23 @@ from ncvsd_inverse.priors.files import write_tensors
 from ncvsd_inverse.priors.zoo import load_network
 
 LIMIT = 1.3
-ADM = {"kind": "adm", "in_channels": 3, "out_channels": 6, "large_model": True}
+ADM = {
+    "kind": "adm",
+    "arguments": {
+        "resolution": 256,
+        "in_channels": 3,
+        "out_channels": 6,
+        "model_channels": 256,
+        "channels": [256, 256, 512, 512, 1024, 1024],
+        "blocks": 2,
+        "attention": [32, 16, 8],
+        "heads": ["head_channels", 64],
+        "attention_order": "legacy",
+        "block_resampling": True,
+        "scale_shift": True,
+        "num_classes": 0,
+    },
+}
 """The 256x256 network of guided diffusion, 553 million parameters."""
 
 CARD = {
