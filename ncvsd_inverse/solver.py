@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -504,13 +504,13 @@ def _choose_method(
     )
     if method == "conditioning":
         raise ValueError(f"method must be 'gibbs', got 'conditioning': {lacks}")
-    if isinstance(prior, DiffusionPrior) and prior.nfe_per_sample == 1:
+    if _draws_by_statistics(prior):
         prior = prior.with_steps(_steps_without_statistics(nfe))
         lacks += f"; draws take {prior.nfe_per_sample} calls each meanwhile"
     return "gibbs", prior, f"the loop is 'gibbs', the weaker one, as {lacks}"
 
 
-def _draws_by_statistics(prior: Prior) -> bool:
+def _draws_by_statistics(prior: Prior) -> TypeGuard[DiffusionPrior]:
     """Tell whether single draws need statistics."""
     return isinstance(prior, DiffusionPrior) and prior.nfe_per_sample == 1
 

@@ -35,6 +35,7 @@ from ncvsd_inverse.networks.magnitude import MPConv
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
+from ncvsd_inverse.priors.files import file_sha256
 from ncvsd_inverse.priors.ncvsd import GAMMA, NCVSDPrior
 from ncvsd_inverse.priors.selfcheck import LEVELS, DenoisingError, denoising_errors, photograph
 from ncvsd_inverse.unpickle import Inert, read_checkpoint_file, state_dict_of
@@ -188,8 +189,7 @@ def convert(
         how = "as given" if schedule else "by the self-check" if check else "taken unchecked"
         origin["schedule"] = f"{found.schedule}, {how}"
     if source.is_file():
-        with source.open("rb") as file:
-            origin["source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        origin["source_sha256"] = file_sha256(source)
     card = PriorCard(
         name=stem.name,
         kind="diffusion" if found.gamma is None else "ncvsd",
