@@ -379,6 +379,14 @@ def test_statistics_are_kept_in_the_card(saved):
     assert again.card.statistics == prior.statistics
 
 
+def test_statistics_of_a_copy_do_not_replace_those_of_the_card(saved):
+    prior = load_prior(saved)
+    prior.statistics_store.write(own_statistics(prior, data=exact().draw(4)))
+    before = saved.with_suffix(".json").read_bytes()
+    solve(measurement(), operator=box(), prior=load_prior(saved).with_statistics(None), nfe=1)
+    assert saved.with_suffix(".json").read_bytes() == before
+
+
 def test_statistics_of_a_card_that_cannot_be_written_are_kept_in_the_cache(
     saved, monkeypatch, tmp_path
 ):

@@ -125,6 +125,8 @@ class NetworkPrior(ABC):
         """Return this prior with other `statistics`; it shares the network."""
         twin = copy.copy(self)
         twin.statistics = statistics
+        # What is measured for a copy must not replace what the prior's card holds.
+        twin.statistics_store = None
         return twin
 
     @abstractmethod
