@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse import solve
-from ncvsd_inverse.conditioning import Conditioning
-from ncvsd_inverse.covariance import Covariance
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import Covariance, Generators
+from ncvsd_inverse.sampling.matheron import Conditioning
 from ncvsd_inverse.tasks import SIGMA_Y, make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
@@ -65,7 +64,7 @@ def main() -> None:
     pictures = (x for x in read_images(args.data) if min(x.shape[-2:]) >= args.size)
     crops = [centre_crop(next(pictures), (args.size, args.size)) for _ in range(args.images)]
     images = torch.cat(crops)
-    import ncvsd_inverse.solver as solver
+    import ncvsd_inverse.sampling.solve as solver
 
     setattr(solver, "Conditioning", Watched)  # noqa: B010 - what solve calls is watched
     print(f"{args.prior}, {args.size} x {args.size}, {torch.get_num_threads()} threads")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from deepinv.physics import BlurFFT, Downsampling, Inpainting, LinearPhysics
 
-from ncvsd_inverse.likelihood import ExactGaussian
 from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
+from ncvsd_inverse.sampling.likelihood import ExactGaussian
 
 SIGMA_Y, RHO = 0.05, 0.5
 HEADER = ("images", "operator", "draw", "solve", "deepinv prox_l2", "target")

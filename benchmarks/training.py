@@ -44,17 +44,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from ncvsd_inverse.distill import DistillConfig, DistillRun, ImageData
-from ncvsd_inverse.distill.data import Batch
-from ncvsd_inverse.distill.losses import (
-    View,
-    add_noise,
-    adversarial_loss,
-    distillation_loss,
-    generate,
-    score_loss,
-)
-from ncvsd_inverse.distill.presets import list_presets, load_distill_config
 from ncvsd_inverse.networks import (
     ConcatDenoiser,
     ConcatDiscriminator,
@@ -63,8 +52,19 @@ from ncvsd_inverse.networks import (
     Denoiser,
     inference_dtype,
 )
-from ncvsd_inverse.networks.magnitude import MPConv
+from ncvsd_inverse.networks.edm2_layers import MPConv
 from ncvsd_inverse.schedules import karras
+from ncvsd_inverse.training import DistillConfig, DistillRun, ImageData
+from ncvsd_inverse.training.data.image_data import Batch
+from ncvsd_inverse.training.losses import (
+    View,
+    add_noise,
+    adversarial_loss,
+    distillation_loss,
+    generate,
+    score_loss,
+)
+from ncvsd_inverse.training.presets import list_presets, load_distill_config
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -19,21 +19,21 @@ import json
 import subprocess
 import tomllib
 from dataclasses import replace
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.distill import DistillConfig, DistillRun, ImageData, load_teacher
-from ncvsd_inverse.distill.checkpoint import read_checkpoint
-from ncvsd_inverse.distill.evaluate import Evaluation, calibrate_spread, evaluate
-from ncvsd_inverse.distill.trainer import CHECKPOINT, LOG
-from ncvsd_inverse.images import centre_crop, read_images, write_atomically, write_image
+from ncvsd_inverse.evaluation.posterior import Evaluation, calibrate_spread, evaluate
+from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import centre_crop, read_images, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.training import DistillConfig, DistillRun, ImageData, load_teacher
+from ncvsd_inverse.training.checkpoint import read_checkpoint
+from ncvsd_inverse.training.trainer import CHECKPOINT, LOG
 
 HERE = Path(__file__).parent
 Plain: TypeAlias = "dict[str, Plain] | list[Plain] | str | float | int | bool | None"
@@ -233,8 +233,7 @@ def put_into_cards(folder: Path, name: str, judged: dict[str, Plain]) -> None:
     for stem in (f"ncvsd_{name}", f"ncvsd_{name}_teacher"):
         path = folder / f"{stem}.json"
         card = PriorCard.from_json(path.read_text(encoding="utf-8"))
-        text = replace(card, evaluation=figures).to_json().encode()
-        write_atomically(path, methodcaller("write", text))
+        write_whole(path, replace(card, evaluation=figures).to_json())
 
 
 def rounded(value: Plain) -> Plain:

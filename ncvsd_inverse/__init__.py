@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ncvsd_inverse import metrics, operators, priors, tasks
-    from ncvsd_inverse.deepinv_models import as_deepinv_denoiser, as_deepinv_reconstructor
     from ncvsd_inverse.errors import CheckpointError, DivergenceError
-    from ncvsd_inverse.physics import from_deepinv
+    from ncvsd_inverse.integrations.deepinv import as_deepinv_denoiser, as_deepinv_reconstructor
+    from ncvsd_inverse.operators.deepinv_physics import from_deepinv
     from ncvsd_inverse.priors import list_priors, load_prior
-    from ncvsd_inverse.solver import Result, solve
-    from ncvsd_inverse.tiles import tiled
+    from ncvsd_inverse.priors.tiled import tiled
+    from ncvsd_inverse.sampling.solve import Result, solve
 
 __version__ = "0.1.0"
 
@@ -43,14 +43,14 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "errors",
     "DivergenceError": "errors",
-    "Result": "solver",
-    "as_deepinv_denoiser": "deepinv_models",
-    "as_deepinv_reconstructor": "deepinv_models",
-    "from_deepinv": "physics",
+    "Result": "sampling.solve",
+    "as_deepinv_denoiser": "integrations.deepinv",
+    "as_deepinv_reconstructor": "integrations.deepinv",
+    "from_deepinv": "operators.deepinv_physics",
     "list_priors": "priors",
     "load_prior": "priors",
-    "solve": "solver",
-    "tiled": "tiles",
+    "solve": "sampling.solve",
+    "tiled": "priors.tiled",
 }
 
 

@@ -4,11 +4,10 @@ A picture is a float32 tensor of shape (1, 3, H, W) in [-1, 1]; files are taken 
 """
 
 import io
-import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_choice, check_count, check_finite, check_images
+from ncvsd_inverse.files import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,27 +163,7 @@ def write_image(path: str | Path, x: Tensor) -> None:
     kind = "JPEG" if Path(path).suffix.lower() in (".jpg", ".jpeg") else "PNG"
     picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
     picture.save(buffer, format=kind, quality=90)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, then rename: it appears whole or not at all.
-
-    Args:
-        path: the file; an older one is replaced.
-        write: called with the open binary file.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, buffer.getvalue())
 
 
 def centre_crop_to_multiple(x: Tensor, multiple: int) -> Tensor:

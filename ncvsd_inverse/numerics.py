@@ -1,7 +1,4 @@
-"""Small numerical tools: random draws, levels that broadcast, conjugate gradients, statistics.
-
-It must not know what an image, an operator or a prior is.
-"""
+"""Small numerical tools: random draws, levels that broadcast, linear solves, Jacobians, moments."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +9,22 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.errors import DivergenceError
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import Generators, Tangent
+
+__all__ = [
+    "Moments",
+    "conjugate_gradient",
+    "draw_normal",
+    "ensemble_crps",
+    "expand_level",
+    "frechet_distance",
+    "hartley",
+    "jacobian",
+    "local_part",
+    "make_generators",
+    "squared_norm",
+    "working_dtype",
+]
 
 
 def make_generators(
@@ -142,6 +154,46 @@ def conjugate_gradient(
         ratio = torch.where(rz > 0, rz_next / rz, torch.zeros_like(rz))
         direction, rz = z + ratio * direction, rz_next
     return x
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """Return the squared norm of each batch item, shape (B,), of x (B, ...)."""
+    return x.flatten(1).square().sum(dim=1)
+
+
+def hartley(x: Tensor) -> Tensor:
+    """Return the orthonormal 2-D Hartley transform of x (..., H, W): its own inverse.
+
+    The real basis cos + sin turns real white noise into real white noise, and diagonalises every
+    symmetric circular convolution with the eigenvalues of the FFT.
+    """
+    spectrum = torch.fft.fft2(x, norm="ortho")
+    real: Tensor = spectrum.real - spectrum.imag
+    return real
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tangent:
+    """Return f(x) and, for the Jacobian J of f at x, the functions v -> J v and r -> J^T r.
+
+    By automatic differentiation: J^T r is linear in r, and its own gradient along v is J v.
+
+    Args:
+        function: a differentiable function of x (B, ...).
+        x: where J is taken.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+        weights = torch.zeros_like(value, requires_grad=True)
+        (pulled,) = torch.autograd.grad(value, x, weights, create_graph=True)
+
+    def push(v: Tensor) -> Tensor:
+        return torch.autograd.grad(pulled, weights, v, retain_graph=True)[0]
+
+    def pull(r: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, r, retain_graph=True)[0]
+
+    return value.detach(), push, pull
 
 
 def ensemble_crps(draws: Tensor, truth: Tensor) -> Tensor:

@@ -1,27 +1,59 @@
-"""The roles that parts of the toolkit play for one another; it must not know who plays them.
+"""The roles that parts of the toolkit play for one another, and what is assumed of the silent.
 
-A user's own class needs no inheritance: having the methods is enough.
+A user's own class needs no inheritance: having the methods is enough. What else the toolkit asks
+(a family, a noise level, an image shape) may be left out; `OperatorTraits`, `PriorTraits` and
+`NetworkTraits` say what is assumed then. Arguments of the methods are positional, so that their
+names are free.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+__all__ = [
+    "Covariance",
+    "Denoiser",
+    "DiagonalOperator",
+    "Generator",
+    "Generators",
+    "GlobalSearch",
+    "HasStatistics",
+    "LikelihoodStep",
+    "LinearOperator",
+    "Linearisable",
+    "NetworkBacked",
+    "NetworkInfo",
+    "NetworkTraits",
+    "Operator",
+    "OperatorTraits",
+    "Prior",
+    "PriorTraits",
+    "SolvableOperator",
+    "Statistics",
+    "Tangent",
+    "Temperable",
+]
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """Where random numbers come from: torch's global state, one generator, or one an image."""
+
+Tangent: TypeAlias = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+"""A(x) and, for the Jacobian J of A at x, the functions v -> J v and r -> J^T r."""
 
 
 @runtime_checkable
 class Operator(Protocol):
     """A forward model, batch first: y = A(x) + noise."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """Map images (B, C, H, W) to noiseless measurements (B, ...)."""
         ...
 
-    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
+    def input_shape(self, y_shape: Sequence[int], /) -> tuple[int, ...]:
         """Return the shape (B, C, H, W) of the images that give measurements of `y_shape`."""
         ...
 
@@ -30,16 +62,16 @@ class Operator(Protocol):
 class LinearOperator(Operator, Protocol):
     """A forward model that is a matrix A."""
 
-    def adjoint(self, y: Tensor) -> Tensor:
+    def adjoint(self, y: Tensor, /) -> Tensor:
         """Map measurements (B, ...) to A^T y, shape (B, C, H, W)."""
         ...
 
 
 @runtime_checkable
 class SolvableOperator(LinearOperator, Protocol):
-    """A linear forward model that inverts its own regularised normal equations."""
+    """A linear forward model that solves its own regularised normal equations."""
 
-    def solve_normal(self, rhs: Tensor, *, a: float, b: float) -> Tensor:
+    def solve_normal(self, rhs: Tensor, /, *, a: float, b: float) -> Tensor:
         """Return (a A^T A + b I)^-1 rhs, shape (B, C, H, W); a >= 0, b > 0."""
         ...
 
@@ -53,8 +85,43 @@ class DiagonalOperator(SolvableOperator, Protocol):
         """Whether `solve_normal_spread` can be called."""
         ...
 
-    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, *, a: float, b: float) -> Tensor:
+    def solve_normal_spread(self, rhs: Tensor, eps: Tensor, /, *, a: float, b: float) -> Tensor:
         """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, shape (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class Linearisable(Operator, Protocol):
+    """A forward model that knows its own Jacobian."""
+
+    def linearise(self, x: Tensor, /) -> Tangent:
+        """Return A(x), v -> J v and r -> J^T r at images x (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class GlobalSearch(Operator, Protocol):
+    """A forward model that finds images near y from far away, past wrong local minima."""
+
+    def search(
+        self,
+        y: Tensor,
+        x: Tensor,
+        shrink: Callable[[Tensor, float], Tensor],
+        /,
+        *,
+        sigma_y: float,
+        iterations: int,
+    ) -> Tensor:
+        """Return images (B, C, H, W) that nearly give y, begun at images x.
+
+        `shrink(u, sigma)` is the Gaussian posterior mean of an image given u, a noisy image of
+        noise std sigma.
+        """
+        ...
+
+    def symmetries(self, x: Tensor, /) -> Sequence[Tensor]:
+        """Return x and other images (B, C, H, W) that give the same measurement."""
         ...
 
 
@@ -64,7 +131,9 @@ class Prior(Protocol):
 
     nfe_per_sample: int
 
-    def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
+    def sample(
+        self, u: Tensor, sigma: float | Tensor, /, *, generator: Generators = None
+    ) -> Tensor:
         """Draw x0 ~ p(x0 | u) for u = x0 + sigma * eps, shape (B, C, H, W)."""
         ...
 
@@ -80,7 +149,7 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class Generator(Protocol):
-    """A prior that draws images from nothing, and can keep statistics of them.
+    """A prior that draws images from nothing.
 
     Attributes:
         image_shape: the one shape (C, H, W) of its images, or None when any size works.
@@ -88,14 +157,171 @@ class Generator(Protocol):
 
     image_shape: tuple[int, int, int] | None
 
-    def generate(self, num: int) -> Tensor:
+    def generate(self, num: int, /) -> Tensor:
         """Draw `num` images, shape (num, C, H, W); one of any size takes `size=(H, W)` too."""
+        ...
+
+
+@runtime_checkable
+class NetworkBacked(Protocol):
+    """A prior whose draws come from passes through one module.
+
+    Attributes:
+        network: the module; images that go through it are counted.
+    """
+
+    network: nn.Module
+
+
+class Covariance(Protocol):
+    """A covariance S of images, seen in coordinates: real numbers in which S is diagonal.
+
+    Lengths of coordinates are those of images.
+
+    Attributes:
+        variances: the variance of each coordinate, in a shape of four dimensions that broadcasts
+            over coordinates (B, ...).
+    """
+
+    variances: Tensor
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Return the coordinates of images (B, C, H, W), with five dimensions, batch first."""
+        ...
+
+    def images(self, z: Tensor) -> Tensor:
+        """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
+        ...
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Turn white noise (B, C, H, W) into noise of this covariance."""
+        ...
+
+
+class Statistics(Protocol):
+    """Mean and covariance of images, and the posterior covariance given a noisy image."""
+
+    @property
+    def note(self) -> str:
+        """What users of the statistics should be told, "" for nothing."""
+        ...
+
+    def mean_image(self, like: Tensor) -> Tensor:
+        """Return the mean image, shape (1, C, H, W), for images `like` (B, C, H, W)."""
+        ...
+
+    def covariance(self, sigma: float, like: Tensor) -> Covariance:
+        """Return the covariance of images given u of noise std sigma; infinity: of images."""
+        ...
+
+
+@runtime_checkable
+class HasStatistics(Protocol):
+    """A prior that can hold statistics.
+
+    Attributes:
+        statistics: mean and covariances of its images, or None.
+    """
+
+    statistics: Statistics | None
+
+
+@runtime_checkable
+class Temperable(Protocol):
+    """A prior whose draws can be made to vary less."""
+
+    def tempered(self, temperature: float, /) -> Prior:
+        """Return the prior with the noise of its draws scaled by a factor > 0."""
         ...
 
 
 class LikelihoodStep(Protocol):
     """A sampler of the split variable given the current image and the measurement."""
 
-    def sample(self, x0: Tensor, rho: float, *, generator: Generators = None) -> Tensor:
+    def sample(self, x0: Tensor, rho: float, /, *, generator: Generators = None) -> Tensor:
         """Draw u ~ p(u | x0, y) for the coupling std rho, shape (B, C, H, W)."""
         ...
+
+
+class NetworkInfo(Protocol):
+    """What a network says of the images that it takes."""
+
+    @property
+    def image_channels(self) -> int | None:
+        """Channels of the images; None: any."""
+        ...
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides must be a multiple of."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class labels, 0 for none."""
+        ...
+
+
+@dataclass(frozen=True)
+class NetworkTraits:
+    """`NetworkInfo` of a network of any origin; one that says nothing takes anything."""
+
+    image_channels: int | None = None
+    size_multiple: int = 1
+    num_classes: int = 0
+
+    @classmethod
+    def of(cls, network: object) -> Self:
+        """Read the attributes that a network has."""
+        return cls(**_known(network, cls))
+
+
+@dataclass(frozen=True)
+class OperatorTraits:
+    """What a forward model says of itself beside `Operator`.
+
+    Attributes:
+        family: the kind of problem, by which default settings are looked up.
+        sigma_y: noise std of its measurements, in units of y; None: not known.
+        lipschitz: largest singular value of its Jacobian anywhere; None: not known.
+        count_measured: y -> number of measured entries of each y, integers (B,); None: all are.
+        repeated: times -> the operator for a batch tiled `times` times along dimension 0, itself
+            if it treats all images alike; None: not known whether it does.
+    """
+
+    family: str | None = None
+    sigma_y: float | None = None
+    lipschitz: float | None = None
+    count_measured: Callable[[Tensor], Tensor] | None = None
+    repeated: Callable[[int], Operator] | None = None
+
+    @classmethod
+    def of(cls, operator: object) -> Self:
+        """Read the attributes that an operator has."""
+        return cls(**_known(operator, cls))
+
+
+@dataclass(frozen=True)
+class PriorTraits:
+    """What a prior says of itself beside `Prior`.
+
+    Attributes:
+        nfe_per_sample: network calls of a draw.
+        image_shape: the one shape (C, H, W) of its images; None: any.
+        sigma_max: largest noise std that it knows, image units.
+    """
+
+    nfe_per_sample: int = 1
+    image_shape: tuple[int, int, int] | None = None
+    sigma_max: float = math.inf
+
+    @classmethod
+    def of(cls, prior: object) -> Self:
+        """Read the attributes that a prior has."""
+        return cls(**_known(prior, cls))
+
+
+def _known(subject: object, traits: type) -> dict[str, Any]:
+    """Return the attributes of `subject` that `traits` asks for, as far as it has them."""
+    names = traits.__dataclass_fields__  # type: ignore[attr-defined]
+    return {name: getattr(subject, name) for name in names if hasattr(subject, name)}

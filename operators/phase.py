@@ -138,7 +138,7 @@ class PhaseRetrieval(BaseOperator):
             multipliers = multipliers + waves - fitted
         return x
 
-    def equivalents(self, x: Tensor) -> tuple[Tensor, ...]:
+    def symmetries(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return images (B, C, H, W) with the amplitudes of x: x itself and its half turn.
 
         Turns of some channels alone are left out.

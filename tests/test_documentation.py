@@ -517,7 +517,7 @@ SERVER = """
 import json, os, runpy, signal, sys, traceback
 from pathlib import Path
 import deepinv, matplotlib.pyplot, piq, scipy.stats, tensorboard, torch, torchvision
-import ncvsd_inverse.cli, ncvsd_inverse.deepinv_models, ncvsd_inverse.distill.evaluate
+import ncvsd_inverse.cli, ncvsd_inverse.integrations.deepinv, ncvsd_inverse.evaluation.posterior
 
 def run(words):
     sys.argv = words[1:] if words[0] == "python" else words

@@ -10,7 +10,6 @@ from ncvsd_inverse.images import (
     centre_crop_to_multiple,
     read_image,
     resize_cover,
-    write_atomically,
     write_image,
 )
 
@@ -190,22 +189,6 @@ def test_a_name_that_ends_in_jpg_gives_a_jpeg(tmp_path):
         write_image(tmp_path / name, x)
         assert (tmp_path / name).read_bytes()[:2] == magic
         assert (read_image(tmp_path / name) - x).abs().max() < 0.05
-
-
-def test_files_appear_whole_or_not_at_all(tmp_path):
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    path = tmp_path / "a.json"
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert list(tmp_path.iterdir()) == []
-    path.write_bytes(b"older")
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"older"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_every_package_of_the_tree_ships():
     folders = {file.parent for file in ROOT.glob("ncvsd_inverse/**/__init__.py")}
+    folders.add(ROOT / "ncvsd_inverse" / "operators")  # a link, which glob does not follow
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
-    mapped = PROJECT["tool"]["setuptools"]["package-dir"]
-    assert all((ROOT / folder / "__init__.py").is_file() for folder in mapped.values())
-    assert found | set(mapped) == set(PROJECT["tool"]["setuptools"]["packages"])
+    assert found == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_operators_are_one_folder_and_one_copy():
@@ -26,9 +25,6 @@ def test_operators_are_one_folder_and_one_copy():
     assert link.readlink() == Path("../operators")
     assert ncvsd_inverse.operators is operators
     assert not [path for path in (ROOT / "operators").iterdir() if path.suffix not in {".py", ""}]
-    presets = ROOT / "ncvsd_inverse" / "presets"
-    assert presets.is_symlink()
-    assert presets.readlink() == Path("../experiments")
     bare = subprocess.run(
         [sys.executable, "-c", "import operators"], cwd=ROOT, capture_output=True, text=True
     )
@@ -60,7 +56,7 @@ def test_project_facts_agree():
 def test_public_names_are_there_and_load_late():
     code = (
         "import sys, ncvsd_inverse\n"
-        "assert 'ncvsd_inverse.solver' not in sys.modules\n"
+        "assert 'ncvsd_inverse.sampling.solve' not in sys.modules\n"
         "assert 'torch' not in sys.modules\n"
         "assert all(getattr(ncvsd_inverse, name) is not None for name in ncvsd_inverse.__all__)\n"
         "assert sorted(ncvsd_inverse.__all__) == dir(ncvsd_inverse)\n"

@@ -3,14 +3,14 @@ import math
 
 import pytest
 
-from ncvsd_inverse.schedules import karras
-from ncvsd_inverse.settings import (
+from ncvsd_inverse.sampling.settings import (
     PUBLISHED,
     default_average,
     default_schedule,
     published_schedule,
     published_sigma_lik,
 )
+from ncvsd_inverse.schedules import karras
 
 
 @pytest.mark.parametrize("num", [2, 3, 10, 50])

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings, Teacher
 from ncvsd_inverse.checks import check_stays_finite
-from ncvsd_inverse.likelihood import likelihood_step
 from ncvsd_inverse.numerics import draw_normal
+from ncvsd_inverse.sampling.likelihood import likelihood_step
 from ncvsd_inverse.schedules import karras
 
 ODE_END = 0.01

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
-from ncvsd_inverse.likelihood import likelihood_step
 from ncvsd_inverse.priors import DiffusionPrior
+from ncvsd_inverse.sampling.likelihood import likelihood_step
 
 ANNEALED = 1 / 3
 """Share of the sweeps in which rho falls."""

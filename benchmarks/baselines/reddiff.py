@@ -24,9 +24,9 @@ from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
-from ncvsd_inverse.likelihood import likelihood_step
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import LinearOperator
+from ncvsd_inverse.sampling.likelihood import likelihood_step
 from ncvsd_inverse.schedules import variance_preserving
 
 BETA_1, BETA_2 = 0.9, 0.99

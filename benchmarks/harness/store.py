@@ -23,7 +23,7 @@ import ncvsd_inverse
 from baselines.interface import Run
 from harness.records import Record
 from harness.runner import Outcome, Row, Setup
-from ncvsd_inverse.images import write_atomically
+from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.tasks import Task
 
 SCHEMA = 1
@@ -31,13 +31,13 @@ SCHEMA = 1
 
 OWN_CODE = (
     "baselines",
-    "ncvsd_inverse.conditioning",
-    "ncvsd_inverse.covariance",
-    "ncvsd_inverse.likelihood",
-    "ncvsd_inverse.linearised",
+    "ncvsd_inverse.sampling.matheron",
+    "ncvsd_inverse.priors.covariance",
+    "ncvsd_inverse.sampling.likelihood",
+    "ncvsd_inverse.sampling.gauss_newton",
     "ncvsd_inverse.schedules",
-    "ncvsd_inverse.settings",
-    "ncvsd_inverse.solver",
+    "ncvsd_inverse.sampling.settings",
+    "ncvsd_inverse.sampling.solve",
 )
 """Modules whose code is part of the methods that use it: a change of it measures them anew."""
 
@@ -233,7 +233,7 @@ class Store:
             if other != path
             and Record.from_json(other.read_text(encoding="utf-8")).images == record.images
         ]
-        write_atomically(path, lambda file: file.write(record.to_json().encode()))
+        write_whole(path, record.to_json())
         for other in older:
             other.unlink()
 
@@ -289,4 +289,4 @@ def _hardware(device: torch.device) -> str:
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_whole(path, text)

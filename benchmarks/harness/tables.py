@@ -18,7 +18,7 @@ from harness.published import (
 )
 from harness.records import METRICS, Record
 from ncvsd_inverse.checks import check_choice
-from ncvsd_inverse.images import write_atomically
+from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.tasks import list_tasks
 
 TASK_TITLES = {
@@ -277,7 +277,7 @@ def write_tables(records: Sequence[Record], out: Path) -> list[Path]:
 def write_file(path: Path, content: bytes) -> Path:
     """Write a file, whole or not at all, and the folders above it; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content))
+    write_whole(path, content)
     return path
 
 

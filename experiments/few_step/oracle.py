@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse import solve
-from ncvsd_inverse.covariance import Statistics, measure_statistics
-from ncvsd_inverse.distill.checkpoint import write_text
+from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
 from ncvsd_inverse.priors import GaussianMixturePrior, GaussianPrior
-from ncvsd_inverse.protocols import Generators, LinearOperator
+from ncvsd_inverse.priors.covariance import measure_statistics
+from ncvsd_inverse.protocols import Generators, LinearOperator, Statistics
+from ncvsd_inverse.sampling.settings import published_schedule
 from ncvsd_inverse.schedules import karras
-from ncvsd_inverse.settings import published_schedule
 
 HERE = Path(__file__).parent
 SIGMA_Y = 0.05
@@ -644,8 +644,8 @@ def main() -> None:
         "calibration": [asdict(row) for row in rows],
     }
     page = f"python experiments/few_step/oracle.py --chains {args.chains}"
-    write_text(args.out / "oracle.md", report(page, distances, rows))
-    write_text(args.out / "oracle.json", json.dumps(record, indent=1) + "\n")
+    write_whole(args.out / "oracle.md", report(page, distances, rows))
+    write_whole(args.out / "oracle.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

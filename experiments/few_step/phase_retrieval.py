@@ -56,7 +56,7 @@ class Told(PhaseRetrieval):
         self.told = True
         return self.truth.repeat(len(x) // len(self.truth), 1, 1, 1)
 
-    def equivalents(self, x: Tensor) -> tuple[Tensor, ...]:
+    def symmetries(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return x alone."""
         return (x,)
 

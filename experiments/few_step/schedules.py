@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse import solve
-from ncvsd_inverse.images import centre_crop, read_images, write_atomically
+from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import crps, lpips, psnr
 from ncvsd_inverse.priors import load_prior
 from ncvsd_inverse.protocols import Prior
@@ -84,7 +85,7 @@ def judge(task: Task, prior: Prior, images: Tensor, levels: tuple[float, ...]) -
 
 
 def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    write_whole(path, text)
 
 
 def _grid(calls: int) -> list[tuple[float, float]]:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ncvsd_inverse import Result, __version__, cli, load_prior
 from ncvsd_inverse import solve as restore
-from ncvsd_inverse.images import read_images, write_atomically, write_image
+from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import read_images, write_image
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import Inpaint
 from ncvsd_inverse.priors import NCVSDPrior
@@ -73,7 +74,7 @@ def main() -> None:
         record = {"images": len(truths), "nfe": NFE, "prior": asked.prior, "seconds_once": once}
         record |= {"version": __version__, "rows": rows}
         content = json.dumps(record, indent=1) + "\n"
-        write_atomically(asked.out / "folder.json", lambda file: file.write(content.encode()))
+        write_whole(asked.out / "folder.json", content)
 
 
 class Watch:

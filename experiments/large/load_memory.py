@@ -22,7 +22,7 @@ from ncvsd_inverse.networks import ConcatDenoiser, UNetShape
 from ncvsd_inverse.priors import PriorCard, load_prior, save_prior
 from ncvsd_inverse.priors.convert import build_converted
 from ncvsd_inverse.priors.files import write_tensors
-from ncvsd_inverse.priors.zoo import load_network
+from ncvsd_inverse.priors.registry import load_network
 
 LIMIT = 1.3
 ADM = {

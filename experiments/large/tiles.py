@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse import __version__, load_prior, solve
-from ncvsd_inverse.images import centre_crop, read_images, write_atomically
+from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.priors.tiled import tiled
 from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.tasks import Task, make_task
-from ncvsd_inverse.tiles import tiled
 
 SIDE = 512
 SEED = 0
@@ -60,7 +61,7 @@ def main() -> None:
     record = {"images": len(truths), "side": SIDE, "data": asked.data.name, "seed": SEED}
     record |= {"version": __version__, "machine": platform.machine(), "rows": rows}
     content = json.dumps(record, indent=1) + "\n"
-    write_atomically(asked.out / "tiles.json", lambda file: file.write(content.encode()))
+    write_whole(asked.out / "tiles.json", content)
 
 
 def restore(task: Task, y: Tensor, prior: Prior, nfe: int) -> tuple[Tensor, float]:

@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.distill import DistillConfig, DistillRun
-from ncvsd_inverse.distill.checkpoint import write_text
-from ncvsd_inverse.distill.data import Batch
-from ncvsd_inverse.distill.losses import View, add_noise, generate
+from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.networks import UNetShape
-from ncvsd_inverse.networks.magnitude import FourierFeatures
+from ncvsd_inverse.networks.edm2_layers import FourierFeatures
 from ncvsd_inverse.priors import GaussianMixturePrior
+from ncvsd_inverse.training import DistillConfig, DistillRun
+from ncvsd_inverse.training.data.image_data import Batch
+from ncvsd_inverse.training.losses import View, add_noise, generate
 
 HERE = Path(__file__).parent
 GAMMA = 0.414
@@ -549,7 +549,7 @@ def write_json(path: Path, results: list[Result]) -> None:
         **measured,
         "results": records,
     }
-    write_text(path, json.dumps(page, indent=1) + "\n")
+    write_whole(path, json.dumps(page, indent=1) + "\n")
 
 
 def commit_of_this_file() -> str:
@@ -580,7 +580,7 @@ def main() -> None:
             result = run_case(replace(case, config=config))
             results.append(result)
             print(table([result]), f"{result.seconds:.0f} s", sep="\n", flush=True)
-    write_text(args.out / "distillation.md", report(results))
+    write_whole(args.out / "distillation.md", report(results))
     write_json(args.out / "distillation.json", results)
     write_picture(args.out / "distillation.png", results[:2], results[2:])
 

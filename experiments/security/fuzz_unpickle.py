@@ -3,10 +3,10 @@ r"""Read damaged and hostile checkpoint files, and count what comes of it.
     python experiments/security/fuzz_unpickle.py --inputs 100000
 
 Valid files of every format, and hostile ones, are mutated (flipped bits, splices, cuts, extreme
-numbers, opcodes that call) and read by `ncvsd_inverse.unpickle` while an audit hook watches what
-Python does. Allowed is a value or a CheckpointError. Everything else is a failure: another error,
-a command, an import, a file opened otherwise than to be read, a second of computing, or more
-memory than a limit of the system allows. Exits with 1 if there is one.
+numbers, opcodes that call) and read by `ncvsd_inverse.checkpoints.unpickle` while an audit hook
+watches what Python does. Allowed is a value or a CheckpointError. Everything else is a failure:
+another error, a command, an import, a file opened otherwise than to be read, a second of computing,
+or more memory than a limit of the system allows. Exits with 1 if there is one.
 """
 
 import argparse
@@ -33,8 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.checkpoints.unpickle import (
+    Inert,
+    arguments_of,
+    read_checkpoint_file,
+    state_dict_of,
+)
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.unpickle import Inert, arguments_of, read_checkpoint_file, state_dict_of
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of address space that reading may take beyond what the process has."""

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse import solve
-from ncvsd_inverse.images import centre_crop, read_images, write_atomically
+from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import crps, lpips, psnr
 from ncvsd_inverse.priors import load_prior
 from ncvsd_inverse.priors.statistics import own_statistics
 from ncvsd_inverse.protocols import Prior
-from ncvsd_inverse.solver import Method
+from ncvsd_inverse.sampling.solve import Method
 from ncvsd_inverse.tasks import SIGMA_Y, make_task
 
 ROWS = ("shipped", "own", "teacher", "teacher-own", "gibbs")
@@ -107,7 +108,7 @@ def judge(
 def write_json(path: Path, entries: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     text = json.dumps(entries, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_whole(path, text)
 
 
 def table(

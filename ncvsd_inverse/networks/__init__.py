@@ -13,7 +13,7 @@ from ncvsd_inverse.networks.denoisers import (
     Network,
     constrain_weights_,
 )
-from ncvsd_inverse.networks.magnitude import normalize_weights_, project_gradients_
+from ncvsd_inverse.networks.edm2_layers import normalize_weights_, project_gradients_
 from ncvsd_inverse.networks.unet import UNetShape
 
 __all__ = [

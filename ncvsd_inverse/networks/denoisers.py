@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.networks.magnitude import (
+from ncvsd_inverse.networks.edm2_layers import (
     FourierFeatures,
     MPConv,
     fold_weights_,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.networks.magnitude import (
+from ncvsd_inverse.networks.edm2_layers import (
     FourierFeatures,
     MPConv,
     mp_cat,

@@ -12,7 +12,7 @@ from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.latent import LatentPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior, RefinedPrior
 from ncvsd_inverse.priors.published import PublishedPrior
-from ncvsd_inverse.priors.zoo import (
+from ncvsd_inverse.priors.registry import (
     PriorHandle,
     describe_prior,
     list_priors,

@@ -22,9 +22,9 @@ from ncvsd_inverse.checks import (
     check_positive,
     check_shape,
 )
-from ncvsd_inverse.covariance import Covariance, DenseCovariance, SpectralCovariance, Statistics
-from ncvsd_inverse.numerics import draw_normal, expand_level
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
+from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
+from ncvsd_inverse.protocols import Covariance, Generators, Statistics
 
 
 class GaussianPrior:
@@ -415,9 +415,7 @@ class _Hartley:
         return self
 
     def analyse(self, x: Tensor) -> Tensor:
-        spectrum = torch.fft.fft2(x.reshape(-1, *self.shape), norm="ortho")
-        real: Tensor = spectrum.real - spectrum.imag
-        return real.flatten(1)
+        return hartley(x.reshape(-1, *self.shape)).flatten(1)
 
     def synthesise(self, coordinates: Tensor) -> Tensor:
         return self.analyse(coordinates)

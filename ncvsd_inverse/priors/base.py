@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_image_size, check_images, check_level
-from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
+from ncvsd_inverse.priors.cache import StatisticsStore
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.priors.store import StatisticsStore
+from ncvsd_inverse.protocols import Statistics
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """Noise stds between which networks are trained, image units."""
@@ -64,7 +64,7 @@ class NetworkPrior(ABC):
         sigma_max: largest trained noise std, image units.
         card: what is known of the prior, if it was trained.
         statistics: mean and covariances of its images, which sampling by conditioning needs; see
-            `ncvsd_inverse.covariance.measure_statistics`.
+            `ncvsd_inverse.priors.covariance.measure_statistics`.
 
     Attributes:
         image_channels: channels of the images; None if the network does not say.

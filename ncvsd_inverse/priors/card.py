@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 from ncvsd_inverse.checks import check_choice, check_spread
-from ncvsd_inverse.covariance import ImageStatistics
+from ncvsd_inverse.priors.covariance import ImageStatistics
 
 OPTIONAL = ("spread", "statistics")
 """Fields that a card may leave out."""

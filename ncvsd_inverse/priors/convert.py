@@ -19,8 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.checkpoints.unpickle import Inert, read_checkpoint_file, state_dict_of
 from ncvsd_inverse.checks import check_choice, check_count
 from ncvsd_inverse.errors import CheckpointError
+from ncvsd_inverse.files import file_sha256
 from ncvsd_inverse.networks import (
     Network,
     UNetShape,
@@ -28,17 +30,15 @@ from ncvsd_inverse.networks import (
     inference_dtype,
 )
 from ncvsd_inverse.networks.adm import AttentionOrder
+from ncvsd_inverse.networks.edm2_layers import MPConv
 from ncvsd_inverse.networks.library import ADM_LEVELS, ADMDenoiser, Prediction
 from ncvsd_inverse.networks.library import LibraryDenoiser as LibraryDenoiser
 from ncvsd_inverse.networks.library import build_converted as build_converted
-from ncvsd_inverse.networks.magnitude import MPConv
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
-from ncvsd_inverse.priors.files import file_sha256
 from ncvsd_inverse.priors.ncvsd import GAMMA, NCVSDPrior
 from ncvsd_inverse.priors.selfcheck import LEVELS, DenoisingError, denoising_errors, photograph
-from ncvsd_inverse.unpickle import Inert, read_checkpoint_file, state_dict_of
 
 EDM2_HEAD_CHANNELS = 64
 EDM2_CONSTANTS = {

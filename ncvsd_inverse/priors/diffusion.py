@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_level, check_positive, check_shape
-from ncvsd_inverse.covariance import Covariance, Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, as_module, check_output
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import Covariance, Generators, Statistics
 from ncvsd_inverse.schedules import karras
 
 if TYPE_CHECKING:

@@ -1,15 +1,13 @@
-"""Files that appear whole, and files of tensors read and written one tensor at a time.
+"""Files of tensors read and written one tensor at a time.
 
-The tensor format is that of safetensors: the length of a JSON header in eight bytes, the header,
-the bytes of the tensors. It must not know what the tensors are for.
+The format is that of safetensors: the length of a JSON header in eight bytes, the header, the bytes
+of the tensors.
 """
 
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -26,33 +24,6 @@ DTYPES = {
 """Dtypes of weights, by the names that safetensors gives them."""
 
 _LENGTH = struct.Struct("<Q")
-
-
-@contextmanager
-def whole_files(*paths: Path) -> Iterator[list[Path]]:
-    """Yield a temporary path in the folder of each file; the files are renamed in order at the end.
-
-    After an error within the context none is renamed and nothing stays.
-    """
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    try:
-        yield temporary
-        for written, path in zip(temporary, paths, strict=True):
-            written.replace(path)
-    finally:
-        for written in temporary:
-            written.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is downloaded, converted or measured on this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncvsd_inverse"
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, 64 lower-case hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:

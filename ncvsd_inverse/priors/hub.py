@@ -26,8 +26,8 @@ from huggingface_hub import (
 )
 
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.priors import zoo
-from ncvsd_inverse.priors.files import file_sha256, whole_files
+from ncvsd_inverse.files import file_sha256, whole_files
+from ncvsd_inverse.priors import registry
 from ncvsd_inverse.priors.published import PUBLISHED, PublishedPrior
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ Converter: TypeAlias = Callable[[Path, Path], object]
 """Writes a foreign checkpoint (its path) as a prior (the path of both files without suffix)."""
 
 
-class HubPrior(zoo.PriorHandle, ModelHubMixin):
+class HubPrior(registry.PriorHandle, ModelHubMixin):
     """A trained prior that comes from, or goes to, a repository at Hugging Face.
 
     `save_pretrained(folder)` writes model.safetensors, model.json (the card) and README.md (the
@@ -88,7 +88,7 @@ class HubPrior(zoo.PriorHandle, ModelHubMixin):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            own = zoo.card_path(folder / STEM).exists()
+            own = registry.card_path(folder / STEM).exists()
             return cls(folder / STEM if own else folder.absolute())
         place = fetch(
             Address.of_hub(str(pretrained_model_name_or_path)),
@@ -102,7 +102,7 @@ class HubPrior(zoo.PriorHandle, ModelHubMixin):
 
     def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
         """Return the card of the prior as the README.md of a repository."""
-        card = zoo.load_card(self.name)
+        card = registry.load_card(self.name)
         data = ModelCardData(
             license="other",
             license_name="see-below",
@@ -131,13 +131,17 @@ class HubPrior(zoo.PriorHandle, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write weights, card and README.md, each whole, once the prior is known to be sound."""
-        stem = zoo.locate(self.name)
-        card = zoo.read_card(stem)
-        zoo.check_files(stem, card)
+        stem = registry.locate(self.name)
+        card = registry.read_card(stem)
+        registry.check_files(stem, card)
         target = save_directory / STEM
-        paths = zoo.weights_path(target), zoo.card_path(target), save_directory / "README.md"
+        paths = (
+            registry.weights_path(target),
+            registry.card_path(target),
+            save_directory / "README.md",
+        )
         with whole_files(*paths) as (weights, text, readme):
-            shutil.copyfile(zoo.weights_path(stem), weights)
+            shutil.copyfile(registry.weights_path(stem), weights)
             text.write_bytes(card.to_json().encode())
             readme.write_bytes(str(self.generate_model_card()).encode())
 
@@ -168,10 +172,10 @@ class Address:
             r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/[\w.-]+/[\w.-]+|\w[\w.-]*))?((?:/\w[\w.-]*)*)", name
         )
         file = match[3][1:] if match else ""
-        if match is None or (file and not file.endswith(zoo.WEIGHTS_SUFFIXES)):
+        if match is None or (file and not file.endswith(registry.WEIGHTS_SUFFIXES)):
             raise CheckpointError(
                 "a name of the hub must be owner/name[@revision][/FILE], with a FILE that ends in "
-                f"one of {', '.join(zoo.WEIGHTS_SUFFIXES)}, got {name!r}"
+                f"one of {', '.join(registry.WEIGHTS_SUFFIXES)}, got {name!r}"
             )
         return cls(match[1], match[2], file or None)
 
@@ -186,15 +190,15 @@ class Address:
         Raises:
             CheckpointError: if a name after "hf:" is not of these forms.
         """
-        if name.startswith(zoo.HUB_PREFIX):
-            return cls.of_hub(name.removeprefix(zoo.HUB_PREFIX))
+        if name.startswith(registry.HUB_PREFIX):
+            return cls.of_hub(name.removeprefix(registry.HUB_PREFIX))
         if Path(name.partition("/")[0]).is_dir():
             return None
         try:
             address = cls.of_hub(name)
         except CheckpointError:
             return None
-        like_a_file = name == address.repository and name.endswith(zoo.SUFFIXES)
+        like_a_file = name == address.repository and name.endswith(registry.SUFFIXES)
         return None if like_a_file else address
 
 
@@ -365,11 +369,11 @@ def fetch(
     named = {name.rpartition("/")[2] for name in repository.files}
     if named & {"model_index.json", *(DIFFUSERS_WEIGHTS + end for end in DIFFUSERS_SUFFIXES)}:
         return _fetch_diffusers(repository)
-    found = sorted(name for name in repository.files if name.endswith(zoo.WEIGHTS_SUFFIXES))
+    found = sorted(name for name in repository.files if name.endswith(registry.WEIGHTS_SUFFIXES))
     if len(found) != 1:
         raise CheckpointError(
             f"{repository} must hold {STEM}.safetensors with {STEM}.json, a UNet2DModel of "
-            f"diffusers, or one file that ends in {', '.join(zoo.WEIGHTS_SUFFIXES)}; got "
+            f"diffusers, or one file that ends in {', '.join(registry.WEIGHTS_SUFFIXES)}; got "
             + (f"{', '.join(found[:10])}: name one as {repository}/FILE" if found else "none")
         )
     return _fetch_file(repository, found[0])
@@ -431,13 +435,13 @@ def fetch_published(name: str, convert: Converter | None = None) -> Path:
             not the one that is known, or a prior of another kind.
     """
     entry = PUBLISHED[name]
-    record, accepted = zoo.record_path(name), zoo.accepted_file(name)
+    record, accepted = registry.record_path(name), registry.accepted_file(name)
     digest, revision = accepted or (None, None)
-    source = zoo.kept_file(entry)
+    source = registry.kept_file(entry)
     if source is None and digest is not None:
-        stem = zoo.converted_stem(digest, name)
-        if zoo.card_path(stem).is_file():
-            zoo.check_published_kind(name, stem)
+        stem = registry.converted_stem(digest, name)
+        if registry.card_path(stem).is_file():
+            registry.check_published_kind(name, stem)
             return stem
     if source is None:
         source = _download(entry, entry.revision or revision)
@@ -454,9 +458,9 @@ def fetch_published(name: str, convert: Converter | None = None) -> Path:
         )
     stem = _converted(source, came, name, convert)
     try:
-        zoo.check_published_kind(name, stem, source)
+        registry.check_published_kind(name, stem, source)
     except CheckpointError:
-        for path in (zoo.card_path(stem), zoo.weights_path(stem)):
+        for path in (registry.card_path(stem), registry.weights_path(stem)):
             path.unlink(missing_ok=True)
         raise
     if accepted is None:
@@ -480,15 +484,15 @@ def convert_once(source: Path, name: str, convert: Converter | None = None) -> P
 
 
 def _converted(source: Path, sha256: str, name: str, convert: Converter | None) -> Path:
-    stem = zoo.converted_stem(sha256, name)
-    if not zoo.card_path(stem).is_file():
+    stem = registry.converted_stem(sha256, name)
+    if not registry.card_path(stem).is_file():
         if convert is None:
             from ncvsd_inverse.priors import convert as own
 
             convert = own.convert
         stem.parent.mkdir(parents=True, exist_ok=True)
         convert(source, stem)
-        zoo.read_card(stem)
+        registry.read_card(stem)
     return stem
 
 
@@ -510,9 +514,9 @@ def _download(entry: PublishedPrior, revision: str | None) -> Path:
         raise CheckpointError(
             f"{entry.name} is not here and cannot be downloaded: {error}; where there is a "
             f"network, fetch {url} and put it, as it is, into one of "
-            f"{', '.join(str(folder) for folder in zoo.search_folders())} "
-            f"(${zoo.WEIGHTS_VARIABLE} may name another folder); it is a pickle, which is never "
-            "unpickled but converted, once, when the prior is next used"
+            f"{', '.join(str(folder) for folder in registry.search_folders())} "
+            f"(${registry.WEIGHTS_VARIABLE} may name another folder); it is a pickle, which is "
+            "never unpickled but converted, once, when the prior is next used"
         ) from error
 
 

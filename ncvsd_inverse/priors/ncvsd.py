@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_non_negative, check_positive, check_spread
-from ncvsd_inverse.covariance import Statistics
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.priors.views import combine_views, raise_noise
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.priors.observations import combine_views, raise_noise
+from ncvsd_inverse.protocols import Generators, Statistics
 from ncvsd_inverse.schedules import karras
 
 GAMMA = 0.414
@@ -39,7 +38,7 @@ class NCVSDPrior(NetworkPrior):
 
     with k = 1 in training. `spread` holds other values of k: draws of a network that came out too
     alike or too unlike have the right variance with the noise z a little larger or smaller (see
-    `ncvsd_inverse.distill.evaluate.calibrate_spread`).
+    `ncvsd_inverse.evaluation.posterior.calibrate_spread`).
 
     The network is told a level in [sigma_min, sigma_max], where it was trained: a smaller sigma is
     raised to sigma_min, so the draw is made as if u were that little noisier; a larger one is an

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_stays_finite
-from ncvsd_inverse.covariance import LEVELS, ImageStatistics, Statistics, measure_statistics
 from ncvsd_inverse.priors.base import NetworkPrior
+from ncvsd_inverse.priors.covariance import LEVELS, ImageStatistics, measure_statistics
 from ncvsd_inverse.priors.ncvsd import RefinedPrior
-from ncvsd_inverse.protocols import Generator, Prior
+from ncvsd_inverse.protocols import Generator, Prior, Statistics
 
 SIDE = 64
 """Side in pixels at which a prior of any size is measured unless told otherwise."""

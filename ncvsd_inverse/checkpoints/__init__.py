@@ -1,0 +1,1 @@
+"""Checkpoints that other programs saved, read without running code from them."""

@@ -1,0 +1,61 @@
+"""Files that appear whole or not at all, their digests, and the folder for what is kept."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["cache_folder", "file_sha256", "whole_files", "write_whole"]
+
+
+@contextmanager
+def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
+    """Yield a temporary path beside each file; at the end they are renamed in order.
+
+    What was written is on the disk before a file takes its name. After an error within the context
+    none is renamed, older files stay, and no temporary one does.
+
+    Args:
+        paths: the files; their folders must exist.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    targets = [Path(path) for path in paths]
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in targets]
+    try:
+        yield temporary
+        for written in temporary:
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+        for written, path in zip(temporary, targets, strict=True):
+            written.replace(path)
+    finally:
+        for written in temporary:
+            written.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; text as UTF-8, line ends as they are.
+
+    Args:
+        path: the file; an older one is replaced.
+        content: what it holds.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with whole_files(path) as (part,):
+        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is downloaded, converted or measured on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ncvsd_inverse"
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, 64 lower-case hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Priors and solver as parts of other libraries."""

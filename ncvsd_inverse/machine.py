@@ -1,0 +1,155 @@
+"""The machine: which device computes, what a call costs, how far a long one is."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PassCounter", "PeakMemory", "count_passes", "find_device", "progress_bar", "time_now"]
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """Return the device that was asked for, else this process's own: its GPU or the CPU.
+
+    Raises:
+        ValueError: if the device cannot be used here.
+    """
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name or own).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be usable here, got {name!r}: {reason}") from None
+
+
+class PassCounter:
+    """Images that went through networks, and gradients that came back.
+
+    Attributes:
+        forward: images that went through a network.
+        backward: images whose gradients went back through a network.
+    """
+
+    def __init__(self) -> None:
+        self.forward = 0
+        self.backward = 0
+
+    def _count(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        if not (args and isinstance(args[0], Tensor)):
+            return
+        self.forward += args[0].shape[0]
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backward += gradient.shape[0]
+
+
+@contextmanager
+def count_passes(
+    networks: Iterable[nn.Module], on_pass: Callable[[PassCounter], None] | None = None
+) -> Iterator[PassCounter]:
+    """Count, by a hook, the images that go through networks as long as the context lasts.
+
+    Args:
+        networks: the modules; one that is named twice counts once.
+        on_pass: called after each pass.
+    """
+    counter = PassCounter()
+
+    def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        counter._count(module, args, output)
+        if on_pass is not None:
+            on_pass(counter)
+
+    with ExitStack() as hooks:
+        for network in set(networks):
+            hooks.callback(network.register_forward_hook(hook).remove)
+        yield counter
+
+
+def time_now(device: torch.device) -> float:
+    """Return the time in seconds at which all work that a device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class PeakMemory:
+    """Bytes that this process holds: on a GPU those of torch's allocator, else resident ones.
+
+    Args:
+        device: where it computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reset(self) -> None:
+        """Forget the peak so far, where the system allows it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return  # no such file, or not allowed: the peak is then the most so far
+
+    def held(self) -> int:
+        """Return the bytes held now; where the system does not say, the most so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _process_status("VmRSS") or _most_so_far()
+
+    def peak(self) -> int:
+        """Return the most bytes held since `reset`; where the system does not say, ever."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _process_status("VmHWM") or _most_so_far()
+
+
+def _process_status(entry: str) -> int | None:
+    """Return an entry of Linux's status of this process, in bytes; None on other systems."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    line = next(line for line in path.read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) * 1024
+
+
+def _most_so_far() -> int:
+    import resource  # Unix alone has it
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+@contextmanager
+def progress_bar(unit: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error as long as the context lasts.
+
+    Args:
+        unit: what is counted, in the plural.
+        total: how many there are.
+        shown: whether there is a bar at all.
+
+    Yields:
+        A function to call with how many more are done.
+    """
+    if not shown:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Lines that go to a file or pipe must not be drawn above the bar.
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=redirect) as bar:
+        task = bar.add_task(unit, total=total)
+        yield lambda done: bar.advance(task, done)

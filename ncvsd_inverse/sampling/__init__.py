@@ -1,0 +1,1 @@
+"""Sampling from the posterior of an image given a measurement."""

@@ -1,0 +1,233 @@
+"""NCVSD distillation of a teacher into a generative denoiser; it must not know measurements.
+
+Source: Peng et al., arXiv 2506.09416.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.networks import (
+    ConcatDenoiser,
+    ConcatDiscriminator,
+    ControlledDenoiser,
+    ControlledDiscriminator,
+    Denoiser,
+    Network,
+)
+from ncvsd_inverse.priors.registry import load_network
+from ncvsd_inverse.schedules import karras
+from ncvsd_inverse.training.config import DistillConfig
+from ncvsd_inverse.training.data.image_data import TrainingData
+from ncvsd_inverse.training.losses import (
+    View,
+    add_noise,
+    adversarial_loss,
+    discriminator_losses,
+    distillation_loss,
+    energy_loss,
+    generate,
+    score_loss,
+)
+from ncvsd_inverse.training.teacher import check_same_networks
+from ncvsd_inverse.training.trainer import Micro, Run, log_variance, with_labels
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Draw(NamedTuple):
+    """What the generator drew for a microbatch."""
+
+    y: View
+    z: Tensor
+    generated: Tensor
+    sigma_hat: Tensor
+
+
+class DistillRun(Run[DistillConfig]):
+    """NCVSD distillation: generator, score model and discriminator, a step of each in turn.
+
+    The three steps share one batch of images, y and generated images; t and eps are drawn anew in
+    each. Each step's loss is a function of (image, y, generated image) whose law is the same in all
+    three, and the generator goes first: no network has then seen the batch before its own gradient
+    is taken, so each gradient has the law that it would have on a batch of its own. Score model and
+    discriminator see draws of the generator as it was before its step; with separate batches they
+    would see those after.
+
+    Args:
+        config: the settings.
+        data: the training images.
+        folder: where the run lives; an existing run there is resumed.
+        teacher: E[x0 | x] as `teacher(x, sigma)`; a `Denoiser` unless `networks` are given.
+        networks: generator, score model and discriminator to start from, for teachers that are
+            not a `Denoiser`; by default all start from the teacher's weights.
+        accelerator: the processes and device to run on; None: accelerate's defaults.
+        shard: whether the networks are spread over the processes (FSDP), see `Run`.
+
+    Attributes:
+        generator: the network that is distilled.
+
+    Raises:
+        TypeError: if `teacher` is no `Denoiser` and no networks are given.
+        ValueError: if its shape is not the configured one; the fields that differ are named.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        data: TrainingData,
+        folder: str | Path,
+        teacher: Callable[..., Tensor],
+        *,
+        networks: tuple[nn.Module, nn.Module, nn.Module] | None = None,
+        accelerator: "Accelerator | None" = None,
+        shard: bool = False,
+    ) -> None:
+        super().__init__(config, data, folder, accelerator=accelerator, shard=shard)
+        torch.manual_seed(config.seed)
+        if networks is None:
+            if not isinstance(teacher, Denoiser):
+                raise TypeError("teacher must be a Denoiser unless networks are given")
+            check_same_networks("teacher", teacher, config)
+            networks = _start_networks(config.kind, teacher)
+            if config.init is not None and not self.has_checkpoint:
+                _start_generator(networks[0], config)
+        if isinstance(teacher, Network):
+            self.add_frozen(teacher)
+        self.teacher = teacher
+        self.generator, self.score, self.discriminator = networks
+        rate = config.generator_rate
+        self._generator = self.add("generator", self.generator, rate=rate, average=True)
+        self._score = self.add("score", self.score)
+        self._discriminator = self.add("discriminator", self.discriminator, rate=rate)
+        levels = karras(config.num_levels, config.sigma_max, config.sigma_min)
+        self._levels = torch.tensor(levels, device=self.device)
+
+    def train_step(self, micros: list[Micro]) -> None:
+        """Take a step of the generator, of the score model and of the discriminator."""
+        if self.images_seen < self.config.energy_images:
+            rate = self.config.energy_rate
+            self.descend("generator", self._energy_losses(micros), rate=rate)
+            return
+        adversarial = self.images_seen >= self.config.adversarial_images
+        # One microbatch keeps its graph for the generator's step; more are generated again.
+        once = len(micros) == 1
+        with torch.set_grad_enabled(once):
+            draws = [self._draw(micro) for micro in micros]
+        pairs = list(zip(micros, draws, strict=True))
+        self.descend("generator", self._generator_losses(pairs, adversarial, once))
+        self.descend("score", self._score_losses(pairs))
+        if adversarial:
+            self.descend("discriminator", self._discriminator_losses(pairs))
+
+    def _draw(self, micro: Micro) -> Draw:
+        """Draw a noise level and noise for each image and generate from its noisy view."""
+        images = micro.images
+        places = micro.noise.uniform(images[:, 0, 0, 0]) * len(self._levels)
+        sigma = self._levels[places.long().clamp(max=len(self._levels) - 1)]
+        y = View(add_noise(images, sigma, micro.noise.normal(images)), sigma)
+        return self._generate(micro, y, micro.noise.normal(images))
+
+    def _generate(self, micro: Micro, y: View, z: Tensor) -> Draw:
+        network = with_labels(self._generator, micro.labels)
+        return Draw(y, z, *generate(network, y, z, gamma=self.config.gamma))
+
+    def _score_losses(self, pairs: list[tuple[Micro, Draw]]) -> Iterator[Tensor]:
+        for micro, draw in pairs:
+            t = self.draw_t(micro)
+            loss = score_loss(
+                with_labels(self._score, micro.labels),
+                log_variance(self.score, t),
+                draw.generated.detach(),
+                draw.y,
+                t,
+                micro.noise.normal(micro.images),
+                sigma_data=self.config.sigma_data,
+            )
+            yield loss.flatten(1).mean(1)
+
+    def _discriminator_losses(self, pairs: list[tuple[Micro, Draw]]) -> Iterator[Tensor]:
+        for micro, draw in pairs:
+            # Real and fake images go through together, so the labels are needed twice.
+            labels = None if micro.labels is None else micro.labels.repeat(2, 1)
+            real, fake = discriminator_losses(
+                with_labels(self._discriminator, labels),
+                micro.images,
+                draw.generated.detach(),
+                draw.y,
+                self.draw_t(micro),
+                (micro.noise.normal(micro.images), micro.noise.normal(micro.images)),
+            )
+            yield (real + fake) / 2
+
+    def _generator_losses(
+        self, pairs: list[tuple[Micro, Draw]], adversarial: bool, once: bool
+    ) -> Iterator[Tensor]:
+        for micro, first in pairs:
+            draw = first if once else self._generate(micro, first.y, first.z)
+            t, eps = self.draw_t(micro), micro.noise.normal(micro.images)
+            loss = distillation_loss(
+                with_labels(self.teacher, micro.labels),
+                with_labels(self.score, micro.labels),
+                draw.generated,
+                log_variance(self.generator, draw.sigma_hat),
+                draw.y,
+                t,
+                eps,
+                sigma_data=self.config.sigma_data,
+            )
+            loss = loss.flatten(1).mean(1)
+            if adversarial:
+                self.discriminator.requires_grad_(False)
+                judge = with_labels(self.discriminator, micro.labels)
+                loss = loss + adversarial_loss(judge, draw.generated, draw.y, t, eps)
+                self.discriminator.requires_grad_(True)
+            if self.config.energy_weight:
+                loss = loss + self.config.energy_weight * self._energy(micro, draw)
+            yield loss
+
+    def _energy_losses(self, micros: list[Micro]) -> Iterator[Tensor]:
+        for micro in micros:
+            yield self._energy(micro, self._draw(micro))
+
+    def _energy(self, micro: Micro, draw: Draw) -> Tensor:
+        """Return the energy score of `draw` and another one against the true images, (b,)."""
+        other = self._generate(micro, draw.y, micro.noise.normal(micro.images))
+        return energy_loss(
+            (draw.generated, other.generated),
+            micro.images,
+            draw.y.sigma,
+            sigma_data=self.config.sigma_data,
+        )
+
+
+def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return generator, score model and discriminator, all started from the teacher's weights."""
+    if kind == "concat":
+        return (
+            ConcatDenoiser.from_teacher(teacher),
+            ConcatDenoiser.from_teacher(teacher),
+            ConcatDiscriminator.from_teacher(teacher),
+        )
+    return (
+        ControlledDenoiser.from_teacher(teacher),
+        ControlledDenoiser.from_teacher(teacher),
+        ControlledDiscriminator.from_teacher(teacher),
+    )
+
+
+def _start_generator(generator: nn.Module, config: DistillConfig) -> None:
+    """Fill the generator, in place, with the weights of the prior that the run starts from."""
+    assert config.init is not None
+    start = load_network(config.init)
+    if type(start) is not type(generator):
+        raise ValueError(
+            f"init must be a distilled prior of kind {config.kind!r}, got {config.init}, "
+            f"a {type(start).__name__}"
+        )
+    check_same_networks("init", start, config)
+    generator.load_state_dict(start.state_dict())

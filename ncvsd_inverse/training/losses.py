@@ -1,0 +1,223 @@
+"""The losses of teacher training and of NCVSD distillation, as pure functions.
+
+They must not know optimisers, schedules or data sets. Image tensors are (B, C, H, W); sigma and t
+are noise stds, (B,), in image units; z and eps are standard normal, shaped like the images.
+Networks come as plain functions, their learned log variances (B, 1, 1, 1) beside them.
+
+Source: Peng et al., arXiv 2506.09416; Karras et al., arXiv 2206.00364 and 2312.02696.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.numerics import expand_level
+from ncvsd_inverse.priors.observations import combine_views, raise_noise
+
+DETAIL_STD = 0.2
+"""Std of a band of detail over that of the images; 0.12 to 0.28 of faces and photographs."""
+
+COARSE_STD = 0.8
+"""Std of what remains below the bands, likewise; 0.75 to 1.1."""
+
+
+class UnconditionalDenoiser(Protocol):
+    """A teacher, analytic or a network: E[x0 | x] at noise level sigma."""
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
+        """Denoise `x` (B, C, H, W) of noise std `sigma` (B,)."""
+        ...
+
+
+class Conditional(Protocol):
+    """A network of `x` that is also given a second noisy view of the same image.
+
+    A denoiser returns images (B, C, H, W), a discriminator logits (B,).
+    """
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor, condition: Tensor, condition_sigma: Tensor, /
+    ) -> Tensor:
+        """Judge or denoise `x` (B, C, H, W) at `sigma` given `condition`."""
+        ...
+
+
+class View(NamedTuple):
+    """A noisy image and its noise std (B,)."""
+
+    image: Tensor
+    sigma: Tensor
+
+
+def add_noise(x: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    """Return x + sigma eps, (B, C, H, W)."""
+    return x + expand_level(sigma, x) * eps
+
+
+def loss_weight(t: Tensor, x: Tensor, sigma_data: float) -> Tensor:
+    """Return lambda(t) = (t^2 + s^2) / (t s)^2 in a shape that broadcasts over `x`."""
+    level = expand_level(t, x)
+    return (level**2 + sigma_data**2) / (level * sigma_data) ** 2
+
+
+def weighted_error(error: Tensor, t: Tensor, log_variance: Tensor, sigma_data: float) -> Tensor:
+    """Return exp(-w) lambda(t) error^2 + w per pixel, (B, C, H, W)."""
+    weight = loss_weight(t, error, sigma_data) * (-log_variance).exp()
+    return weight * error.square() + log_variance
+
+
+def denoising_loss(
+    teacher: UnconditionalDenoiser,
+    log_variance: Tensor,
+    images: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Return the teacher's loss per pixel, (B, C, H, W)."""
+    error = teacher(add_noise(images, t, eps), t) - images
+    return weighted_error(error, t, log_variance, sigma_data)
+
+
+def generate(generator: Conditional, y: View, z: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
+    """Return the generator's draws given `y` and the level (B,) its network was called with."""
+    y_hat, sigma_hat = raise_noise(y.image, y.sigma, z, gamma)
+    return generator(y_hat, sigma_hat, y.image, y.sigma), sigma_hat
+
+
+def score_loss(
+    score: Conditional,
+    log_variance: Tensor,
+    generated: Tensor,
+    y: View,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Return the score model's denoising loss on generated images per pixel, (B, C, H, W)."""
+    error = score(add_noise(generated, t, eps), t, y.image, y.sigma) - generated
+    return weighted_error(error, t, log_variance, sigma_data)
+
+
+def discriminator_losses(
+    discriminator: Conditional,
+    real: Tensor,
+    fake: Tensor,
+    y: View,
+    t: Tensor,
+    eps: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the cross entropies of real and fake images at level t, each (B,).
+
+    `eps` holds the noise of the real and of the fake images. Both go through the discriminator
+    in one pass.
+    """
+    noisy = torch.cat([add_noise(real, t, eps[0]), add_noise(fake, t, eps[1])])
+    condition, sigma = y.image.repeat(2, 1, 1, 1), y.sigma.repeat(2)
+    real_logits, fake_logits = discriminator(noisy, t.repeat(2), condition, sigma).chunk(2)
+    return nn.functional.softplus(-real_logits), nn.functional.softplus(fake_logits)
+
+
+def distillation_loss(
+    teacher: UnconditionalDenoiser,
+    score: Conditional,
+    generated: Tensor,
+    log_variance: Tensor,
+    y: View,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Return the variational score distillation loss per pixel, (B, C, H, W).
+
+    Its gradient with respect to `generated` is that of the divergence between the law of the
+    generated images and the teacher's posterior given y, at noise level t. `log_variance` is the
+    generator's own head at the level its network was called with.
+    """
+    with torch.no_grad():
+        x_t = add_noise(generated, t, eps)
+        target = teacher(*combine_views(y.image, y.sigma, x_t, t))
+        target = target - score(x_t, t, y.image, y.sigma) + generated
+    return weighted_error(generated - target, t, log_variance, sigma_data)
+
+
+def adversarial_loss(
+    discriminator: Conditional, generated: Tensor, y: View, t: Tensor, eps: Tensor
+) -> Tensor:
+    """Return -log C(x_t, t | y, sigma) of generated images, (B,)."""
+    logits = discriminator(add_noise(generated, t, eps), t, y.image, y.sigma)
+    return nn.functional.softplus(-logits)
+
+
+def energy_loss(
+    draws: tuple[Tensor, Tensor],
+    images: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float = 0.5,
+    patch: int = 8,
+) -> Tensor:
+    """Return the energy score of two draws given y at level sigma against the true images, (B,).
+
+    (|a - x0| + |b - x0| - |a - b|) / 2 in root mean squares, summed over views of the three
+    images: whole, in patches, and in patches of half the side of each band of a Laplacian
+    pyramid, which judge fine and coarse structure each on its own scale. Every view is taken in
+    units of what sigma leaves unknown of it. The expectation is least where the draws follow the
+    law of x0 given y, and no other network is needed.
+
+    Source: Gneiting & Raftery, Strictly proper scoring rules, JASA 2007.
+    """
+    first, second = draws
+    pairs = ((first, images, 0.5), (second, images, 0.5), (first, second, -0.5))
+    scores = [sign * _distance(a - b, sigma, sigma_data, patch) for a, b, sign in pairs]
+    return torch.stack(scores).sum(0)
+
+
+def _distance(difference: Tensor, sigma: Tensor, sigma_data: float, patch: int) -> Tensor:
+    """Return the sum of root mean squares of a difference of images over their views, (B,)."""
+    difference = difference.float()
+    pixels = _root_mean_square(difference, max(difference.shape)) / 2
+    pixels = pixels + _root_mean_square(difference, patch) / 2
+    *details, coarse = _pyramid(difference)
+    bands = [
+        _root_mean_square(band, patch // 2) / _unknown(sigma / 2**octave, DETAIL_STD * sigma_data)
+        for octave, band in enumerate(details)
+    ]
+    # Averaging 2 by 2 pixels halves the noise.
+    unknown = _unknown(sigma / 2 ** len(details), COARSE_STD * sigma_data)
+    bands.append(_root_mean_square(coarse, patch // 2) / unknown)
+    return pixels / _unknown(sigma, sigma_data) + torch.stack(bands).mean(0)
+
+
+def _unknown(sigma: Tensor, std: float) -> Tensor:
+    """Return the root mean square error of the best linear denoiser of one number, (B,)."""
+    return sigma * std / (sigma**2 + std**2).sqrt()
+
+
+def _root_mean_square(x: Tensor, patch: int) -> Tensor:
+    """Return the root mean square over patches (or the image if smaller), their mean, (B,)."""
+    square = x.square().mean(1, keepdim=True)
+    sides = [min(max(patch, 1), side) for side in x.shape[2:]]
+    parts = nn.functional.avg_pool2d(square, sides).flatten(1)
+    return (parts + torch.finfo(parts.dtype).tiny).sqrt().mean(1)
+
+
+def _pyramid(x: Tensor) -> list[Tensor]:
+    """Return the bands of a Laplacian pyramid, finest first; the coarsest is 4 to 7 pixels wide.
+
+    Source: Burt & Adelson, IEEE Transactions on Communications 31 (1983).
+    """
+    taps = x.new_tensor([1, 4, 6, 4, 1]) / 16
+    channels, bands = x.shape[1], []
+    while min(x.shape[2:]) >= 8:
+        smooth = nn.functional.pad(x, (2, 2, 2, 2), mode="reflect")
+        for shape in ((1, 1, 1, 5), (1, 1, 5, 1)):
+            kernel = taps.reshape(shape).repeat(channels, 1, 1, 1)
+            smooth = nn.functional.conv2d(smooth, kernel, groups=channels)
+        bands.append(x - smooth)
+        x = smooth[:, :, ::2, ::2]
+    return [*bands, x]

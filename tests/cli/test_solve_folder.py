@@ -1,0 +1,323 @@
+"""`ncvsd solve` on many pictures: batches, stops, damage, processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ncvsd_inverse import cli
+from ncvsd_inverse.images import read_image, write_image
+from ncvsd_inverse.numerics import draw_normal
+from ncvsd_inverse.priors import NCVSDPrior
+
+ROOT = Path(__file__).parents[2]
+TASK = ("--task", "deblur_gaussian", "--prior", "stand_in")
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the loop is 'gibbs'"),
+    pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),
+]
+"""Stand-ins that hold no statistics, and few calls, show most of what is tested here."""
+
+
+class Noisy:
+    """A prior of any size whose draws are random; it remembers how many images came together."""
+
+    nfe_per_sample = 1
+    image_shape = None
+
+    def __init__(self):
+        self.batches = []
+
+    def sample(self, u, sigma, *, generator=None):
+        self.batches.append(len(u))
+        return u / (1 + sigma**2) + 0.1 * draw_normal(u, generator)
+
+
+class Network(torch.nn.Module):
+    """A network that takes sides of multiples of 8, and remembers them."""
+
+    size_multiple = 8
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, sigma, condition, condition_sigma, labels=None):
+        self.seen.append(tuple(x.shape[2:]))
+        return 0.5 * condition
+
+
+@pytest.fixture
+def prior(monkeypatch):
+    stand_in = Noisy()
+    monkeypatch.setattr(cli, "load_prior", lambda name, device=None: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, prior):
+    """Run `ncvsd solve` in `tmp_path`; return exit status, standard output and error."""
+
+    def run(*arguments):
+        prior.batches.clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ncvsd", "solve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def make_picture(path, height, width, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    write_image(path, torch.rand(1, 3, height, width, generator=generator) * 2 - 1)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of 24x16, and in a folder of their own two of 16x16, and something else."""
+    folder = tmp_path / "in"
+    for i, (name, height) in enumerate(
+        [("a", 24), ("sub/a", 16), ("b", 24), ("c.v2", 24), ("sub/d", 16)]
+    ):
+        make_picture(folder / f"{name}.png", height, 16, i)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+NAMES = ["a", "b", "c.v2", "sub/a", "sub/d"]
+
+
+def restored(folder):
+    return {name: (folder / f"{name}_restored.png").read_bytes() for name in NAMES}
+
+
+def test_a_folder_is_restored_in_batches_of_one_size(run, tmp_path, pictures, prior):
+    status, printed, err = run("in", *TASK, "--nfe", 2, "-o", "out")
+    assert (status, err) == (0, "")
+    assert sorted(prior.batches) == [2, 2, 3, 3]
+    out = tmp_path / "out"
+    written = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    assert written == sorted(f"{n}{end}" for n in NAMES for end in (".json", "_restored.png"))
+    assert read_image(out / "sub" / "d_restored.png").shape == (1, 3, 16, 16)
+    assert "5 pictures restored, 0 finished before, 0 failed" in printed
+
+
+@pytest.mark.parametrize("options", [(), ("--simulate", "--samples", 2)])
+def test_a_result_does_not_depend_on_the_other_pictures(run, tmp_path, pictures, options):
+    run("in", *TASK, *options, "-o", "together")
+    run("in/b.png", *TASK, *options, "-o", "alone")
+    run("in/b.png", *TASK, *options, "-o", "other", "--seed", 1)
+    kinds = ["restored"] + (["measurement", "std"] if options else [])
+    for kind in kinds:
+        own = (tmp_path / "alone" / f"b_{kind}.png").read_bytes()
+        assert (tmp_path / "together" / f"b_{kind}.png").read_bytes() == own
+        assert (tmp_path / "other" / f"b_{kind}.png").read_bytes() != own
+    # The same measurement under another name has other noise.
+    (tmp_path / "in" / "twin.png").write_bytes((pictures / "b.png").read_bytes())
+    run("in/twin.png", *TASK, "-o", "alone")
+    twin = (tmp_path / "alone" / "twin_restored.png").read_bytes()
+    assert twin != (tmp_path / "together" / "b_restored.png").read_bytes()
+
+
+def test_finished_pictures_are_skipped(run, tmp_path, pictures, prior):
+    run("in", *TASK, "-o", "out")
+    first = restored(tmp_path / "out")
+    (tmp_path / "out" / "b_restored.png").unlink()
+    (tmp_path / "out" / "sub" / "d.json").write_text("{")
+    (tmp_path / "out" / "a.json").unlink()
+    status, printed, _ = run("in", *TASK, "-o", "out", "--nfe", 10)
+    assert status == 0
+    assert sum(prior.batches) == 3 * 10
+    assert "3 pictures restored, 2 finished before, 0 failed" in printed
+    assert restored(tmp_path / "out") == first
+    assert run("in", *TASK, "-o", "out")[0] == 0
+    assert prior.batches == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "entry"),
+    [
+        ("--nfe", 3, "nfe"),
+        ("--seed", 1, "seed"),
+        ("--sigma-y", 0.1, "sigma_y"),
+        ("--task", "deblur_motion", "task"),
+        ("--samples", 2, "samples"),
+        ("--estimate", "ema", "estimate"),
+        ("--simulate", None, "simulated"),
+    ],
+)
+def test_other_settings_do_not_pass_for_finished(run, pictures, prior, option, value, entry):
+    run("in", *TASK, "-o", "out", "--nfe", 2)
+    changed = [option] if value is None else [option, value]
+    printed = run("in", *TASK, "-o", "out", "--nfe", 2, *changed)[1]
+    assert printed.count(f"is of another {entry}: restored again") == len(NAMES)
+    assert "5 pictures restored" in printed
+
+
+def test_another_file_of_the_same_name_is_restored(run, pictures):
+    run("in", *TASK, "-o", "out")
+    make_picture(pictures / "b.png", 24, 16, 100)
+    printed = run("in", *TASK, "-o", "out")[1]
+    assert "is of another input_sha256: restored again" in printed
+    assert "1 pictures restored, 4 finished before" in printed
+
+
+def test_a_stop_among_changed_settings_leaves_no_record_that_lies(
+    run, tmp_path, pictures, monkeypatch
+):
+    run("in", *TASK, "-o", "out")
+    first = restored(tmp_path / "out")
+    whole = cli.write_whole
+
+    def full(path, content):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(cli, "write_whole", full)
+    status, _, err = run("in", *TASK, "-o", "out", "--seed", 1)
+    assert status == 1
+    assert "the disk is full" in err
+    assert restored(tmp_path / "out") != first
+    monkeypatch.setattr(cli, "write_whole", whole)
+    run("in", *TASK, "-o", "out")
+    assert restored(tmp_path / "out") == first
+
+
+def test_outputs_of_fewer_kinds_leave_no_older_ones(run, tmp_path, pictures):
+    run("in/a.png", *TASK, "-o", "out", "--samples", 2, "--simulate")
+    run("in/a.png", *TASK, "-o", "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.json", "a_restored.png"]
+
+
+def test_bad_files_are_named_at_the_end(run, tmp_path, pictures):
+    whole = (pictures / "b.png").read_bytes()
+    (pictures / "b.png").write_bytes(whole[:60])
+    make_picture(pictures / "small.png", 4, 16, 0)
+    (pictures / "gone.png").symlink_to("nowhere")
+    status, printed, err = run("in", *TASK, "-o", "out")
+    assert status == 1
+    assert "4 pictures restored, 0 finished before, 3 failed" in printed
+    assert err.startswith("error: 3 of 7 pictures could not be restored: in/b.png must be a read")
+    assert err.count("\n") == 1
+    assert "in/small.png: size must be at least 8" in err
+    assert "in/gone.png: " in err
+    assert not (tmp_path / "out" / "b.json").exists()
+    # Mended, they alone are restored.
+    (pictures / "b.png").write_bytes(whole)
+    (pictures / "small.png").unlink()
+    (pictures / "gone.png").unlink()
+    status, printed, _ = run("in", *TASK, "-o", "out")
+    assert status == 0
+    assert "1 pictures restored, 4 finished before, 0 failed" in printed
+
+
+def test_a_size_that_the_prior_cannot_take_is_a_bad_file(run, pictures, monkeypatch):
+    prior = NCVSDPrior(Network(), image_shape=None)
+    monkeypatch.setattr(cli, "load_prior", lambda name, device=None: prior)
+    make_picture(pictures / "odd.png", 24, 20, 0)
+    status, printed, err = run("in", *TASK, "-o", "out")
+    assert status == 1
+    assert "5 pictures restored" in printed
+    assert "in/odd.png: its image must have sides that are multiples of 8, got 24 x 20" in err
+
+
+def test_a_picture_that_diverges_does_not_take_its_batch_along(run, tmp_path, pictures, prior):
+    write_image(pictures / "b.png", torch.ones(1, 3, 24, 16))
+    tame = prior.sample
+
+    def sample(u, sigma, *, generator=None):
+        x0 = tame(u, sigma, generator=generator)
+        x0[u.mean((1, 2, 3)) > 0.5] = torch.nan
+        return x0
+
+    prior.sample = sample
+    status, printed, err = run("in", *TASK, "-o", "out", "--sigma-y", 0.001)
+    assert status == 1
+    assert "4 pictures restored, 0 finished before, 1 failed" in printed
+    assert "in/b.png: " in err
+    assert "the prior's draw must stay finite" in err
+
+
+def test_outputs_within_the_folder_are_not_taken_for_pictures(run, pictures):
+    for _ in range(2):
+        status, printed, _ = run("in", *TASK, "-o", "in/restored")
+        assert status == 0
+    assert "0 pictures restored, 5 finished before" in printed
+    status, _, err = run("in", *TASK, "-o", "in")
+    assert status == 1
+    assert "in must hold pictures (.bmp" in err
+
+
+def test_batches_hold_few_pictures():
+    made = []
+
+    def jobs():
+        generator = torch.Generator().manual_seed(0)
+        for number in range(500):
+            side = 8 * int(torch.randint(1, 12, (1,), generator=generator))
+            made.append(number)
+            yield SimpleNamespace(number=number, size=(side, 8))
+
+    out, pixels = [], 2000
+    for batch in cli._batch(jobs(), pixels):
+        assert len({job.size for job in batch}) == 1
+        assert len(batch) * batch[0].size[0] * 8 <= pixels
+        out += [job.number for job in batch]
+        assert (len(made) - len(out)) * 8 * 8 <= 4 * pixels
+    assert sorted(out) == list(range(500))
+    single = [SimpleNamespace(size=(100, 100)) for _ in range(3)]
+    assert list(map(len, cli._batch(single, pixels))) == [1, 1, 1]
+
+
+def test_processes_share_the_pictures(run, tmp_path, pictures, prior, monkeypatch):
+    monkeypatch.setattr(cli, "_report", lambda bad, pictures: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for process, count in (("1", 2), ("0", 3)):
+        monkeypatch.setenv("RANK", process)
+        printed = run("in", *TASK, "--nfe", 1, "-o", "shared")[1]
+        assert sum(prior.batches) == count
+        assert f"{count} pictures restored" in printed
+    run("in", *TASK, "--nfe", 1, "-o", "alone")
+    monkeypatch.delenv("WORLD_SIZE")
+    run("in", *TASK, "--nfe", 1, "-o", "alone")
+    assert restored(tmp_path / "shared") == restored(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_launched_processes_wait_for_each_other(tmp_path, pictures):
+    (pictures / "b.png").write_bytes(b"damaged")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "-m", "ncvsd_inverse.cli", "solve", str(pictures)]
+    command += ["--task", "sr4x", "--simulate", "--prior", "ncvsd_natural", "--nfe", "1"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out"), "--device", "cpu"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "error: 1 of 5 pictures could not be restored" in done.stderr
+    assert sorted(p.stem for p in (tmp_path / "out").rglob("*.json")) == ["a", "a", "c.v2", "d"]
+
+
+def test_large_pictures_are_seen_in_tiles(run, tmp_path, pictures, monkeypatch):
+    network = Network()
+    prior = NCVSDPrior(network, image_shape=None)
+    monkeypatch.setattr(cli, "load_prior", lambda name, device=None: prior)
+    make_picture(tmp_path / "large.png", 64, 96, 0)
+    assert (
+        run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32, "--method", "gibbs")[0] == 0
+    )
+    assert set(network.seen) == {(32, 32)}
+    assert json.loads((tmp_path / "out" / "large.json").read_text())["tile"] == 32
+    assert prior.network is network

@@ -1,0 +1,525 @@
+"""Every operator against its dense matrix, and the conventions that fix that matrix."""
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncvsd_inverse import operators as ops
+from ncvsd_inverse.protocols import LinearOperator, Operator, SolvableOperator
+
+BOUNDARIES = ("circular", "reflect", "replicate", "valid")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=seeded(seed))
+
+
+def positive(*shape, seed=0):
+    return torch.rand(shape, dtype=torch.float64, generator=seeded(seed)) + 0.1
+
+
+def some(*shape, seed=0):
+    return torch.rand(shape, generator=seeded(seed)) > 0.4
+
+
+@dataclass
+class Case:
+    name: str
+    operator: object
+    shape: tuple  # of the images, (B, C, H, W)
+    y_shape: tuple
+    family: str
+
+
+def make_cases():
+    odd, flat = (2, 3, 5, 7), (2, 2, 6, 8)
+    cases = [
+        Case("inpaint", ops.Inpaint(some(5, 7)), odd, odd, "inpainting"),
+        Case("inpaint_float", ops.Inpaint(some(1, 5, 7).float()), odd, odd, "inpainting"),
+        Case("inpaint_channels", ops.Inpaint(some(3, 5, 7)), odd, odd, "inpainting"),
+        Case("inpaint_images", ops.Inpaint(some(2, 1, 5, 7)), odd, odd, "inpainting"),
+        Case("inpaint_all", ops.Inpaint(some(2, 3, 5, 7)), odd, odd, "inpainting"),
+        Case("inpaint_box", ops.Inpaint.box((5, 7), (2, 3)), odd, odd, "inpainting"),
+        Case("inpaint_random", ops.Inpaint.random((5, 7), keep=0.5), odd, odd, "inpainting"),
+        Case("sr2", ops.SuperResolution(2), flat, (2, 2, 3, 4), "superres"),
+        Case("sr3", ops.SuperResolution(3), (2, 1, 9, 6), (2, 1, 3, 2), "superres"),
+        Case("sr4", ops.SuperResolution(4), (2, 1, 12, 4), (2, 1, 3, 1), "superres"),
+        Case("sr2_box", ops.SuperResolution(2, filter="box"), flat, (2, 2, 3, 4), "superres"),
+        Case("sr3_box", ops.SuperResolution(3, "box"), (2, 1, 3, 9), (2, 1, 1, 3), "superres"),
+        Case("gaussian", ops.GaussianBlur(1.2, 5), odd, odd, "blur"),
+        Case("motion", ops.MotionBlur(4, 0.5, seed=1, boundary="reflect"), odd, odd, "motion_blur"),
+        Case("denoise", ops.Denoise(), odd, odd, "denoise"),
+    ]
+    kernels = {
+        "odd": positive(5, 3),
+        "even": positive(2, 4),
+        "full": positive(5, 7),
+        "images": positive(2, 1, 3, 4),
+        "all": positive(2, 3, 3, 3),
+    }
+    for boundary in BOUNDARIES:
+        for label, kernel in kernels.items():
+            height, width = kernel.shape[-2:]
+            y_shape = (2, 3, 6 - height, 8 - width) if boundary == "valid" else odd
+            operator = ops.Blur(kernel, boundary=boundary)
+            cases.append(Case(f"blur_{boundary}_{label}", operator, odd, y_shape, "blur"))
+        even = ops.Blur(kernels["odd"], boundary=boundary)
+        y_shape = (2, 2, 2, 6) if boundary == "valid" else flat
+        cases.append(Case(f"blur_{boundary}_even_image", even, flat, y_shape, "blur"))
+    return cases
+
+
+CASES = make_cases()
+each_operator = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def dense(case):
+    """The matrix of each image, shape (B, M, N), one column for each of the N pixels."""
+    batch, *image = case.shape
+    size = math.prod(image)
+    columns = []
+    for index in range(size):
+        unit = torch.zeros(batch, size, dtype=torch.float64)
+        unit[:, index] = 1
+        columns.append(case.operator(unit.view(case.shape)).flatten(1))
+    return torch.stack(columns, dim=2)
+
+
+@each_operator
+def test_adjoint_is_the_transpose(case):
+    matrix = dense(case)
+    v = normal(*case.y_shape)
+    expected = (matrix.mT @ v.flatten(1)[..., None])[..., 0].view(case.shape)
+    # Float64 rounding of sums of at most a hundred terms.
+    torch.testing.assert_close(case.operator.adjoint(v), expected, rtol=1e-11, atol=1e-11)
+
+
+@each_operator
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-4), (0.0, 0.5), (3.0, 100.0)])
+def test_solve_normal_inverts_the_matrix(case, a, b):
+    matrix = dense(case)
+    rhs = normal(*case.shape)
+    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
+    expected = torch.linalg.solve(system, rhs.flatten(1)).view(case.shape)
+    solution = case.operator.solve_normal(rhs, a=a, b=b)
+    # Closed forms lose a few units of rounding times the condition number, conjugate gradients
+    # stop at a residual of 1e-10, which the condition number multiplies in the solution.
+    condition = 1 + a / b * float(torch.linalg.matrix_norm(matrix, ord=2).max()) ** 2
+    iterates = isinstance(case.operator, ops.Blur) and case.operator.boundary != "circular"
+    unit = 2e-10 if iterates else 1e-14
+    assert (solution - expected).norm() <= unit * condition * expected.norm()
+    if iterates:
+        residual = (system @ solution.flatten(1)[..., None])[..., 0] - rhs.flatten(1)
+        assert residual.norm() <= (1e-10 + 1e-15 * condition) * rhs.norm()
+
+
+@each_operator
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-2)])
+def test_solve_normal_spread_adds_the_root_of_the_inverse(case, a, b):
+    rhs, eps = normal(*case.shape), normal(*case.shape, seed=9)
+    if not case.operator.is_diagonal:
+        with pytest.raises(TypeError, match="no closed-form root"):
+            case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
+        return
+    matrix = dense(case)
+    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(system)
+    root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
+    expected = (
+        torch.linalg.solve(system, rhs.flatten(1)) + (root @ eps.flatten(1)[..., None])[..., 0]
+    )
+    drawn = case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
+    torch.testing.assert_close(drawn, expected.view(case.shape), rtol=1e-8, atol=1e-8)
+
+
+@each_operator
+def test_shapes_and_roles(case):
+    assert case.operator(normal(*case.shape)).shape == case.y_shape
+    assert case.operator.input_shape(case.y_shape) == case.shape
+    assert case.operator.family == case.family
+    for role in (Operator, LinearOperator, SolvableOperator):
+        assert isinstance(case.operator, role)
+
+
+@each_operator
+def test_images_of_a_batch_do_not_mix(case):
+    x, y = normal(*case.shape), normal(*case.y_shape, seed=1)
+    changed_x, changed_y = x.clone(), y.clone()
+    changed_x[1], changed_y[1] = 7.0, 7.0
+    op = case.operator
+    assert torch.equal(op(x)[0], op(changed_x)[0])
+    assert torch.equal(op.adjoint(y)[0], op.adjoint(changed_y)[0])
+    first, second = (op.solve_normal(z, a=10.0, b=0.1)[0] for z in (x, changed_x))
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+@each_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtype_and_device_are_kept_and_never_narrowed(case, dtype, device):
+    x, y = normal(*case.shape).to(device), normal(*case.y_shape, seed=1).to(device)
+    tolerance = 30 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-9
+    pairs = (
+        (case.operator(x.to(dtype)), case.operator(x.to(dtype).double())),
+        (case.operator.adjoint(y.to(dtype)), case.operator.adjoint(y.to(dtype).double())),
+        (
+            case.operator.solve_normal(x.to(dtype), a=2.0, b=0.5),
+            case.operator.solve_normal(x.to(dtype).double(), a=2.0, b=0.5),
+        ),
+    )
+    for result, exact in pairs:
+        assert (result.dtype, result.device.type) == (dtype, device.type)
+        assert (result.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("case", make_cases(), ids=lambda case: case.name)
+def test_gradients_pass_after_inference_mode(case):
+    """What is kept from the first call must serve a later one that needs gradients."""
+    x, weights = normal(*case.shape), normal(*case.y_shape, seed=1)
+    with torch.inference_mode():
+        case.operator(x.float())
+        case.operator(x)
+        case.operator.solve_normal(x, a=1.0, b=1.0)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad((case.operator(x) * weights).sum(), x)
+    torch.testing.assert_close(gradient, case.operator.adjoint(weights))
+    case.operator.solve_normal(x, a=1.0, b=1.0).sum().backward()
+    torch.testing.assert_close(
+        x.grad, case.operator.solve_normal(torch.ones_like(x), a=1.0, b=1.0), rtol=1e-6, atol=1e-6
+    )
+
+
+@each_operator
+def test_repeated_serves_a_tiled_batch(case):
+    x, y = normal(6, *case.shape[1:]), normal(6, *case.y_shape[1:], seed=1)
+    tiled = case.operator.repeated(3)
+    for sample in range(3):
+        part = slice(2 * sample, 2 * sample + 2)
+        torch.testing.assert_close(tiled(x)[part], case.operator(x[part]))
+        torch.testing.assert_close(tiled.adjoint(y)[part], case.operator.adjoint(y[part]))
+    assert torch.equal(tiled.count_measured(y), case.operator.count_measured(y[:2]).repeat(3))
+
+
+@each_operator
+def test_noise_lies_on_measured_entries_only(case):
+    x, sigma_y, repeats = normal(*case.shape), 0.3, 400
+    clean = case.operator(x)
+    measured = torch.ones(case.y_shape, dtype=torch.bool)
+    if case.family == "inpainting":
+        measured = case.operator.mask.expand(case.y_shape)
+    generator = seeded(5)
+    draws = [case.operator.measure(x, sigma_y, generator=generator) for _ in range(repeats)]
+    eps = (torch.stack(draws) - clean) / sigma_y
+    assert (eps[:, ~measured] == 0).all()
+    count = int(measured.sum()) * repeats
+    # Four standard errors of the mean and of the variance of standard normals.
+    assert abs(float(eps[:, measured].mean())) <= 4 / math.sqrt(count)
+    assert abs(float(eps[:, measured].square().mean()) - 1) <= 4 * math.sqrt(2 / count)
+    assert torch.equal(
+        case.operator.count_measured(clean), measured.flatten(1).sum(dim=1, dtype=torch.int64)
+    )
+
+
+def test_measure_takes_one_generator_an_image():
+    x = normal(3, 1, 4, 4)
+    op = ops.GaussianBlur(1.0, 3)
+    together = op.measure(x, 0.1, generator=[seeded(i) for i in range(3)])
+    alone = op.measure(x[2:], 0.1, generator=[seeded(2)])
+    torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-12)
+
+
+def test_spacings_of_imresize():
+    """The reduction of one axis against the convention, written out for each output pixel."""
+
+    def cubic(t):
+        t = abs(t)
+        if t <= 1:
+            return 1.5 * t**3 - 2.5 * t**2 + 1
+        return -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2 if t <= 2 else 0.0
+
+    for side, factor in [(16, 4), (8, 2), (9, 3), (10, 5), (4, 4), (3, 1)]:
+        expected = torch.zeros(side // factor, side, dtype=torch.float64)
+        mirror = [*range(side), *reversed(range(side))]
+        for row in range(side // factor):
+            centre = (row + 0.5) * factor - 0.5
+            for tap in range(-4 * side - 20, 4 * side + 20):
+                expected[row, mirror[tap % (2 * side)]] += cubic((centre - tap) / factor)
+            expected[row] /= expected[row].sum()
+        columns = torch.eye(side, dtype=torch.float64).view(side, 1, 1, side)
+        columns = columns.expand(side, 1, side, side)
+        reduced = ops.SuperResolution(factor)(columns)
+        for line in reduced.unbind(dim=2):
+            torch.testing.assert_close(line[:, 0].T, expected, rtol=0, atol=1e-13)
+
+
+def test_values_of_imresize():
+    # First pixel of a 16 to 4 reduction as MATLAB weights it, from the published convention.
+    row = torch.tensor([0.27930, 0.26367, 0.22900, 0.16357, 0.08643])
+    columns = torch.eye(16).view(16, 1, 1, 16).expand(16, 1, 16, 16)
+    reduced = ops.SuperResolution(4)(columns)[:5, 0, 2, 0]
+    assert torch.allclose(reduced, row, atol=1e-4)
+
+
+def test_bicubic_keeps_constants_and_box_averages():
+    constant = torch.full((1, 2, 8, 12), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(ops.SuperResolution(4)(constant), constant[..., :2, :3])
+    x = normal(1, 2, 8, 12)
+    expected = torch.nn.functional.avg_pool2d(x, 4)
+    torch.testing.assert_close(ops.SuperResolution(4, filter="box")(x), expected)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("size", [(3, 5), (4, 2), (1, 1), (5, 7), (6, 9)])
+def test_blur_is_the_written_convolution(boundary, size):
+    """Each output pixel as the sum of the docstring, with numpy-like index rules."""
+    kernel, x = positive(*size), normal(1, 1, 6, 9)
+
+    def outside(index, length):
+        if boundary == "circular":
+            return index % length
+        if boundary == "replicate":
+            return min(max(index, 0), length - 1)
+        index = abs(index)
+        return index if index < length else 2 * (length - 1) - index
+
+    rows, columns = range(6), range(9)
+    if boundary == "valid":
+        rows = range(size[0] - 1 - size[0] // 2, 6 - size[0] // 2)
+        columns = range(size[1] - 1 - size[1] // 2, 9 - size[1] // 2)
+    expected = torch.tensor(
+        [
+            [
+                sum(
+                    float(kernel[p, q])
+                    * float(
+                        x[0, 0, outside(i - p + size[0] // 2, 6), outside(j - q + size[1] // 2, 9)]
+                    )
+                    for p in range(size[0])
+                    for q in range(size[1])
+                )
+                for j in columns
+            ]
+            for i in rows
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(ops.Blur(kernel, boundary=boundary)(x)[0, 0], expected)
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "replicate", "valid"])
+def test_conjugate_gradient_reaches_its_tolerance(boundary):
+    """With the kernel and conditioning of a real deblurring, in both dtypes."""
+    op = ops.GaussianBlur(1.5, 15, boundary=boundary)
+    for dtype, a in [(torch.float32, 400.0), (torch.float64, 400.0), (torch.float64, 1e4)]:
+        rhs = normal(2, 1, 48, 40, dtype=dtype)
+        solution = op.solve_normal(rhs, a=a, b=1.0)
+        residual = a * op.adjoint(op(solution)) + solution - rhs
+        # The recursive residual meets the tolerance; rounding adds to the true one.
+        share = op.tolerances[dtype] + torch.finfo(dtype).eps * a
+        limit = share * rhs.flatten(1).norm(dim=1)
+        assert (residual.flatten(1).norm(dim=1) <= limit).all()
+
+
+def test_solve_in_float32_does_not_cancel():
+    """At rho = 80, sigma_lik = 0.05 the exact solve keeps what A does not see."""
+    a = (80 / 0.05) ** 2
+    for op in (ops.SuperResolution(4), ops.GaussianBlur(1.5, 7), ops.Inpaint.random((32, 24))):
+        x = normal(1, 1, 32, 24)
+        exact = op.solve_normal(x, a=a, b=1.0)
+        single = op.solve_normal(x.float(), a=a, b=1.0)
+        # Rounding of float32, a few operations deep.
+        assert (single - exact).norm() <= 2e-5 * exact.norm()
+
+
+def test_gaussian_kernel():
+    kernel = ops.GaussianBlur(1.3, 7).kernel[0, 0]
+    offsets = torch.arange(7, dtype=torch.float64) - 3
+    expected = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.3**2))
+    torch.testing.assert_close(kernel, expected / expected.sum())
+    even = ops.GaussianBlur(1.3, 6).kernel[0, 0]
+    assert divmod(int(even.argmax()), 6) == (3, 3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 15, 61])
+@pytest.mark.parametrize("intensity", [0.0, 0.5, 1.0])
+def test_motion_kernel(size, intensity):
+    for seed in range(3):
+        kernel = ops.MotionBlur(size, intensity, seed=seed).kernel[0, 0]
+        assert kernel.shape == (size, size)
+        assert (kernel >= 0).all()
+        assert abs(float(kernel.sum()) - 1) < 1e-12
+        # Centred: its mean position is the centre, so the image does not move.
+        places = torch.arange(size, dtype=torch.float64) - size // 2
+        assert abs(float(kernel.sum(dim=1) @ places)) < 1e-9
+        assert abs(float(kernel.sum(dim=0) @ places)) < 1e-9
+
+
+def test_motion_kernel_follows_its_seed_and_intensity():
+    def principal_variances(intensity, seed):
+        """Variances of the path along its flattest and its longest direction, square pixels."""
+        kernel = ops.MotionBlur(61, intensity, seed=seed).kernel[0, 0]
+        places = torch.arange(61, dtype=torch.float64) - 30
+        cross = places @ kernel @ places
+        rows, columns = kernel.sum(dim=1) @ places**2, kernel.sum(dim=0) @ places**2
+        return torch.linalg.eigvalsh(torch.stack((rows, cross, cross, columns)).view(2, 2))
+
+    first, again, other = (ops.MotionBlur(15, 0.5, seed=seed).kernel for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    straight, shaken = (
+        torch.stack([principal_variances(intensity, seed) for seed in range(10)])
+        for intensity in (0.0, 1.0)
+    )
+    assert (straight[:, 0] / straight[:, 1]).max() < 0.02
+    assert (shaken[:, 0] / shaken[:, 1]).mean() > 0.1
+    # A straight, even path of 0.75 * 61 pixels has a variance of length^2 / 12; changes of speed
+    # spread it by some per cent.
+    assert ((straight[:, 1] / (45.75**2 / 12) - 1).abs() < 0.2).all()
+
+
+def test_phase_retrieval():
+    op = ops.PhaseRetrieval(pad=3)
+    x = normal(2, 3, 5, 7)
+    y = op(x)
+    assert y.shape == (2, 3, 11, 13)
+    assert op.input_shape(y.shape) == x.shape
+    assert op.family == "phase_retrieval"
+    assert not isinstance(op, LinearOperator)
+    rows, columns = torch.arange(5.0).double(), torch.arange(7.0).double()
+    frequencies_h, frequencies_w = torch.arange(11.0).double(), torch.arange(13.0).double()
+    wave_h = torch.exp(-2j * math.pi * torch.outer(frequencies_h, rows + 3) / 11)
+    wave_w = torch.exp(-2j * math.pi * torch.outer(columns + 3, frequencies_w) / 13)
+    expected = (wave_h @ ((x + 1) / 2).to(wave_h.dtype) @ wave_w).abs() / math.sqrt(11 * 13)
+    torch.testing.assert_close(y, expected)
+    assert op(x.half()).dtype == torch.float16
+    assert op.count_measured(y).tolist() == [3 * 11 * 13] * 2
+    assert op.repeated(4) is op
+
+
+def test_phase_retrieval_contracts_by_half():
+    op, x = ops.PhaseRetrieval(2), normal(1, 2, 5, 7)
+    for seed in range(20):
+        move = 0.1 * normal(1, 2, 5, 7, seed=seed)
+        assert (op(x + move) - op(x)).norm() <= op.lipschitz * move.norm() * (1 + 1e-9)
+    darker = op(x + 0.1) - op(x)
+    assert darker.norm() <= op.lipschitz * 0.1 * math.sqrt(x.numel())
+
+
+def test_masks_hide_what_they_say():
+    ones = torch.ones(2, 3, 64, 64)
+    box = ops.Inpaint.box((64, 64), 32)(ones)
+    assert (box[..., 16:48, 16:48] == 0).all()
+    assert int(box.sum()) == 6 * (64 * 64 - 32 * 32)
+    kept = ops.Inpaint.random((64, 64), keep=0.3, seed=0)(ones)
+    assert torch.equal(kept[:, 0], kept[:, 2])
+    # Four standard errors of a proportion over 4096 pixels.
+    assert abs(float(kept.mean()) - 0.3) < 4 * math.sqrt(0.21 / 4096)
+    again, other = (ops.Inpaint.random((64, 64), keep=0.3, seed=seed)(ones) for seed in (0, 1))
+    assert torch.equal(kept, again)
+    assert not torch.equal(kept, other)
+
+
+def test_importing_the_bare_folder_is_refused():
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", "import operators"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "ImportError: import ncvsd_inverse.operators" in run.stderr
+
+
+NAN = torch.tensor([[1.0, math.nan]])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: ops.Inpaint([[1, 0]]), TypeError, "mask must be"),
+        (lambda: ops.Inpaint(torch.ones(2, 2, dtype=torch.complex64)), TypeError, "mask must be"),
+        (lambda: ops.Inpaint(torch.ones(4)), ValueError, r"mask must have shape.*got \(4,\)"),
+        (lambda: ops.Inpaint(NAN), ValueError, "mask must be finite"),
+        (lambda: ops.Inpaint(NAN * math.inf), ValueError, "mask must be finite"),
+        (lambda: ops.Inpaint(torch.full((2, 2), 0.5)), ValueError, "mask must hold only 0 and 1"),
+        (lambda: ops.Inpaint(torch.zeros(4, 4)), ValueError, "mask must measure.*zeros"),
+        (lambda: ops.Inpaint(torch.eye(2)[:, None, None, :1]), ValueError, "mask must measure"),
+        (lambda: ops.Inpaint.box((4, 4), 5), ValueError, "side must be at most"),
+        (lambda: ops.Inpaint.box((4, 4), 4), ValueError, "mask must measure"),
+        (lambda: ops.Inpaint.box((4, 4), 0), ValueError, "side must be at least 1"),
+        (lambda: ops.Inpaint.random((4, 4), keep=0.0), ValueError, "keep must be in"),
+        (lambda: ops.Inpaint.random((4, 0)), ValueError, "size must be at least 1"),
+        (lambda: ops.Inpaint.random((4,)), ValueError, "size must be"),
+        (lambda: ops.SuperResolution(0), ValueError, "factor must be at least 1"),
+        (lambda: ops.SuperResolution(2.0), TypeError, "factor must be an integer"),
+        (lambda: ops.SuperResolution(2, filter="bicubik"), ValueError, "filter.*bicubic"),
+        (lambda: ops.Blur([[1.0]]), TypeError, "kernel must be a torch tensor"),
+        (lambda: ops.Blur(torch.ones(2, 2, dtype=torch.int64)), TypeError, "kernel must be a fl"),
+        (lambda: ops.Blur(torch.ones(3)), ValueError, r"kernel must have shape.*got \(3,\)"),
+        (lambda: ops.Blur(NAN), ValueError, "kernel must be finite"),
+        (lambda: ops.Blur(torch.zeros(3, 3)), ValueError, "kernel must have a weight"),
+        (lambda: ops.Blur(torch.ones(3, 3), boundary="zero"), ValueError, "boundary must be one"),
+        (lambda: ops.GaussianBlur(0.0, 5), ValueError, "std must be positive"),
+        (lambda: ops.GaussianBlur(1.0, 0), ValueError, "kernel_size must be at least 1"),
+        (lambda: ops.MotionBlur(5, 1.5), ValueError, r"intensity must be in \[0, 1\]"),
+        (lambda: ops.MotionBlur(5, -0.1), ValueError, "intensity must be non-negative"),
+        (lambda: ops.MotionBlur(5, 0.5, seed=-1), ValueError, "seed must be at least 0"),
+        (lambda: ops.PhaseRetrieval(-1), ValueError, "pad must be at least 0"),
+    ],
+)
+def test_bad_settings_name_the_argument(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+x_bad = torch.zeros(2, 3, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ops.Inpaint(some(5, 7))(x_bad), ValueError, "x must have the height and width"),
+        (lambda: ops.Inpaint(some(3, 1, 6, 7))(x_bad), ValueError, "x must have the batch and"),
+        (lambda: ops.Inpaint(some(5, 7)).adjoint(x_bad), ValueError, "y must have the height"),
+        (lambda: ops.SuperResolution(4)(x_bad), ValueError, "x must .*factor = 4"),
+        (
+            lambda: ops.SuperResolution(4).solve_normal(x_bad, a=1.0, b=1.0),
+            ValueError,
+            "rhs must .*factor = 4",
+        ),
+        (lambda: ops.GaussianBlur(1.0, 9)(x_bad), ValueError, "kernel must be at most as large"),
+        (
+            lambda: ops.GaussianBlur(1.0, 9, boundary="valid")(x_bad),
+            ValueError,
+            "kernel must be at most as large",
+        ),
+        (
+            lambda: ops.GaussianBlur(1.0, 9, boundary="reflect")(x_bad),
+            ValueError,
+            "kernel must be at most as large",
+        ),
+        (lambda: ops.Blur(positive(3, 1, 3, 3))(x_bad), ValueError, "x must have the batch and"),
+        (lambda: ops.Denoise()(x_bad[0]), ValueError, r"x must have shape \(B, C, H, W\)"),
+        (lambda: ops.PhaseRetrieval(2)(x_bad.long()), TypeError, "x must be a floating-point"),
+        (lambda: ops.PhaseRetrieval(3).input_shape((1, 1, 6, 9)), ValueError, "y_shape must exc"),
+        (lambda: ops.Denoise().input_shape((1, 6, 9)), ValueError, "y_shape must be"),
+        (lambda: ops.Denoise().measure(x_bad, 0.0), ValueError, "sigma_y must be positive"),
+        (lambda: ops.Denoise().measure(x_bad, math.nan), ValueError, "sigma_y must be positive"),
+        (lambda: ops.Denoise().solve_normal(x_bad, a=1.0, b=0.0), ValueError, "b must be posit"),
+        (lambda: ops.Denoise().solve_normal(x_bad, a=-1.0, b=1.0), ValueError, "a must be non-n"),
+        (lambda: ops.Denoise().repeated(0), ValueError, "times must be at least 1"),
+    ],
+)
+def test_bad_calls_name_the_argument(call, error, match):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,493 @@
+"""The published loop, and what both loops share."""
+
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import ncvsd_inverse
+from ncvsd_inverse import DivergenceError, Result
+from ncvsd_inverse import operators as ops
+from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
+from ncvsd_inverse.sampling.solve import _chain_keys
+from ncvsd_inverse.schedules import karras
+
+SHAPE = (3, 8, 6)
+
+solve = partial(ncvsd_inverse.solve, method="gibbs")
+
+# Few calls are enough to show most of what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:the schedule has one sweep only")
+
+
+def measurement(operator=None, batch=2, shape=SHAPE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(batch, *shape, generator=generator) * 2 - 1
+    return (operator or box()).measure(x, 0.05, generator=generator)
+
+
+def box():
+    return ops.Inpaint.box(SHAPE[1:], 3)
+
+
+def white_prior(shape=SHAPE):
+    return GaussianPrior.stationary(torch.zeros(shape), torch.full(shape, 0.25))
+
+
+class ShrinkPrior:
+    """A user's prior: no network, no declared levels; keeps what it was asked and said."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sample(self, u, sigma, *, generator=None):
+        x0 = torch.stack(
+            [
+                image / (1 + sigma**2) + 0.1 * torch.randn(image.shape, generator=source)
+                for image, source in zip(u, generator, strict=True)
+            ]
+        )
+        self.calls.append((sigma, x0))
+        return x0
+
+
+class Shrink(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.images = 0
+
+    def forward(self, x, sigma):
+        self.images += x.shape[0]
+        return self.scale * x
+
+
+class NetworkPrior:
+    """A prior with a network that it calls `runs` times a draw and claims to call `claims`."""
+
+    def __init__(self, runs=1, claims=1):
+        self.network = Shrink()
+        self.runs = runs
+        self.nfe_per_sample = claims
+        self.image_shape = None
+
+    def sample(self, u, sigma, *, generator=None):
+        for _ in range(self.runs):
+            u = self.network(u, sigma)
+        return u
+
+
+class UsersBlur:
+    """A user's operator with the least it may have, holding one gain an image."""
+
+    def __init__(self, gains):
+        self.gains = gains.view(-1, 1, 1, 1)
+        self.batches = []
+
+    def __call__(self, x):
+        self.batches.append(x.shape[0])
+        return self.gains * x
+
+    adjoint = __call__
+
+    def input_shape(self, y_shape):
+        return tuple(y_shape)
+
+    def solve_normal(self, rhs, *, a, b):
+        return rhs / (a * self.gains**2 + b)
+
+
+def small_problem():
+    """A 3 x 4 image of a correlated Gaussian prior, blurred: everything as dense matrices."""
+    height, width = 3, 4
+    dim = height * width
+    generator = torch.Generator().manual_seed(3)
+    factor = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * 0.2
+    covariance = factor @ factor.T + 0.02 * torch.eye(dim, dtype=torch.float64)
+    mean = 0.3 * torch.randn(dim, generator=generator, dtype=torch.float64)
+    operator = ops.Blur(torch.tensor([[0.1, 0.5, 0.1], [0.05, 0.2, 0.05]]).double())
+    basis = torch.eye(dim, dtype=torch.float64).view(dim, 1, height, width)
+    matrix = operator(basis).flatten(1).T
+    y = torch.randn(1, 1, height, width, generator=generator, dtype=torch.float64)
+    prior = GaussianPrior(mean.view(1, height, width), covariance)
+    return operator, prior, matrix, mean, covariance, y
+
+
+def exact_chain_law(matrix, mean, covariance, y, sigma_y, schedule):
+    """Mean and covariance of x0 after split-Gibbs sweeps from x0 = 0, by linear algebra."""
+    eye = torch.eye(len(mean), dtype=mean.dtype)
+    m, c = torch.zeros_like(mean), torch.zeros_like(covariance)
+    for rho in schedule:
+        p = torch.linalg.inv(matrix.T @ matrix / sigma_y**2 + eye / rho**2)
+        m = p @ (matrix.T @ y / sigma_y**2 + m / rho**2)
+        c = p + p @ c @ p / rho**4
+        gain = covariance @ torch.linalg.inv(covariance + rho**2 * eye)
+        m, c = mean + gain @ (m - mean), rho**2 * gain + gain @ c @ gain.T
+    return m, c
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [(0.4,), (3.0, 0.8, 0.3, 0.1), tuple(0.3 - 1e-6 * i for i in range(25))],
+    ids=["one sweep", "annealed", "fixed rho"],
+)
+@pytest.mark.parametrize("sigma_lik", [None, 0.1])
+def test_chain_has_the_law_that_linear_algebra_gives(schedule, sigma_lik):
+    operator, prior, matrix, mean, covariance, y = small_problem()
+    count = 2000
+    result = solve(
+        y,
+        operator=operator,
+        prior=prior,
+        nfe=len(schedule),
+        schedule=schedule,
+        sigma_y=0.2,
+        sigma_lik=sigma_lik,
+        num_samples=count,
+    )
+    assert result.sigma_lik == (sigma_lik or 0.2)
+    m, c = exact_chain_law(matrix, mean, covariance, y.flatten(), result.sigma_lik, schedule)
+    samples = result.samples.flatten(1)
+    # Four and a half standard errors: a few hundred entries are looked at.
+    assert ((samples.mean(0) - m).abs() < 4.5 * (c.diagonal() / count).sqrt()).all()
+    variances = c.diagonal()
+    error = ((variances[:, None] * variances + c**2) / count).sqrt()
+    assert ((torch.cov(samples.T) - c).abs() < 4.5 * error).all()
+
+
+def test_annealed_chain_reaches_the_posterior():
+    operator, prior, matrix, mean, covariance, y = small_problem()
+    count, sigma_y = 400, 0.2
+    result = solve(
+        y,
+        operator=operator,
+        prior=prior,
+        nfe=100,
+        schedule=karras(100, 3.0, 0.02),
+        sigma_y=sigma_y,
+        num_samples=count,
+    )
+    precision = torch.linalg.inv(covariance) + matrix.T @ matrix / sigma_y**2
+    posterior = torch.linalg.inv(precision)
+    expected = posterior @ (
+        torch.linalg.solve(covariance, mean) + matrix.T @ y.flatten() / sigma_y**2
+    )
+    stds = posterior.diagonal().sqrt()
+    samples = result.samples.flatten(1)
+    # Four Monte-Carlo standard errors of 0.05 stds (0.035 in the spread), and 0.05 of bias.
+    assert ((samples.mean(0) - expected).abs() < 0.25 * stds).all()
+    ratio = samples.std(0) / stds
+    assert ((ratio - 1).abs() < 0.2).all()
+
+
+def test_result_is_whole_and_frozen():
+    operator, y = box(), measurement()
+    result = solve(y.requires_grad_(), operator=operator, prior=white_prior(), nfe=3, num_samples=4)
+    assert isinstance(result, Result)
+    assert result.seconds > 0
+    assert result.samples.shape == (4, 2, *SHAPE)
+    assert result.std.shape == (2, *SHAPE)
+    assert torch.equal(result.x0, result.samples[0])
+    assert torch.allclose(result.mean, result.samples.mean(0))
+    assert torch.allclose(result.std, result.samples.std(0))
+    assert (result.method, result.schedule) == ("gibbs", karras(3, 3.0, 0.02))
+    assert result.sigma_lik == 0.05
+    assert not result.x0.requires_grad
+    by_hand = (y - operator(result.x0)).flatten(1).norm(dim=1) / (0.05 * (3 * (48 - 9)) ** 0.5)
+    assert torch.allclose(result.residual, by_hand.detach())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.nfe = 1
+
+
+def test_output_follows_dtype_and_device(dtype, device):
+    y = measurement().to(device, dtype)
+    result = solve(y, operator=box(), prior=white_prior(), nfe=2, num_samples=2, restarts=2)
+    for x in (result.x0, result.samples, result.mean, result.std, result.residual):
+        assert x.dtype == dtype
+        assert x.device.type == device.type
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_forward_passes_are_counted_by_what_runs(runs):
+    prior = NetworkPrior(runs=runs, claims=runs)
+    result = solve(measurement(), operator=box(), prior=prior, nfe=4, num_samples=3, batch_size=5)
+    assert result.nfe == 4
+    assert prior.network.images == 4 * 3 * 2
+    assert not prior.network._forward_hooks
+    again = solve(measurement(), operator=box(), prior=prior, nfe=2)
+    assert again.nfe == 2
+
+
+def test_a_diffusion_prior_counts_its_steps():
+    prior = DiffusionPrior(lambda x, sigma: x / (1 + sigma.view(-1, 1, 1, 1) ** 2), num_steps=5)
+    assert solve(measurement(), operator=box(), prior=prior, nfe=10).nfe == 10
+
+
+def test_a_prior_that_miscounts_is_refused():
+    with pytest.raises(ValueError, match=r"prior must call its network nfe_per_sample = 1 .* 4 im"):
+        solve(measurement(), operator=box(), prior=NetworkPrior(runs=2, claims=1), nfe=2)
+
+
+def test_the_hook_goes_when_the_loop_fails():
+    prior = NetworkPrior()
+    prior.network.scale.data.fill_(math.nan)
+    with pytest.raises(DivergenceError):
+        solve(measurement(), operator=box(), prior=prior, nfe=2)
+    assert not prior.network._forward_hooks
+
+
+def test_same_seed_same_result_and_more_samples_leave_the_first():
+    operator, y, prior = box(), measurement(), white_prior()
+    first = solve(y, operator=operator, prior=prior, nfe=3, num_samples=2, seed=5)
+    again = solve(y, operator=operator, prior=prior, nfe=3, num_samples=2, seed=5)
+    other = solve(y, operator=operator, prior=prior, nfe=3, num_samples=2, seed=6)
+    more = solve(y, operator=operator, prior=prior, nfe=3, num_samples=4, seed=5)
+    assert torch.equal(first.samples, again.samples)
+    assert not torch.equal(first.samples, other.samples)
+    assert torch.equal(more.samples[:2], first.samples)
+    assert len({float(x.sum()) for x in more.samples.flatten(0, 1)}) == 8
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    operator, y, prior = ops.GaussianBlur(1.0, 3), measurement(ops.Denoise(), 3), white_prior()
+    together = solve(y, operator=operator, prior=prior, nfe=3, num_samples=2, seed=9)
+    alone = solve(y[1:2], operator=operator, prior=prior, nfe=3, num_samples=2, seed=[(9, 1)])
+    assert torch.allclose(together.samples[:, 1:2], alone.samples, atol=1e-6)
+    by_image = solve(y, operator=operator, prior=prior, nfe=3, seed=[4, 5, 6])
+    last = solve(y[2:], operator=operator, prior=prior, nfe=3, seed=[6])
+    assert torch.allclose(by_image.x0[2:], last.x0, atol=1e-6)
+
+
+def test_keys_of_chains_differ_and_stay():
+    keys = _chain_keys(3, images=2, samples=2, restarts=2)
+    assert len(set(keys)) == 8
+    assert keys[:4] == _chain_keys(3, images=2, samples=2, restarts=1)
+    assert keys[:2] == _chain_keys(3, images=2, samples=1, restarts=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_chunks_do_not_change_the_result(batch_size, per_image):
+    mask = torch.rand(3, 1, *SHAPE[1:], generator=torch.Generator().manual_seed(2)) > 0.5
+    operator = ops.Inpaint(mask if per_image else mask[0, 0])
+    y = measurement(operator, 3)
+    settings = {"operator": operator, "nfe": 3, "num_samples": 3, "restarts": 2}
+    prior = ShrinkPrior()
+    whole = solve(y, prior=ShrinkPrior(), **settings)
+    parts = solve(y, prior=prior, batch_size=batch_size, **settings)
+    assert torch.allclose(whole.samples, parts.samples, atol=1e-6)
+    assert max(len(x0) for _, x0 in prior.calls) <= max(batch_size, 3 if per_image else 0)
+
+
+def test_restarts_keep_the_run_that_fits_best_and_are_counted():
+    operator, y, prior = ops.SuperResolution(2), measurement(ops.SuperResolution(2)), ShrinkPrior()
+    once = solve(y, operator=operator, prior=ShrinkPrior(), nfe=2, num_samples=3)
+    best = solve(y, operator=operator, prior=prior, nfe=2, num_samples=3, restarts=4)
+    assert best.nfe == 8
+    runs = prior.calls[-1][1].view(4, 3, 2, *SHAPE)
+    assert torch.equal(runs[0], once.samples)
+    misfit = (y - operator(runs.flatten(0, 2)).view(4, 3, *y.shape)).flatten(3).norm(dim=3)
+    for sample in range(3):
+        for image in range(2):
+            kept = runs[misfit[:, sample, image].argmin(), sample, image]
+            assert torch.equal(best.samples[sample, image], kept)
+    assert (misfit.argmin(0) > 0).any()
+
+
+def test_one_mask_an_image_serves_every_sample():
+    masks = torch.rand(2, 1, *SHAPE[1:], generator=torch.Generator().manual_seed(4)) > 0.5
+    operator = ops.Inpaint(masks)
+    y = measurement(operator)
+    together = solve(y, operator=operator, prior=white_prior(), nfe=3, num_samples=3, seed=[1, 2])
+    for image, seed in enumerate([1, 2]):
+        alone = solve(
+            y[image : image + 1],
+            operator=ops.Inpaint(masks[image, 0]),
+            prior=white_prior(),
+            nfe=3,
+            num_samples=3,
+            seed=[seed],
+        )
+        assert torch.allclose(together.samples[:, image], alone.samples[:, 0], atol=1e-6)
+        assert torch.allclose(together.residual[image], alone.residual[0], atol=1e-5)
+
+
+def test_a_users_operator_meets_its_own_batch_only():
+    operator = UsersBlur(torch.tensor([0.5, 1.0, 2.0]))
+    y = measurement(ops.Denoise(), 3)
+    result = solve(y, operator=operator, prior=ShrinkPrior(), nfe=3, num_samples=4, restarts=2)
+    assert set(operator.batches) == {3}
+    assert result.samples.shape == (4, 3, *SHAPE)
+    by_hand = (y - operator(result.x0)).flatten(1).norm(dim=1) / (0.05 * y[0].numel() ** 0.5)
+    assert torch.allclose(result.residual, by_hand)
+
+
+def test_noise_level_comes_from_the_operator_where_it_has_one():
+    operator = UsersBlur(torch.ones(2))
+    operator.sigma_y = 0.3
+    y = measurement(ops.Denoise())
+    assert solve(y, operator=operator, prior=ShrinkPrior(), nfe=1).sigma_lik == 0.3
+    given = solve(y, operator=operator, prior=ShrinkPrior(), nfe=1, sigma_y=0.1)
+    assert given.sigma_lik == 0.1
+
+
+def test_estimates():
+    y, prior = measurement(), ShrinkPrior()
+    settings = {"operator": box(), "nfe": 4, "num_samples": 3}
+    averaged = solve(y, prior=prior, estimate="ema", **settings)
+    expected = None
+    for _, x0 in prior.calls:
+        expected = x0 if expected is None else 0.2 * expected + 0.8 * x0
+    assert torch.allclose(averaged.x0, expected.view(3, 2, *SHAPE)[0], atol=1e-6)
+    sample = solve(y, prior=ShrinkPrior(), **settings)
+    assert torch.equal(averaged.samples, sample.samples)
+    assert torch.equal(solve(y, prior=ShrinkPrior(), estimate="mean", **settings).x0, sample.mean)
+
+
+def test_phase_retrieval_averages_below_its_level_only():
+    operator, prior = ops.PhaseRetrieval(2), ShrinkPrior()
+    y = operator.measure(torch.zeros(1, 1, 4, 4), 0.05)
+    schedule = (0.5, 0.3, 0.15, 0.1)
+    result = solve(y, operator=operator, prior=prior, nfe=4, schedule=schedule, estimate="ema")
+    _, second, third, fourth = (x0 for _, x0 in prior.calls)
+    expected = 0.6 * (0.6 * second + 0.4 * third) + 0.4 * fourth
+    assert torch.allclose(result.x0, expected, atol=1e-6)
+
+
+def test_published_settings_and_no_others():
+    prior = ShrinkPrior()
+    result = solve(measurement(), operator=box(), prior=prior, nfe=49, preset="ncvsd")
+    assert [sigma for sigma, _ in prior.calls] == list(karras(50, 80.0, 0.002, 2.0)[:49])
+    assert result.sigma_lik == pytest.approx(math.sqrt(1e-4 / 2))
+    assert result.nfe == 49
+    assert torch.equal(result.x0, result.samples[0])
+
+
+def test_levels_are_called_in_order():
+    prior, schedule = ShrinkPrior(), (2.0, 0.5, 0.1)
+    result = solve(measurement(), operator=box(), prior=prior, nfe=3, schedule=list(schedule))
+    assert tuple(sigma for sigma, _ in prior.calls) == schedule == result.schedule
+
+
+class Poisoned(ShrinkPrior):
+    def sample(self, u, sigma, *, generator=None):
+        x0 = super().sample(u, sigma, generator=generator)
+        if len(self.calls) == 2:
+            x0[1, 0, 0, 0] = math.nan
+        return x0
+
+
+def test_divergence_names_sweep_and_level():
+    with pytest.raises(
+        DivergenceError, match=r"sweep 2 of 3 at rho = 0\.5: the prior's draw must stay finite"
+    ):
+        solve(measurement(), operator=box(), prior=Poisoned(), nfe=3, schedule=(2.0, 0.5, 0.1))
+
+
+class Raising(ShrinkPrior):
+    def sample(self, u, sigma, *, generator=None):
+        raise DivergenceError("step size 0.1")
+
+
+def test_divergence_of_a_step_gets_its_sweep():
+    with pytest.raises(DivergenceError, match=r"sweep 1 of 2 at rho = 3: step size 0\.1"):
+        solve(measurement(), operator=box(), prior=Raising(), nfe=2)
+
+
+def test_progress_is_shown_on_standard_error_when_asked(capsys):
+    for progress in (False, True):
+        solve(measurement(), operator=box(), prior=ShrinkPrior(), nfe=3, progress=progress)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("3/3" in err) is progress
+
+
+class WrongShape(ShrinkPrior):
+    def sample(self, u, sigma, *, generator=None):
+        return u[:, :1]
+
+
+class ThreeChannels(NetworkPrior):
+    def __init__(self):
+        super().__init__()
+        self.network.image_channels = 3
+        self.network.size_multiple = 4
+
+
+BAD_VALUES = {
+    "nfe zero": ({"nfe": 0}, r"\bnfe\b"),
+    "nfe not divisible": ({"nfe": 3, "prior": NetworkPrior(2, 2)}, "nfe must be a multiple"),
+    "sigma_y zero": ({"sigma_y": 0.0}, "sigma_y"),
+    "sigma_y nan": ({"sigma_y": math.nan}, "sigma_y"),
+    "sigma_lik": ({"sigma_lik": -1.0}, "sigma_lik"),
+    "num_samples": ({"num_samples": 0}, "num_samples"),
+    "restarts": ({"restarts": 0}, "restarts"),
+    "batch_size": ({"batch_size": 0}, "batch_size"),
+    "method": (
+        {"method": "gibs"},
+        "method must be one of conditioning, gibbs, got 'gibs'; did you mean gibbs",
+    ),
+    "estimate": ({"estimate": "median"}, "estimate must be one of sample, mean, ema"),
+    "preset": ({"preset": "ncvs"}, "preset must be one of ncvsd"),
+    "preset and schedule": ({"preset": "ncvsd", "schedule": (1.0,), "nfe": 1}, "preset must be"),
+    "preset and sigma_lik": ({"preset": "ncvsd", "sigma_lik": 0.1}, "preset must be"),
+    "preset, no family": ({"preset": "ncvsd", "operator": ops.Denoise()}, "family"),
+    "schedule length": (
+        {"schedule": (1.0, 0.1), "nfe": 3},
+        "schedule must have .* 3 levels, got 2",
+    ),
+    "schedule rises": ({"schedule": (0.1, 1.0), "nfe": 2}, "schedule must be .*decreasing"),
+    "schedule stays": ({"schedule": (0.1, 0.1), "nfe": 2}, "schedule must be .*decreasing"),
+    "schedule zero": ({"schedule": (0.1, 0.0), "nfe": 2}, "schedule must be .*positive"),
+    "schedule nan": ({"schedule": (0.1, math.nan), "nfe": 2}, "schedule must be"),
+    "schedule infinite": ({"schedule": (math.inf, 0.1), "nfe": 2}, "schedule must be finite"),
+    "schedule too high": (
+        {"prior": DiffusionPrior(lambda x, s: x, num_steps=2), "schedule": (99.0,), "nfe": 2},
+        "schedule must not exceed .* 80",
+    ),
+    "seed negative": ({"seed": -1}, "seed"),
+    "seeds of other images": ({"seed": [1, 2, 3]}, "seed must be one or one for each of 2"),
+    "prior name": ({"prior": "nowhere"}, "ncvsd_"),
+    "prior of other images": (
+        {"prior": white_prior((3, 4, 4))},
+        r"\by must come from images of shape \(3, 4, 4\).*got \(2, 3, 8, 6\)",
+    ),
+    "prior of other sizes": ({"prior": ThreeChannels()}, r"\by's images .* multiples of 4"),
+    "prior draws another shape": ({"prior": WrongShape()}, r"prior must draw x0 as \(2, 3, 8, 6\)"),
+    "y not finite": ({"y": torch.full((2, *SHAPE), math.inf)}, r"\by\b must be finite"),
+    "y without batch": ({"y": torch.zeros(SHAPE)}, r"\by\b"),
+    "y a vector": ({"y": torch.zeros(4)}, r"\by\b"),
+    "y empty": ({"y": torch.zeros(0, *SHAPE)}, r"\by\b"),
+    "y of another mask": ({"y": torch.zeros(2, 3, 9, 9)}, r"\by\b must be a measurement.*\(9, 9\)"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_VALUES))
+def test_bad_values_name_the_argument(case):
+    change, message = BAD_VALUES[case]
+    arguments = {"y": measurement(), "operator": box(), "prior": ShrinkPrior(), **change}
+    with pytest.raises(ValueError, match=message):
+        solve(**arguments)
+
+
+BAD_TYPES = {
+    "y an array": ({"y": [[1.0]]}, "y must be a torch tensor"),
+    "y of integers": ({"y": torch.zeros(2, *SHAPE, dtype=torch.uint8)}, "y must be a floating"),
+    "y half": ({"y": torch.zeros(2, *SHAPE, dtype=torch.float16)}, "y must be float32 or float64"),
+    "operator": ({"operator": torch.zeros(3)}, "operator must be callable"),
+    "prior": ({"prior": object()}, "prior must have a sample method"),
+    "nfe": ({"nfe": 2.5}, "nfe must be an integer"),
+    "seed": ({"seed": 0.5}, "seed must be an integer"),
+    "unknown": ({"nfee": 10}, "nfee"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_TYPES))
+def test_bad_types_name_the_argument(case):
+    change, message = BAD_TYPES[case]
+    arguments = {"y": measurement(), "operator": box(), "prior": ShrinkPrior(), **change}
+    with pytest.raises(TypeError, match=message):
+        solve(**arguments)

@@ -1,0 +1,29 @@
+import pytest
+
+from ncvsd_inverse.files import whole_files, write_whole
+
+
+def half_written(*paths):
+    with whole_files(*paths) as parts:
+        parts[0].write_bytes(b"half")
+        raise OSError("disk full")
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path, other = tmp_path / "a.json", tmp_path / "b.json"
+    with pytest.raises(OSError, match="disk full"):
+        half_written(path, other)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"older")
+    with pytest.raises(OSError, match="disk full"):
+        half_written(path, other)
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_utf8_with_its_own_line_ends(tmp_path):
+    write_whole(tmp_path / "a.txt", "\u00e4\r\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa4\r\n"
+    write_whole(str(tmp_path / "a.txt"), b"newer")
+    assert (tmp_path / "a.txt").read_bytes() == b"newer"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]

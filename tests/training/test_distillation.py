@@ -1,0 +1,424 @@
+"""The trainer: losses at their optima and exact resume."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from ncvsd_inverse.errors import CheckpointError, DivergenceError
+from ncvsd_inverse.networks import UNetShape
+from ncvsd_inverse.priors import GaussianMixturePrior, load_prior
+from ncvsd_inverse.priors.observations import combine_views
+from ncvsd_inverse.priors.registry import load_network
+from ncvsd_inverse.training import (
+    DistillConfig,
+    DistillRun,
+    ImageData,
+    TeacherConfig,
+    TeacherRun,
+    load_teacher,
+)
+from ncvsd_inverse.training.data.image_data import Batch
+from ncvsd_inverse.training.ema import PowerEMA, power_exponent
+from ncvsd_inverse.training.losses import (
+    View,
+    add_noise,
+    discriminator_losses,
+    distillation_loss,
+    energy_loss,
+)
+from ncvsd_inverse.training.watch import picture_grid, save_run_prior
+
+TINY = UNetShape(resolution=8, channels=(16, 16), blocks=1, attention=(), patch=2)
+
+
+def mixture():
+    means = torch.tensor([[-1.2, -0.6], [0.9, -0.9], [0.2, 1.2]]).reshape(3, 2, 1, 1)
+    covariances = torch.stack(
+        [torch.diag(torch.tensor(v)) for v in ([0.10, 0.20], [0.20, 0.10], [0.15, 0.15])]
+    )
+    return GaussianMixturePrior(torch.tensor([0.3, 0.3, 0.4]), means, covariances)
+
+
+def small_images(num=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return ImageData(torch.randint(0, 256, (num, 3, 8, 8), generator=generator, dtype=torch.uint8))
+
+
+COMMON = {
+    "network": TINY,
+    "images": 48,
+    "batch_size": 8,
+    "warmup_images": 16,
+    "precision": "float32",
+}
+
+
+def teacher_config(**changes):
+    return TeacherConfig(**COMMON | {"decay_steps": 2.0, "ema_stds": (0.1,)} | changes)
+
+
+def distill_config(**changes):
+    return DistillConfig(**COMMON | {"adversarial_images": 16} | changes)
+
+
+def parameters(run):
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in run.modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["teacher", "concat", "controlled"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
+    torch.set_num_threads(1)
+
+    def make(folder, images):
+        if kind == "teacher":
+            return TeacherRun(teacher_config(images=images), small_images(), folder)
+        trained = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
+        config = distill_config(kind=kind, images=images)
+        return DistillRun(config, small_images(), folder, trained.averaged("teacher"))
+
+    whole = make(tmp_path / "whole", images=48)
+    assert whole.run(log_every=1)
+    assert not make(tmp_path / "stopped", images=48).run(seconds=0.0)
+    assert make(tmp_path / "stopped", images=24).run(log_every=1)
+    resumed = make(tmp_path / "stopped", images=48)
+    assert resumed.run(log_every=1)
+    expected, got = parameters(whole), parameters(resumed)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    name = next(iter(whole.averages))
+    averages = (run.averaged(name).state_dict() for run in (whole, resumed))
+    assert all(torch.equal(*pair) for pair in zip(*(a.values() for a in averages), strict=True))
+
+
+def test_a_run_of_other_settings_is_not_resumed(tmp_path):
+    TeacherRun(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
+    with pytest.raises(ValueError, match=r"other settings.*batch_size"):
+        TeacherRun(teacher_config(batch_size=4), small_images(), tmp_path).run(seconds=0.0)
+
+
+def test_a_teacher_starts_from_the_weights_of_a_prior(tmp_path):
+    first = TeacherRun(teacher_config(seed=3), small_images(), tmp_path / "first")
+    assert first.run()
+    init = str(save_run_prior(first, "noise"))
+    shipped = load_network(init).state_dict()
+    again = TeacherRun(teacher_config(init=init), small_images(), tmp_path / "again")
+    for name, value in again.network.state_dict().items():
+        assert torch.allclose(value, shipped[name], atol=1e-6)
+    assert again.learning_rate() < again.config.learning_rate  # warms up as a new run does
+    again.run(seconds=0.0)
+    (tmp_path / "first" / "prior.safetensors").unlink()  # a run that goes on needs it no more
+    assert TeacherRun(teacher_config(init=init), small_images(), tmp_path / "again").run()
+
+
+def test_a_student_starts_from_the_weights_of_a_prior(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    first = DistillRun(distill_config(seed=3), small_images(), tmp_path / "first", teacher)
+    assert first.run()
+    init = str(save_run_prior(first, "noise"))
+    config = distill_config(init=init)
+    again = DistillRun(config, small_images(), tmp_path / "again", teacher)
+    for name, value in load_network(init).state_dict().items():
+        assert torch.allclose(again.generator.state_dict()[name], value, atol=1e-6)
+    config = distill_config(init=init, kind="controlled")
+    with pytest.raises(ValueError, match="init must be a distilled prior of kind 'controlled'"):
+        DistillRun(config, small_images(), tmp_path / "other", teacher)
+    with pytest.raises(ValueError, match="teacher must be a denoiser, got ConcatDenoiser"):
+        TeacherRun(teacher_config(init=init), small_images(), tmp_path / "third")
+
+
+def test_weights_of_another_shape_are_no_start(tmp_path):
+    first = TeacherRun(teacher_config(), small_images(), tmp_path / "first")
+    first.run(seconds=0.0)
+    init = str(save_run_prior(first, "noise"))
+    other = teacher_config(init=init, network=replace(TINY, channels=(16, 32)))
+    with pytest.raises(
+        ValueError, match=r"init must have the configured.*channels \(16, 16\), not"
+    ):
+        TeacherRun(other, small_images(), tmp_path / "second")
+    with pytest.raises(TypeError, match="init must be the name or path of a prior, got ''"):
+        teacher_config(init="")
+
+
+@pytest.mark.parametrize("levels", [(0.01, 5.0), (0.002, 80.0)])
+def test_a_runs_prior_keeps_its_range(tmp_path, levels):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    config = distill_config(sigma_min=levels[0], sigma_max=levels[1])
+    run = DistillRun(config, small_images(), tmp_path / "run", teacher)
+    run.run(seconds=0.0)
+    prior = load_prior(save_run_prior(run, "noise"))
+    assert (prior.sigma_min, prior.sigma_max) == levels
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = TeacherRun(teacher_config(), small_images(), tmp_path)
+    run.run(seconds=0.0)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        TeacherRun(teacher_config(), small_images(), tmp_path).load()
+
+
+def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run = TeacherRun(teacher_config(), small_images(), tmp_path)
+    run.run(seconds=0.0)
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ncvsd_inverse.training.checkpoint.save_file", full_disk)
+    with pytest.raises(CheckpointError, match="No space"):
+        run.save()
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_lasting_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    run = TeacherRun(teacher_config(images=24), small_images(), tmp_path)
+    run.run()
+    before = (tmp_path / "state.safetensors").read_bytes()
+    again = TeacherRun(teacher_config(images=800), small_images(), tmp_path)
+    again.load()
+    torch.nn.init.constant_(again.network.unet.out_gain, math.nan)
+    with pytest.raises(DivergenceError, match="teacher was not finite for 20 steps in a row"):
+        again.run(checkpoint_every=100)
+    assert again.skipped == {"teacher": 20}
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def test_a_passing_divergence_is_skipped_and_counted(tmp_path):
+    class OneBadBatch(ImageData):
+        def batches(self, start, size, *, seed, rows=None):
+            for number, batch in enumerate(super().batches(start, size, seed=seed, rows=rows)):
+                bad = torch.full_like(batch.images, math.nan)
+                yield Batch(bad, None) if number == 2 else batch
+
+    run = TeacherRun(teacher_config(), OneBadBatch(small_images().pixels), tmp_path)
+    lines = []
+    assert run.run(log_every=1, on_log=lines.append)
+    assert run.skipped == {"teacher": 1}
+    assert lines[-1]["skipped_teacher"] == 1
+    assert "loss_teacher" not in lines[2]
+    assert all(bool(p.isfinite().all()) for p in run.network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["teacher", "concat"])
+def test_microbatches_change_no_result(tmp_path, kind):
+    torch.set_num_threads(1)
+    logs = []
+    for microbatch in (None, 3):
+        data, folder = small_images(), tmp_path / str(microbatch)
+        if kind == "teacher":
+            run = TeacherRun(teacher_config(microbatch=microbatch), data, folder)
+        else:
+            teacher = TeacherRun(teacher_config(), data, tmp_path / "teacher").averaged("teacher")
+            run = DistillRun(distill_config(microbatch=microbatch), data, folder, teacher)
+        lines = []
+        run.run(log_every=1, on_log=lines.append)
+        logs.append(lines)
+    for whole, parts in zip(*logs, strict=True):
+        for name in (n for n in whole if n.startswith("loss")):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-4)  # order of float32 sums
+
+
+def test_an_average_of_another_length_comes_from_snapshots(tmp_path):
+    stds = (0.05, 0.10, 0.15)
+    run = TeacherRun(teacher_config(images=320, ema_stds=stds), small_images(), tmp_path / "all")
+    run.run()
+    truth = run.averages["teacher"].averages[0.10].state_dict()
+
+    few = teacher_config(images=320, ema_stds=(0.05, 0.15))
+    other = TeacherRun(few, small_images(), tmp_path / "two")
+    with pytest.raises(CheckpointError, match="snapshots"):
+        other.averaged("teacher", 0.10)
+    other.run(snapshot_every=4)
+    made = other._combined("teacher", 0.10)
+    last = run.network.state_dict()
+    for name in (name for name, _ in run.network.named_parameters()):
+        error = (made[name] - truth[name]).norm()
+        # Far nearer to the true average than the last weights are; halves round to 2^-11.
+        assert error < 0.1 * (last[name] - truth[name]).norm() + 1e-3 * truth[name].norm(), name
+
+
+def test_a_teacher_of_another_shape_is_refused_by_name(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path).averaged("teacher")
+    other = UNetShape(resolution=8, channels=(16, 32), blocks=1, attention=(), patch=2)
+    with pytest.raises(ValueError, match=r"channels \(16, 16\), not \(16, 32\)"):
+        DistillRun(distill_config(network=other), small_images(), tmp_path / "d", teacher)
+
+
+def test_a_teacher_is_loaded_from_its_run(tmp_path):
+    run = TeacherRun(teacher_config(), small_images(), tmp_path)
+    run.run()
+    loaded, x = load_teacher(tmp_path), torch.randn(2, 3, 8, 8)
+    sigma = torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, sigma), run.averaged("teacher")(x, sigma))
+
+
+def test_configuration_round_trip_and_errors(tmp_path):
+    config = distill_config()
+    assert DistillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    text = "images = 8\n[network]\nresolution = 8\nchannels = [16]\n"
+    (tmp_path / "run.toml").write_text(text)
+    assert TeacherConfig.from_toml(tmp_path / "run.toml").network.channels == (16,)
+    with pytest.raises(ValueError, match="unknown keys: leaning_rate"):
+        TeacherConfig.from_dict(teacher_config().to_dict() | {"leaning_rate": 1.0})
+    with pytest.raises(ValueError, match="lacks the key 'network'"):
+        TeacherConfig.from_dict({"images": 8})
+    with pytest.raises(ValueError, match="batch_size"):
+        teacher_config(batch_size=0)
+
+
+def test_power_ema_has_the_stated_profile():
+    # Fed with the one-hot history of its steps, an average shows the weight it gives each step.
+    for std in (0.05, 0.10):
+        steps = 400
+        module = nn.Linear(steps, 1, bias=False)
+        nn.init.zeros_(module.weight)
+        average = PowerEMA(module, (std,))
+        for step in range(1, steps + 1):
+            module.weight.data.zero_()
+            module.weight.data[0, step - 1] = 1
+            average.update(module, step)
+        weights = average.averages[std].weight[0].double()
+        places = (torch.arange(steps) + 0.5) / steps
+        mean = (weights * places).sum()
+        spread = (weights * (places - mean) ** 2).sum().sqrt()
+        assert abs(float(weights.sum()) - 1) < 1e-4
+        assert abs(float(spread) - std) < 0.002  # 400 steps resolve the profile to this
+        assert power_exponent(std) > 0
+
+
+def test_losses_vanish_at_the_known_optimum():
+    prior = mixture()
+    source = torch.Generator().manual_seed(0)
+    images = prior.draw(64, generator=source)
+    sigma, t = torch.full((64,), 0.7), torch.full((64,), 0.9)
+    y = View(add_noise(images, sigma, torch.randn(images.shape, generator=source)), sigma)
+
+    class ExactScore(nn.Module):
+        """The score model of a perfect generator: the posterior mean given both views."""
+
+        def forward(self, x, t, condition, sigma):
+            return prior.denoise(*combine_views(condition, sigma, x, t))
+
+    generated = prior.sample(y.image, sigma, generator=source).requires_grad_()
+    eps = torch.randn(images.shape, generator=source)
+    zero = torch.zeros(64, 1, 1, 1)
+    loss = distillation_loss(prior.denoise, ExactScore(), generated, zero, y, t, eps)
+    loss.sum().backward()
+    assert float(loss.detach().abs().max()) < 1e-8
+    assert float(generated.grad.abs().max()) < 1e-4
+
+    class Undecided(nn.Module):
+        def forward(self, x, *_):
+            return torch.zeros(len(x))
+
+    halves = discriminator_losses(Undecided(), images, generated, y, t, (eps, eps))
+    assert all(torch.allclose(half, torch.full((64,), math.log(2))) for half in halves)
+
+
+def test_energy_is_least_for_posterior_draws():
+    prior = GaussianMixturePrior(
+        torch.tensor([0.5, 0.5]),
+        torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)]),
+        torch.stack([0.25 * torch.eye(16), 0.04 * torch.eye(16)]),
+    )
+    source = torch.Generator().manual_seed(0)
+    images, sigma = prior.draw(4000, generator=source), torch.full((4000,), 0.7)
+    u = add_noise(images, sigma, torch.randn(images.shape, generator=source))
+    mean = prior.denoise(u, 0.7)
+    first, second = (prior.sample(u, 0.7, generator=source) for _ in range(2))
+
+    def energy(spread, shift=0.0):
+        draws = tuple(mean + shift + spread * (draw - mean) for draw in (first, second))
+        return energy_loss(draws, images, sigma, patch=2)
+
+    exact = energy(1.0)
+    assert exact.shape == (4000,)
+    for other in (energy(0.0), energy(0.7), energy(1.4), energy(1.0, shift=0.1)):
+        worse = other - exact
+        assert float(worse.mean()) > 4 * float(worse.std()) / 4000**0.5
+    # Images that differ by 1 everywhere: no detail, and two bands above the coarse one.
+    zeros = torch.zeros(2, 3, 16, 16)
+    known = energy_loss((zeros, zeros), zeros + 1, torch.full((2,), 0.7))
+    whole, coarse = (0.7**-2 + 0.5**-2) ** 0.5, ((0.7 / 4) ** -2 + 0.4**-2) ** 0.5
+    assert known.tolist() == pytest.approx([whole + coarse / 3] * 2)
+
+
+@pytest.mark.parametrize("wave", [(1, 2), (4, 8)])
+def test_energy_tells_misplaced_detail_at_every_scale(wave):
+    # Draws whose pixels have the right law, each on its own, but vary at another scale.
+    def stripes(period, phases):
+        places = torch.arange(64).expand(64, 64)
+        return torch.cos(2 * math.pi * (places / (2 * period) + phases[:, None, None, None]))
+
+    source = torch.Generator().manual_seed(0)
+    phases = torch.rand(3, 500, generator=source)
+    images, sigma = stripes(wave[0], phases[0]), torch.full((500,), 1.0)
+    right = energy_loss(tuple(stripes(wave[0], p) for p in phases[1:]), images, sigma)
+    wrong = energy_loss(tuple(stripes(wave[1], p) for p in phases[1:]), images, sigma)
+    worse = wrong - right
+    assert float(worse.mean()) > 4 * float(worse.std()) / 500**0.5
+
+
+def test_energy_teaches_the_generator(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    ends = []
+    for weight in (0.0, 4.0):
+        config = distill_config(energy_weight=weight)
+        run = DistillRun(config, small_images(), tmp_path / str(weight), teacher)
+        run.run()
+        ends.append(parameters(run))
+    changed = {
+        name.split(".")[0] for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])
+    }
+    assert "generator" in changed
+
+
+def test_a_start_by_the_energy_score_leaves_the_other_networks_alone(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    config = distill_config(images=24, energy_images=16, energy_rate=0.25, adversarial_images=0)
+    run = DistillRun(config, small_images(), tmp_path / "run", teacher)
+    states, lines = [parameters(run)], []
+    run.run(log_every=1, on_log=lambda line: (lines.append(line), states.append(parameters(run))))
+    moved = [
+        {name.split(".")[0] for name in new if not torch.equal(new[name], old[name])}
+        for old, new in itertools.pairwise(states)
+    ]
+    assert moved == [{"generator"}] * 2 + [{"generator", "score", "discriminator"}]
+    assert ["loss_score" in line for line in lines] == [False, False, True]
+
+
+def test_the_energy_score_has_a_learning_rate_of_its_own(tmp_path):
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    rates = []
+    for energy_images in (8, 0):
+        config = distill_config(images=8, energy_images=energy_images, energy_rate=0.25)
+        run = DistillRun(config, small_images(), tmp_path / str(energy_images), teacher)
+        highest = run.learning_rate()
+        run.run()
+        rates.append(run.optimizers["generator"].param_groups[0]["lr"] / highest)
+    assert rates == pytest.approx([0.25, config.generator_rate])
+
+
+@pytest.mark.parametrize("gamma", [0.414, 0.0])
+def test_pictures_of_a_run_can_be_drawn_at_any_time(tmp_path, gamma):
+    images = small_images().images(torch.arange(4))
+    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
+    config = distill_config(gamma=gamma)
+    student = DistillRun(config, small_images(), tmp_path / "student", teacher.averaged("teacher"))
+    before = parameters(student)
+    for run, rows in ((teacher, 1 + 2 * 4 + 1), (student, 1 + 3 * 4 + 3)):
+        grid = picture_grid(run, images)
+        assert grid.shape == (3, rows * 10 + 2, 4 * 10 + 2)  # 8 pixels and a frame of 2
+        assert float(grid.abs().max()) <= 1
+    assert all(torch.equal(value, before[key]) for key, value in parameters(student).items())
