@@ -20,16 +20,16 @@ from ncvsd_inverse import solve
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.protocols import Covariance, Generators
-from ncvsd_inverse.sampling.matheron import Conditioning
-from ncvsd_inverse.tasks import SIGMA_Y, make_task
+from ncvsd_inverse.protocols import SIGMA_Y, Covariance, Generators
+from ncvsd_inverse.sampling.matheron import Matheron
+from ncvsd_inverse.tasks import make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
 TOLERANCES = (0.01, 0.001, 0.0001)
 CALLS = 10
 
 
-class Watched(Conditioning):
+class Watched(Matheron):
     """A conditioning step that keeps its times and iterations."""
 
     kept: list[tuple[float, int]] = []  # noqa: RUF012 - shared by all on purpose
@@ -66,7 +66,7 @@ def main() -> None:
     images = torch.cat(crops)
     import ncvsd_inverse.sampling.solve as solver
 
-    setattr(solver, "Conditioning", Watched)  # noqa: B010 - what solve calls is watched
+    setattr(solver, "Matheron", Watched)  # noqa: B010 - what solve calls is watched
     print(f"{args.prior}, {args.size} x {args.size}, {torch.get_num_threads()} threads")
     lost_at = ", ".join(f"{t:g}" for t in TOLERANCES)
     print(f"task               ms   most  start   iterations   dB lost at {lost_at}")
@@ -75,12 +75,12 @@ def main() -> None:
         y = operator.measure(images, SIGMA_Y, generator=torch.Generator().manual_seed(0))
         quality = {}
         for tolerance in TOLERANCES:
-            Conditioning.tolerance = tolerance
+            Matheron.tolerance = tolerance
             drawn = solve(y, operator=operator, prior=prior, nfe=CALLS, num_samples=args.draws)
             quality[tolerance] = float(
                 torch.stack([psnr(x0, images).mean() for x0 in drawn.samples]).mean()
             )
-        Conditioning.tolerance = DEFAULT
+        Matheron.tolerance = DEFAULT
         solve(y[:1], operator=operator, prior=prior, nfe=1)
         Watched.kept.clear()
         solve(y[:1], operator=operator, prior=prior, nfe=CALLS)
@@ -92,7 +92,7 @@ def main() -> None:
         print(f"{name:15} {times}   {count:10}  ", *lost, flush=True)
 
 
-DEFAULT = Conditioning.tolerance
+DEFAULT = Matheron.tolerance
 
 if __name__ == "__main__":
     main()

@@ -27,9 +27,8 @@ from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
 from ncvsd_inverse.operators.base import LinearBase
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import SIGMA_Y, Generators
 
-SIGMA_Y = 0.05
 """Noise std of the measurements."""
 
 MEAN, VARIANCE = 0.2, 0.25

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.evaluation.posterior import Evaluation, calibrate_spread, evaluate
+from ncvsd_inverse.evaluation.posterior import Evaluation, calibrate_noise_scale, evaluate
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
@@ -99,10 +99,10 @@ def ship(
             print(f"  {level.sigma:g}", *(f"{part.value:.2f}" for part in parts))
     best = min(scores, key=lambda std: scores[std])
     levels = about["spread_levels"]
-    spread = calibrate_spread(priors[best], judge, images, levels=levels, draws=DRAWS)
+    noise_scale = calibrate_noise_scale(priors[best], judge, images, levels=levels, draws=DRAWS)
     # Above the levels that the images suffice for the factor goes back to 1.
-    spread = (*spread, (2.5 * max(levels), 1.0))
-    print("factors on the noise:", *(f"{sigma:g}: {factor:.3f}" for sigma, factor in spread))
+    noise_scale = (*noise_scale, (2.5 * max(levels), 1.0))
+    print("factors on the noise:", *(f"{sigma:g}: {factor:.3f}" for sigma, factor in noise_scale))
     shared: dict[str, object] = {
         "image_shape": shape,
         "sigma_min": run.config.sigma_min,
@@ -135,7 +135,7 @@ def ship(
             "name": shipped,
             "kind": "ncvsd",
             "gamma": run.config.gamma,
-            "spread": [[sigma, round(factor, 3)] for sigma, factor in spread],
+            "noise_scale": [[sigma, round(factor, 3)] for sigma, factor in noise_scale],
             "training": {**training, "ema_std": best, "teacher": teacher_training},
             "weaknesses": about["weaknesses"],
         },

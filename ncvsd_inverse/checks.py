@@ -142,7 +142,7 @@ def _as_number(name: str, value: float) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
-def check_spread(name: str, pairs: object) -> tuple[tuple[float, float], ...]:
+def check_noise_scale(name: str, pairs: object) -> tuple[tuple[float, float], ...]:
     """Return `pairs` (sigma, factor) as floats; ValueError unless positive, sigma increasing."""
     try:
         known = tuple((float(sigma), float(factor)) for sigma, factor in pairs)  # type: ignore[attr-defined]

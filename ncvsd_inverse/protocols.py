@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "SIGMA_Y",
     "Covariance",
     "Denoiser",
     "DiagonalOperator",
@@ -37,6 +38,9 @@ __all__ = [
     "Tangent",
     "Temperable",
 ]
+
+SIGMA_Y = 0.05
+"""Noise std of a measurement whose operator names none, in units of y."""
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """Where random numbers come from: torch's global state, one generator, or one an image."""

@@ -27,7 +27,8 @@ from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.images import write_image
 from ncvsd_inverse.metrics import SMALLEST_SIDE
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior
-from ncvsd_inverse.tasks import SIGMA_Y, Task, list_tasks
+from ncvsd_inverse.protocols import SIGMA_Y
+from ncvsd_inverse.tasks import list_tasks
 
 PICTURES = 4
 """Images of each row whose estimates are kept as pictures."""
@@ -298,24 +299,17 @@ def _keep_cases(store: Store, cases: Mapping[str, Case]) -> None:
         for number in range(min(PICTURES, len(case.x0))):
             image = slice(number, number + 1)
             write_image(store.picture(name, "truth", number), case.x0[image])
-            seen = _to_picture(case.task, case.y[image])
+            seen = case.task.picture(case.y[image])
+            assert seen is not None
             write_image(store.picture(name, "measurement", number), seen)
-
-
-def _to_picture(task: Task, y: Tensor) -> Tensor:
-    """Return a measurement as a picture; Fourier amplitudes by their logarithm, 0 in the middle."""
-    if task.name != "phase_retrieval":
-        return y
-    shown: Tensor = torch.fft.fftshift(torch.log1p(y.clamp(min=0)), dim=(-2, -1))
-    return 2 * shown / shown.max() - 1
 
 
 def _sha256(prior: NCVSDPrior | DiffusionPrior) -> str:
     """Return a hash of a prior's weights and of what its card makes of them."""
     assert prior.card is not None
-    if not prior.card.spread:
+    if not prior.card.noise_scale:
         return prior.card.sha256
-    return hashlib.sha256(f"{prior.card.sha256} {prior.card.spread}".encode()).hexdigest()
+    return hashlib.sha256(f"{prior.card.sha256} {prior.card.noise_scale}".encode()).hexdigest()
 
 
 def _statistics_sha256(prior: NCVSDPrior) -> str:

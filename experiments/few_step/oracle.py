@@ -27,12 +27,11 @@ from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
 from ncvsd_inverse.priors import GaussianMixturePrior, GaussianPrior
 from ncvsd_inverse.priors.covariance import measure_statistics
-from ncvsd_inverse.protocols import Generators, LinearOperator, Statistics
+from ncvsd_inverse.protocols import SIGMA_Y, Generators, LinearOperator, Statistics
 from ncvsd_inverse.sampling.settings import published_schedule
 from ncvsd_inverse.schedules import karras
 
 HERE = Path(__file__).parent
-SIGMA_Y = 0.05
 DIRECTIONS = 200
 DRAWS = 39
 ORDERS = {50: 10, 80: 4, 95: 1}

@@ -22,9 +22,9 @@ from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import crps, lpips, psnr
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.protocols import Prior
+from ncvsd_inverse.protocols import SIGMA_Y, Prior
 from ncvsd_inverse.schedules import karras
-from ncvsd_inverse.tasks import SIGMA_Y, Task, make_task
+from ncvsd_inverse.tasks import Task, make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
 CALLS = (1, 2, 4, 10, 20, 50)

@@ -17,8 +17,9 @@ from ncvsd_inverse import solve
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import lpips, psnr
 from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.protocols import SIGMA_Y
 from ncvsd_inverse.schedules import karras
-from ncvsd_inverse.tasks import SIGMA_Y, make_task
+from ncvsd_inverse.tasks import make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
 LAST = 0.05

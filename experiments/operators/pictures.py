@@ -2,7 +2,7 @@ r"""Draw two faces restored in each task beside those of the benchmark.
 
     python experiments/operators/pictures.py --data DIR/faces64/val.zip
 
-`pictures.jpg`, beside this script, has a row a task (`list_more_tasks()`) and for each face the
+`pictures.jpg`, beside this script, has a row a task beyond the benchmark's and for each face the
 truth, the measurement and a sample of `solve` with the prior ncvsd_faces64. Measurements that are
 no pictures are shown as A^T y, photon counts as k / peak. PSNR, residual and seconds are printed.
 """
@@ -21,8 +21,9 @@ from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import Poisson
 from ncvsd_inverse.priors import load_prior
 from ncvsd_inverse.protocols import LinearOperator, Operator
-from ncvsd_inverse.tasks import list_more_tasks, make_task
+from ncvsd_inverse.tasks import list_tasks, make_task
 
+MORE_TASKS = [name for name in list_tasks(all=True) if name not in list_tasks()]
 COLUMNS = ("truth", "measurement", "estimate")
 
 
@@ -34,11 +35,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="zip or folder of 64x64 faces")
     parser.add_argument("--skip", type=int, default=0, help="faces left out first (%(default)s)")
     parser.add_argument("--nfe", type=int, default=10, help="network calls (%(default)s)")
-    parser.add_argument("--task", choices=list_more_tasks(), help="only this one, no picture")
+    parser.add_argument("--task", choices=MORE_TASKS, help="only this one, no picture")
     args = parser.parse_args()
     prior = load_prior("ncvsd_faces64")
     truths = torch.cat(list(read_images(args.data, args.skip + 2)))[-2:]
-    names = [args.task] if args.task else list_more_tasks()
+    names = [args.task] if args.task else MORE_TASKS
     figure = Figure(figsize=(6 * 1.25 + 0.3, 1.25 * len(names) + 0.3), layout="constrained")
     axes = figure.subplots(len(names), 6, squeeze=False)
     print(f"{'task':20} {'PSNR, dB':12} {'residual':12} s a face")

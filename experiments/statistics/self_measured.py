@@ -35,9 +35,9 @@ from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import crps, lpips, psnr
 from ncvsd_inverse.priors import load_prior
 from ncvsd_inverse.priors.statistics import own_statistics
-from ncvsd_inverse.protocols import Prior
+from ncvsd_inverse.protocols import SIGMA_Y, Prior
 from ncvsd_inverse.sampling.solve import Method
-from ncvsd_inverse.tasks import SIGMA_Y, make_task
+from ncvsd_inverse.tasks import make_task
 
 ROWS = ("shipped", "own", "teacher", "teacher-own", "gibbs")
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")

@@ -65,7 +65,7 @@ from ncvsd_inverse.priors.statistics import (
 from ncvsd_inverse.priors.tiled import TILE, tiled
 from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.sampling.solve import Estimate, Method
-from ncvsd_inverse.tasks import Task, list_more_tasks, list_tasks, make_task
+from ncvsd_inverse.tasks import Task, list_tasks, make_task
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -77,7 +77,6 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEMO_TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian")
-NO_PICTURE = ("phase_retrieval", "compressed_sensing", "mri", "poisson")
 """Tasks whose measurements are no pictures."""
 PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
@@ -200,9 +199,7 @@ def solve_files(
     sources: Annotated[
         list[Path], typer.Argument(metavar="IN...", help="Picture files, and folders of them.")
     ],
-    task: Annotated[
-        str, typer.Option("--task", help=", ".join([*list_tasks(), *list_more_tasks()]))
-    ],
+    task: Annotated[str, typer.Option("--task", help=", ".join(list_tasks(all=True)))],
     prior: PriorName,
     nfe: Nfe = 10,
     sigma_y: Annotated[
@@ -247,14 +244,14 @@ def solve_files(
     `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
     """
     known = make_task(task, 64, seed=seed)
-    if not simulate and task in NO_PICTURE:
+    if not simulate and not known.measures_picture:
         raise ValueError(
             f"--task must be one whose measurement is a picture, got {task}: "
             "add --simulate, or call ncvsd_inverse.solve on the measurement"
         )
-    if not simulate and task.startswith("inpaint") and mask is None:
+    if not simulate and known.takes_mask and mask is None:
         raise ValueError(f"--mask must be given for {task}, unless IN are clean (--simulate)")
-    if mask is not None and not task.startswith("inpaint"):
+    if mask is not None and not known.takes_mask:
         raise ValueError(f"--mask must come with an inpainting task, got {task}")
     level = known.sigma_y if sigma_y is None else check_positive("sigma_y", sigma_y)
     seen = None if mask is None else read_image(mask).mean((0, 1)) > 0
@@ -923,7 +920,7 @@ def _prepare_measurement(
     check_image_size("its image", (3, *sides), multiple=_size_multiple(prior, 1))
     task = make((sides[0], sides[1]))
     # What a mask hides must not be seen.
-    return task, task.operator(y) if known.name.startswith("inpaint") else y, None
+    return task, task.operator(y) if known.takes_mask else y, None
 
 
 def _make_task(
@@ -1031,7 +1028,7 @@ def _write_result(folder: Path, job: _Job, result: Result) -> None:
     if job.truth is not None:
         figures["psnr"] = float(psnr(result.x0.cpu(), job.truth))
         line += f", {figures['psnr']:.1f} dB"
-        seen = _to_picture(job.task, job.y)
+        seen = job.task.picture(job.y)
         if seen is not None:
             write_image(paths["_measurement.png"], seen)
     if result.std is not None:
@@ -1056,22 +1053,6 @@ def _to_size(y: Tensor, sides: tuple[int, int]) -> Tensor:
     if _sides(y) == sides:
         return y
     return torch.nn.functional.interpolate(y, sides, mode="bicubic")
-
-
-def _to_picture(task: Task, y: Tensor) -> Tensor | None:
-    """Return a measurement as a picture, if it can be.
-
-    Fourier coefficients are shown by the logarithm of their amplitudes, frequency 0 in the middle.
-    """
-    if task.name == "compressed_sensing":
-        return None
-    if task.name not in NO_PICTURE:
-        return y
-    if task.name == "mri":
-        y = torch.linalg.vector_norm(y, dim=-1)
-    if task.name != "poisson":
-        y = torch.fft.fftshift(torch.log1p(y.clamp(min=0)), dim=(-2, -1))
-    return 2 * y / y.max() - 1
 
 
 Config = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]

@@ -291,7 +291,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def calibrate_spread(
+def calibrate_noise_scale(
     prior: NCVSDPrior,
     teacher: Teacher,
     images: Tensor,
@@ -319,7 +319,7 @@ def calibrate_spread(
         batch_size: images at a time, >= 1.
 
     Returns:
-        Pairs (level, factor) for `NCVSDPrior.with_spread`, levels increasing.
+        Pairs (level, factor) for `NCVSDPrior.with_noise_scale`, levels increasing.
 
     Raises:
         ValueError: if an argument is out of range or the images do not fit.
@@ -337,7 +337,7 @@ def calibrate_spread(
         for _ in range(rounds):
             # The variance can grow with a high power of the factor: only bisection is safe.
             factor = math.sqrt(low * high)
-            scaled, error, least = prior.with_spread([(sigma, factor)]), 0.0, 0.0
+            scaled, error, least = prior.with_noise_scale([(sigma, factor)]), 0.0, 0.0
             for first in range(0, len(images), batch_size):
                 x0 = images[first : first + batch_size]
                 places = range(first, first + len(x0))

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
-from ncvsd_inverse.checks import check_choice, check_spread
+from ncvsd_inverse.checks import check_choice, check_noise_scale
 from ncvsd_inverse.priors.covariance import ImageStatistics
 
-OPTIONAL = ("spread", "statistics")
+OPTIONAL = ("noise_scale", "statistics")
 """Fields that a card may leave out."""
 
 
@@ -37,7 +37,8 @@ class PriorCard:
         evaluation: measured quality.
         weaknesses: what it does badly.
         intended_use: what it is for.
-        spread: pairs (sigma, factor) of an "ncvsd" prior, see `NCVSDPrior`; may be left out.
+        noise_scale: pairs (sigma, factor) of an "ncvsd" prior, see `NCVSDPrior`; may be left
+            out.
         statistics: mean and covariances of its images, or None; may be left out.
 
     Raises:
@@ -58,7 +59,7 @@ class PriorCard:
     evaluation: Mapping[str, object]
     weaknesses: str
     intended_use: str
-    spread: tuple[tuple[float, float], ...] = ()
+    noise_scale: tuple[tuple[float, float], ...] = ()
     statistics: ImageStatistics | None = None
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class PriorCard:
             _check_positive_number("gamma", self.gamma, or_zero=True)
         elif self.gamma is not None:
             raise ValueError(f"gamma must be null for kind 'diffusion', got {self.gamma!r}")
-        check_spread("spread", self.spread)
+        check_noise_scale("noise_scale", self.noise_scale)
         if not isinstance(self.statistics, ImageStatistics | None):
             raise ValueError(f"statistics must be ImageStatistics, got {self.statistics!r}")
         digits = set(string.hexdigits.lower())
@@ -102,6 +103,9 @@ class PriorCard:
         """
         if not isinstance(entries, dict):
             raise ValueError(f"a card must be a JSON object, got {type(entries).__name__}")
+        if "spread" in entries:  # its name in cards of version 0.1
+            entries = {**entries, "noise_scale": entries["spread"]}
+            del entries["spread"]
         known = [field.name for field in fields(cls)]
         missing = [name for name in known if name not in entries and name not in OPTIONAL]
         unknown = [str(name) for name in entries if name not in known]
@@ -112,11 +116,18 @@ class PriorCard:
             )
         shape = entries["image_shape"]
         shape = tuple(shape) if isinstance(shape, list) else shape
-        spread = check_spread("spread", entries.get("spread", ()))
+        noise_scale = check_noise_scale("noise_scale", entries.get("noise_scale", ()))
         statistics = entries.get("statistics")
         if statistics is not None:
             statistics = ImageStatistics.from_dict(statistics)
-        return cls(**{**entries, "image_shape": shape, "spread": spread, "statistics": statistics})
+        return cls(
+            **{
+                **entries,
+                "image_shape": shape,
+                "noise_scale": noise_scale,
+                "statistics": statistics,
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_non_negative, check_positive, check_spread
+from ncvsd_inverse.checks import check_noise_scale, check_non_negative, check_positive
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.priors.observations import combine_views, raise_noise
+from ncvsd_inverse.priors.observations import combine_observations, raise_noise
 from ncvsd_inverse.protocols import Generators, Statistics
 from ncvsd_inverse.schedules import karras
 
@@ -36,9 +36,9 @@ class NCVSDPrior(NetworkPrior):
 
         x0 = network(u + k sqrt(sigma_hat^2 - sigma^2) z, sigma_hat, u, sigma),  z ~ N(0, I)
 
-    with k = 1 in training. `spread` holds other values of k: draws of a network that came out too
+    with k = 1 in training. `noise_scale` holds other values: draws of a network that came out too
     alike or too unlike have the right variance with the noise z a little larger or smaller (see
-    `ncvsd_inverse.evaluation.posterior.calibrate_spread`).
+    `ncvsd_inverse.evaluation.posterior.calibrate_noise_scale`).
 
     The network is told a level in [sigma_min, sigma_max], where it was trained: a smaller sigma is
     raised to sigma_min, so the draw is made as if u were that little noisier; a larger one is an
@@ -53,7 +53,7 @@ class NCVSDPrior(NetworkPrior):
             draws given u are the same.
         sigma_min: smallest trained noise std, > 0, image units.
         sigma_max: largest trained noise std, image units.
-        spread: pairs (sigma, k), sigma increasing and > 0, k > 0; between them k is linear in
+        noise_scale: pairs (sigma, k), sigma increasing and > 0, k > 0; between them k is linear in
             log sigma, beyond them constant. Empty: 1 everywhere.
         statistics: mean and covariances of its images, which sampling by conditioning needs.
 
@@ -78,7 +78,7 @@ class NCVSDPrior(NetworkPrior):
         gamma: float = GAMMA,
         sigma_min: float = SIGMA_MIN,
         sigma_max: float = SIGMA_MAX,
-        spread: Sequence[tuple[float, float]] = (),
+        noise_scale: Sequence[tuple[float, float]] = (),
         statistics: Statistics | None = None,
     ) -> None:
         super().__init__(
@@ -90,7 +90,7 @@ class NCVSDPrior(NetworkPrior):
             statistics=statistics,
         )
         self.gamma = check_non_negative("gamma", gamma)
-        self.spread = check_spread("spread", spread)
+        self.noise_scale = check_noise_scale("noise_scale", noise_scale)
         self.nfe_per_sample = 1
 
     @torch.no_grad()
@@ -111,10 +111,10 @@ class NCVSDPrior(NetworkPrior):
         x, level = self._prepare("u", u, sigma)
         return self._draw(x, level, generator).to(u.dtype)
 
-    def with_spread(self, spread: Sequence[tuple[float, float]]) -> Self:
-        """Return this prior with another `spread`; the network is shared."""
+    def with_noise_scale(self, noise_scale: Sequence[tuple[float, float]]) -> Self:
+        """Return this prior with another `noise_scale`; the network is shared."""
         twin = copy.copy(self)
-        twin.spread = check_spread("spread", spread)
+        twin.noise_scale = check_noise_scale("noise_scale", noise_scale)
         return twin
 
     def tempered(self, temperature: float) -> Self:
@@ -125,8 +125,8 @@ class NCVSDPrior(NetworkPrior):
                 the network learned.
         """
         check_positive("temperature", temperature)
-        pairs = self.spread or ((1.0, 1.0),)
-        return self.with_spread([(sigma, temperature * factor) for sigma, factor in pairs])
+        pairs = self.noise_scale or ((1.0, 1.0),)
+        return self.with_noise_scale([(sigma, temperature * factor) for sigma, factor in pairs])
 
     def refined(self, levels: Sequence[float], *, zeta: float = 1.0) -> "RefinedPrior":
         """Return a prior that draws in several steps, one network call for each of `levels`.
@@ -179,8 +179,8 @@ class NCVSDPrior(NetworkPrior):
         """Draw x0 given checked images (B, C, H, W) at levels (B,)."""
         level = level.clamp(self.sigma_min, self.sigma_max)
         z = draw_normal(u, generator)
-        if self.spread:
-            stds, factors = zip(*self.spread, strict=True)
+        if self.noise_scale:
+            stds, factors = zip(*self.noise_scale, strict=True)
             gain = np.interp(level.log().cpu().numpy(), np.log(stds), factors)
             z = expand_level(torch.from_numpy(gain), z) * z
         x, raised = raise_noise(u, level, z, self.gamma)
@@ -255,7 +255,7 @@ class RefinedPrior:
         images, level_u = self.prior._prepare("u", u, sigma)
         x0, eps_x = torch.zeros_like(images), draw_normal(images, generator)
         for i, level in enumerate(self.levels):
-            view = combine_views(images, level_u, x0 + level * eps_x, level)
+            view = combine_observations(images, level_u, x0 + level * eps_x, level)
             drawn = self.prior._draw(*view, generator)
             if i + 1 < len(self.levels):
                 explained = eps_x + (x0 - drawn) / level

@@ -26,7 +26,7 @@ def raise_noise(u: Tensor, sigma: float | Tensor, z: Tensor, gamma: float) -> tu
     return u + (raised**2 - level**2).sqrt() * z, raised.flatten()
 
 
-def combine_views(
+def combine_observations(
     y: Tensor, sigma: float | Tensor, x_t: Tensor, t: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Merge two independent noisy views of one image into the view that says the same.

@@ -128,7 +128,7 @@ def load_prior(
             sigma_min=card.sigma_min,
             sigma_max=card.sigma_max,
             card=card,
-            spread=card.spread,
+            noise_scale=card.noise_scale,
             statistics=statistics,
         )
     prior.statistics_store = store

@@ -1,4 +1,4 @@
-"""Conditioning on a measurement that is no linear function of the image, by Gauss-Newton.
+"""Matheron on a measurement that is no linear function of the image, by Gauss-Newton.
 
 It must not know where the draws come from, nor which forward model it meets.
 """
@@ -36,7 +36,7 @@ from ncvsd_inverse.protocols import (
 )
 
 
-class Linearised:
+class GaussNewton:
     """Draws given a measurement y = A(x) + s n, from draws made without it, for a smooth A.
 
     If x has a Gaussian law of covariance S, the minimum over v of

@@ -14,7 +14,7 @@ from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, working_dtyp
 from ncvsd_inverse.protocols import Covariance, Generators, LinearOperator
 
 
-class Conditioning:
+class Matheron:
     """Draws given a measurement y = A x + s n, from draws made without it (Matheron's rule).
 
     If x has a Gaussian law of covariance S, then with standard normal e

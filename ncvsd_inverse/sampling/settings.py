@@ -9,9 +9,6 @@ from typing import NamedTuple
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.schedules import karras
 
-SIGMA_Y = 0.05
-"""Noise std of a measurement whose operator names none."""
-
 
 class Levels(NamedTuple):
     """Ends and exponent of a Karras schedule, in image units."""

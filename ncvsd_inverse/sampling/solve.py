@@ -30,6 +30,7 @@ from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
 from ncvsd_inverse.priors.statistics import lacks_statistics, with_own_statistics
 from ncvsd_inverse.protocols import (
+    SIGMA_Y,
     Generators,
     LikelihoodStep,
     LinearOperator,
@@ -37,11 +38,10 @@ from ncvsd_inverse.protocols import (
     Prior,
     Statistics,
 )
-from ncvsd_inverse.sampling.gauss_newton import Linearised
+from ncvsd_inverse.sampling.gauss_newton import GaussNewton
 from ncvsd_inverse.sampling.likelihood import likelihood_step
-from ncvsd_inverse.sampling.matheron import Conditioning
+from ncvsd_inverse.sampling.matheron import Matheron
 from ncvsd_inverse.sampling.settings import (
-    SIGMA_Y,
     Average,
     default_average,
     default_schedule,
@@ -291,19 +291,19 @@ def _given(
     statistics: Statistics,
     like: Tensor,
     generators: Sequence[torch.Generator],
-) -> tuple[Conditioning | Linearised, Tensor]:
+) -> tuple[Matheron | GaussNewton, Tensor]:
     """Return what conditions on y, and images to begin at: Gaussian given y, or nearly."""
     mean, own = statistics.mean_image(like), statistics.covariance(math.inf, like)
-    given: Conditioning | Linearised
+    given: Matheron | GaussNewton
     if isinstance(operator, LinearOperator):
-        given = Conditioning(operator, y, sigma_lik)
+        given = Matheron(operator, y, sigma_lik)
     else:
-        given = Linearised(operator, y, sigma_lik, sigma_y=sigma_y)
+        given = GaussNewton(operator, y, sigma_lik, sigma_y=sigma_y)
     return given, given.start(mean, own, like, generator=generators)
 
 
 def _condition(
-    given: Conditioning | Linearised,
+    given: Matheron | GaussNewton,
     prior: Prior,
     statistics: Statistics,
     x: Tensor,

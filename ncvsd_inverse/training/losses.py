@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.numerics import expand_level
-from ncvsd_inverse.priors.observations import combine_views, raise_noise
+from ncvsd_inverse.priors.observations import combine_observations, raise_noise
 
 DETAIL_STD = 0.2
 """Std of a band of detail over that of the images; 0.12 to 0.28 of faces and photographs."""
@@ -140,7 +140,7 @@ def distillation_loss(
     """
     with torch.no_grad():
         x_t = add_noise(generated, t, eps)
-        target = teacher(*combine_views(y.image, y.sigma, x_t, t))
+        target = teacher(*combine_observations(y.image, y.sigma, x_t, t))
         target = target - score(x_t, t, y.image, y.sigma) + generated
     return weighted_error(generated - target, t, log_variance, sigma_data)
 

@@ -10,7 +10,7 @@ import torch
 
 from ncvsd_inverse import cli, metrics
 from ncvsd_inverse.errors import DivergenceError
-from ncvsd_inverse.evaluation.posterior import calibrate_spread, evaluate, evaluate_generation
+from ncvsd_inverse.evaluation.posterior import calibrate_noise_scale, evaluate, evaluate_generation
 from ncvsd_inverse.images import centre_crop, read_image, read_images, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
 from ncvsd_inverse.numerics import draw_normal
@@ -116,11 +116,13 @@ class White:
 def test_calibration_gives_back_the_spread():
     images = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     prior = NCVSDPrior(Narrow(), image_shape=(1, 8, 8))
-    spread = calibrate_spread(prior, White(), images, levels=(1.0, 0.2), batch_size=64)
+    spread = calibrate_noise_scale(prior, White(), images, levels=(1.0, 0.2), batch_size=64)
     assert [sigma for sigma, _ in spread] == [0.2, 1.0]
     # 12,800 pixels and 8 draws: the variance is known to about 1.5%.
     assert [factor for _, factor in spread] == pytest.approx([1.5, 1.5], rel=0.03)
-    again = calibrate_spread(prior.with_spread(spread), White(), images, levels=(0.2, 1.0))
+    again = calibrate_noise_scale(
+        prior.with_noise_scale(spread), White(), images, levels=(0.2, 1.0)
+    )
     assert [factor for _, factor in again] == pytest.approx([factor for _, factor in spread])
 
 

@@ -24,7 +24,7 @@ from experiments.few_step.oracle import (
 )
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
-from ncvsd_inverse.sampling.matheron import Conditioning
+from ncvsd_inverse.sampling.matheron import Matheron
 
 CHAINS = 400
 NAMES = ["box inpainting", "random inpainting", "SR", "blur"]
@@ -139,12 +139,12 @@ def test_exact_draws_of_a_mixture_are_calibrated(mixed):
 
 
 def test_ranks_of_the_likelihood_see_noise_that_was_dropped(line, monkeypatch):
-    draw = Conditioning.draw
+    draw = Matheron.draw
 
     def cool(self, x, covariance, **options):
         return draw(self, x, covariance, **{**options, "temperature": 0.0})
 
-    monkeypatch.setattr(Conditioning, "draw", cool)
+    monkeypatch.setattr(Matheron, "draw", cool)
     row = calibrate(problem(line, "blur", 100, seed=1), "blur", "conditioning", 4)
     assert row.p_values["likelihood"] < 1e-3
 

@@ -145,20 +145,22 @@ def test_spread_scales_the_noise_between_levels():
     levels = torch.tensor([0.05, 0.2, 3.0])  # below, halfway in the logarithm, above
     sources = lambda: make_generators([(i,) for i in range(3)])  # noqa: E731
     plain = NCVSDPrior(ExactGenerator(), image_shape=SHAPE)
-    scaled = plain.with_spread([(0.1, 1.2), (0.4, 0.8)])
-    silent = plain.with_spread([(1.0, 1e-9)])
+    scaled = plain.with_noise_scale([(0.1, 1.2), (0.4, 0.8)])
+    silent = plain.with_noise_scale([(1.0, 1e-9)])
     mean = silent.sample(u, levels, generator=sources())
     drawn = plain.sample(u, levels, generator=sources()) - mean
     wider = scaled.sample(u, levels, generator=sources()) - mean
     factors = torch.tensor([1.2, 1.0, 0.8]).view(3, 1, 1, 1)
     assert torch.allclose(wider, factors * drawn, atol=1e-6)
-    assert plain.spread == ()
+    assert plain.noise_scale == ()
 
 
-@pytest.mark.parametrize("spread", [[(0.1, -1.0)], [(0.4, 1.0), (0.1, 1.0)], [(0.1, math.inf)]])
-def test_a_wrong_spread_is_refused(spread):
-    with pytest.raises(ValueError, match="spread must be pairs of positive numbers"):
-        NCVSDPrior(ExactGenerator(), image_shape=SHAPE, spread=spread)
+@pytest.mark.parametrize(
+    "noise_scale", [[(0.1, -1.0)], [(0.4, 1.0), (0.1, 1.0)], [(0.1, math.inf)]]
+)
+def test_a_wrong_spread_is_refused(noise_scale):
+    with pytest.raises(ValueError, match="noise_scale must be pairs of positive numbers"):
+        NCVSDPrior(ExactGenerator(), image_shape=SHAPE, noise_scale=noise_scale)
 
 
 def test_generate_needs_a_size_when_any_size_works():

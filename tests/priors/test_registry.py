@@ -239,9 +239,9 @@ BAD_FIELDS = [
     ("sha256", 7, "sha256 must be 64"),
     ("licence", None, "licence must be a text"),
     ("training", [], "training must be an object"),
-    ("spread", [[0.1, 0.0]], "spread must be pairs of positive"),
-    ("spread", [0.1], "spread must be pairs"),
-    ("spread", "wide", "spread must be pairs"),
+    ("noise_scale", [[0.1, 0.0]], "noise_scale must be pairs of positive"),
+    ("noise_scale", [0.1], "noise_scale must be pairs"),
+    ("noise_scale", "wide", "noise_scale must be pairs"),
     ("surprise", 1, "unknown: surprise"),
 ]
 
@@ -279,11 +279,13 @@ def test_save_writes_a_complete_card(saved):
 
 def test_spread_comes_back_with_the_prior(tmp_path):
     stem = tmp_path / "wide"
-    save_prior(stem, make_network(), {**CARD, "spread": [[0.1, 1.2], [2, 0.9]]})
-    assert load_prior(stem).spread == ((0.1, 1.2), (2.0, 0.9))
+    save_prior(stem, make_network(), {**CARD, "noise_scale": [[0.1, 1.2], [2, 0.9]]})
+    assert load_prior(stem).noise_scale == ((0.1, 1.2), (2.0, 0.9))
     entries = json.loads(Path(f"{stem}.json").read_text())
-    del entries["spread"]  # cards from before there was one
-    assert PriorCard.from_dict(entries).spread == ()
+    del entries["noise_scale"]  # cards from before there was one
+    assert PriorCard.from_dict(entries).noise_scale == ()
+    older = PriorCard.from_dict({**entries, "spread": [[0.1, 1.2]]})
+    assert older.noise_scale == ((0.1, 1.2),)
 
 
 def test_save_refuses_before_it_writes(tmp_path):
@@ -655,12 +657,18 @@ def test_a_card_keeps_lists_of_numbers_on_one_line_and_texts_as_they_are(saved):
         "deep": [[1, 2], [3.5, -1e-9]],
     }
     card = PriorCard.from_dict(
-        {**entries, **texts, "training": training, "spread": [[0.1, 1.2]], "statistics": STATISTICS}
+        {
+            **entries,
+            **texts,
+            "training": training,
+            "noise_scale": [[0.1, 1.2]],
+            "statistics": STATISTICS,
+        }
     )
     text = card.to_json()
     again = PriorCard.from_json(text)
     assert (again.weaknesses, again.data) == (texts["weaknesses"], texts["data"])
-    assert (again.training, again.spread) == (training, ((0.1, 1.2),))
+    assert (again.training, again.noise_scale) == (training, ((0.1, 1.2),))
     assert again.statistics.to_dict() == STATISTICS
     lines = [line.strip(" ,") for line in text.splitlines()]
     for line in (

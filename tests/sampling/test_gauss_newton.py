@@ -10,8 +10,8 @@ from ncvsd_inverse import operators as ops
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.priors.covariance import SpectralCovariance
-from ncvsd_inverse.sampling.gauss_newton import Linearised
-from ncvsd_inverse.sampling.matheron import Conditioning
+from ncvsd_inverse.sampling.gauss_newton import GaussNewton
+from ncvsd_inverse.sampling.matheron import Matheron
 
 SIGMA_LIK = 0.05
 
@@ -72,12 +72,12 @@ def energy(v, x, y, operator, covariance):
 @pytest.mark.parametrize("operator", [ops.GaussianBlur(1.0, 5), ops.SuperResolution(2)])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_of_a_linear_operator_it_is_matherons_rule(operator, steps, monkeypatch):
-    for method in (Conditioning, Linearised):
+    for method in (Matheron, GaussNewton):
         monkeypatch.setattr(method, "tolerance", 1e-11)
     _, y, covariance = problem(operator)
     x = covariance.colour(normal(3, 2, 8, 12, seed=5))
-    given = Linearised(Plain(operator), y, SIGMA_LIK, steps=steps, iterations=400)
-    exact = Conditioning(operator, y, SIGMA_LIK)
+    given = GaussNewton(Plain(operator), y, SIGMA_LIK, steps=steps, iterations=400)
+    exact = Matheron(operator, y, SIGMA_LIK)
     for temperature in (1.0, 0.3):
         sources = [torch.Generator().manual_seed(6) for _ in range(2)]
         moved = given.draw(x, covariance, generator=sources[0], temperature=temperature)
@@ -89,7 +89,7 @@ def test_many_steps_reach_a_minimum():
     operator = Saturating()
     truth, y, covariance = problem(operator)
     x = truth + 0.05 * normal(*truth.shape, seed=7)
-    given = Linearised(operator, y, SIGMA_LIK, steps=40, iterations=60)
+    given = GaussNewton(operator, y, SIGMA_LIK, steps=40, iterations=60)
     found = given.draw(x, covariance, temperature=0.0).requires_grad_()
     value = energy(found, x, y, operator, covariance)
     (gradient,) = torch.autograd.grad(value.sum(), found)
@@ -111,7 +111,7 @@ def test_no_step_raises_the_energy_of_any_image():
     x = covariance.colour(normal(16, 2, 8, 12, seed=8))
     before = energy(x, x, y, operator, covariance)
     for steps in range(1, 6):
-        given = Linearised(operator, y, SIGMA_LIK, steps=steps, iterations=100)
+        given = GaussNewton(operator, y, SIGMA_LIK, steps=steps, iterations=100)
         after = energy(given.draw(x, covariance, temperature=0.0), x, y, operator, covariance)
         assert (after <= before * (1 + 1e-9)).all()
         before = after
@@ -130,12 +130,12 @@ class Cliff(Plain):
 def test_steps_that_overshoot_are_halved(monkeypatch):
     operator, covariance = Cliff(), make_covariance(8, 12)
     y, x = torch.zeros(2, 2, 8, 12, dtype=torch.float64), 0.2 * normal(2, 2, 8, 12, seed=8)
-    given = Linearised(operator, y, SIGMA_LIK, steps=1, iterations=200)
+    given = GaussNewton(operator, y, SIGMA_LIK, steps=1, iterations=200)
     before = energy(x, x, y, operator, covariance)
     found = given.draw(x, covariance, temperature=0.0)
     assert (energy(found, x, y, operator, covariance) <= before).all()
     assert not found.equal(x)
-    monkeypatch.setattr(Linearised, "HALVINGS", -1)
+    monkeypatch.setattr(GaussNewton, "HALVINGS", -1)
     wild = given.draw(x, covariance, temperature=0.0)
     assert (energy(wild, x, y, operator, covariance) > before).any()
 
@@ -145,7 +145,7 @@ def test_own_derivatives_are_those_of_autograd():
     _, y, covariance = problem(operator)
     x = covariance.colour(normal(3, 2, 8, 12, seed=9))
     own, automatic = (
-        Linearised(A, y, SIGMA_LIK, steps=3).draw(
+        GaussNewton(A, y, SIGMA_LIK, steps=3).draw(
             x, covariance, generator=torch.Generator().manual_seed(1)
         )
         for A in (operator, Plain(operator))
@@ -172,7 +172,7 @@ def test_images_do_not_depend_on_each_other():
     mean = torch.zeros(1, 2, 8, 12, dtype=torch.float64)
 
     def run(rows):
-        given = Linearised(operator, y[rows], SIGMA_LIK, steps=2)
+        given = GaussNewton(operator, y[rows], SIGMA_LIK, steps=2)
         sources = make_generators([(7, i) for i in rows])
         x = given.start(mean, covariance, y.new_zeros(len(rows), 2, 8, 12), generator=sources)
         return given.draw(x, covariance, generator=sources)
@@ -195,7 +195,7 @@ def test_search_ends_nearer_to_the_truth_than_gauss_newton():
     y = operator.measure(truth, 0.02, generator=torch.Generator().manual_seed(3))
     errors = []
     for A in (operator, Plain(operator)):
-        given = Linearised(A, y, 0.02)
+        given = GaussNewton(A, y, 0.02)
         x = given.start(mean, covariance, truth, generator=torch.Generator().manual_seed(4))
         assert x.shape == truth.shape
         errors.append((x - truth).square().flatten(1).mean(1).sqrt())
@@ -227,7 +227,7 @@ class Found(Plain):
         self.searches = 0
 
     def search(self, y, x, shrink, *, sigma_y, iterations):
-        assert iterations == Linearised.START_SEARCH
+        assert iterations == GaussNewton.START_SEARCH
         self.searches += 1
         turned = (torch.arange(len(x)) % 2 == 1) & (self.searches == 1)
         return torch.where(turned[:, None, None, None], x.flip(-2, -1), x)
@@ -241,7 +241,7 @@ def test_the_likeliest_start_is_kept():
     operator = Found(ops.PhaseRetrieval(8))
     y = operator(truth)
     sources = make_generators([(1, i) for i in range(len(truth))])
-    kept = Linearised(operator, y, SIGMA_LIK).start(mean, covariance, truth, generator=sources)
+    kept = GaussNewton(operator, y, SIGMA_LIK).start(mean, covariance, truth, generator=sources)
     sources = make_generators([(1, i) for i in range(len(truth))])
     drawn = mean + covariance.colour(draw_normal(truth, sources))
     energies = [energy(x, mean, y, operator, covariance) for x in (drawn, drawn.flip(-2, -1))]
@@ -270,16 +270,16 @@ def test_a_draw_begins_where_the_search_ends():
     operator = Told(plain, truth)
     y = plain(truth)
     x = mean + covariance.colour(normal(12, 2, 16, 16, seed=9))
-    given = Linearised(operator, y, SIGMA_LIK, sigma_y=0.07)
+    given = GaussNewton(operator, y, SIGMA_LIK, sigma_y=0.07)
     found = given.draw(x, covariance, temperature=0.0)
-    stuck = Linearised(Plain(plain), y, SIGMA_LIK).draw(x, covariance, temperature=0.0)
+    stuck = GaussNewton(Plain(plain), y, SIGMA_LIK).draw(x, covariance, temperature=0.0)
     energies = [energy(end, x, y, plain, covariance) for end in (found, truth)]
     assert (energies[0] <= energies[1]).all()
     errors = [float((end - truth).square().mean()) for end in (found, stuck)]
     assert errors[0] < 0.5 * errors[1], errors
     seen, begun, shrink, sigma_y, iterations = operator.given
     assert_close((seen, begun), (y, x))
-    assert (sigma_y, iterations) == (0.07, Linearised.DRAW_SEARCH)
+    assert (sigma_y, iterations) == (0.07, GaussNewton.DRAW_SEARCH)
     # What a view tells of an image, around the draw: all without noise, nothing with much.
     assert_close(shrink(truth, 1e-6), truth, rtol=0, atol=1e-6)
     assert_close(shrink(truth, 1e6), x, rtol=0, atol=1e-6)
@@ -306,12 +306,12 @@ def test_phase_retrieval_knows_its_symmetries():
 def test_wrong_arguments(arguments, message):
     settings = {"y": torch.zeros(1, 2, 16, 20), "sigma_lik": 0.1, **arguments}
     with pytest.raises(ValueError, match=message):
-        Linearised(ops.PhaseRetrieval(4), **settings)
+        GaussNewton(ops.PhaseRetrieval(4), **settings)
 
 
 def test_wrong_images_and_temperatures():
     covariance = make_covariance(8, 12)
-    given = Linearised(ops.PhaseRetrieval(4), torch.zeros(1, 2, 16, 20).double(), 0.1)
+    given = GaussNewton(ops.PhaseRetrieval(4), torch.zeros(1, 2, 16, 20).double(), 0.1)
     with pytest.raises(ValueError, match="x must have shape"):
         given.draw(torch.zeros(1, 2, 8, 13), covariance)
     with pytest.raises(ValueError, match="temperature must be"):
@@ -334,6 +334,6 @@ class Exploding(Plain):
 
 def test_numbers_that_are_not_finite_are_an_error():
     y = torch.ones(1, 2, 8, 12, dtype=torch.float64)
-    given = Linearised(Exploding(ops.GaussianBlur(1.0, 3)), y, 0.01, steps=1)
+    given = GaussNewton(Exploding(ops.GaussianBlur(1.0, 3)), y, 0.01, steps=1)
     with pytest.raises(DivergenceError, match="finite numbers"):
         given.draw(0 * y, make_covariance(8, 12, variance=10.0))

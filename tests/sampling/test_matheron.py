@@ -13,7 +13,7 @@ from ncvsd_inverse import operators as ops
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, NCVSDPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
-from ncvsd_inverse.sampling.matheron import Conditioning
+from ncvsd_inverse.sampling.matheron import Matheron
 
 SIGMA_LIK = 0.2
 
@@ -128,7 +128,7 @@ def gains(matrix, dense, sigma_lik):
 @pytest.fixture
 def exactly(monkeypatch):
     """Let conjugate gradients run until they are exact."""
-    monkeypatch.setattr(Conditioning, "tolerance", 1e-11)
+    monkeypatch.setattr(Matheron, "tolerance", 1e-11)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -138,7 +138,7 @@ def test_the_mean_moves_as_dense_matrices_say(name, sigma_lik, exactly):
     operator, covariance = OPERATORS[name], make_covariance(height, width)
     x = normal(3, 2, height, width, seed=1)
     y = operator(normal(3, 2, height, width, seed=2)) + 0.3
-    conditioning = Conditioning(operator, y, sigma_lik)
+    conditioning = Matheron(operator, y, sigma_lik)
     moved = conditioning.draw(x, covariance, temperature=0.0)
     root = dense_root(covariance, height, width)
     matrix = dense_operator(operator, 3, height, width)
@@ -170,7 +170,7 @@ def test_draws_have_the_law_given_y(name):
     mean = normal(2, height, width, seed=5)
     x = mean + covariance.colour(normal(count, 2, height, width, seed=6))
     y = operator(normal(1, 2, height, width, seed=2)) + 0.3
-    conditioning = Conditioning(operator, y.expand(count, -1, -1, -1), SIGMA_LIK)
+    conditioning = Matheron(operator, y.expand(count, -1, -1, -1), SIGMA_LIK)
     draws = conditioning.draw(x, covariance, generator=torch.Generator().manual_seed(7))
     matrix = dense_operator(operator, 1, height, width)[0]
     gain = gains(matrix[None], dense, SIGMA_LIK)[0]
@@ -183,7 +183,7 @@ def test_temperature_scales_the_noise_of_y(temperature, exactly):
     operator, covariance = OPERATORS["box"], make_covariance(5, 6)
     x = normal(1, 2, 5, 6, seed=1)
     y = operator(normal(1, 2, 5, 6, seed=2)).expand(2000, -1, -1, -1)
-    conditioning = Conditioning(operator, y, SIGMA_LIK)
+    conditioning = Matheron(operator, y, SIGMA_LIK)
     draws = conditioning.draw(
         x.expand(2000, -1, -1, -1),
         covariance,
@@ -202,11 +202,11 @@ def test_one_object_serves_every_covariance(exactly):
     """What it keeps of A^T A does not depend on the covariance of the first draw."""
     operator, x = OPERATORS["random"], normal(2, 2, 5, 6, seed=1)
     y = operator(normal(2, 2, 5, 6, seed=2))
-    used = Conditioning(operator, y, SIGMA_LIK)
+    used = Matheron(operator, y, SIGMA_LIK)
     first = make_covariance(5, 6)
     used.draw(x, first, temperature=0.0)
     narrow = SpectralCovariance(first.mixing, 0.01 * first.variances[..., 0], 6)
-    fresh = Conditioning(operator, y, SIGMA_LIK)
+    fresh = Matheron(operator, y, SIGMA_LIK)
     again, once = (c.draw(x, narrow, temperature=0.0) for c in (used, fresh))
     assert_close(again, once, rtol=0, atol=1e-9)
 
@@ -215,7 +215,7 @@ def test_a_variance_of_zero_does_not_move(exactly):
     covariance = make_covariance(5, 6)
     covariance.variances[:, 0, 0] = 0
     operator, x = OPERATORS["random"], normal(1, 2, 5, 6, seed=1)
-    conditioning = Conditioning(operator, operator(x) + 1, SIGMA_LIK)
+    conditioning = Matheron(operator, operator(x) + 1, SIGMA_LIK)
     moved = conditioning.draw(x, covariance, temperature=0.0) - x
     assert_close(moved.mean((2, 3)), torch.zeros(1, 2).double(), rtol=0, atol=1e-9)
     assert float(moved.abs().max()) > 0.1
@@ -228,9 +228,9 @@ def test_a_draw_does_not_depend_on_its_batch(name):
     x = normal(3, 2, height, width, seed=1)
     y = operator(normal(3, 2, height, width, seed=2))
     sources = make_generators([(0, i) for i in range(3)])
-    together = Conditioning(operator, y, SIGMA_LIK).draw(x, covariance, generator=sources)
+    together = Matheron(operator, y, SIGMA_LIK).draw(x, covariance, generator=sources)
     alone = ops.Inpaint(operator.mask[2:]) if name == "a mask an image" else operator
-    single = Conditioning(alone, y[2:], SIGMA_LIK).draw(
+    single = Matheron(alone, y[2:], SIGMA_LIK).draw(
         x[2:], covariance, generator=make_generators([(0, 2)])
     )
     assert_close(together[2:], single, rtol=0, atol=1e-9)
@@ -246,11 +246,11 @@ def test_single_precision_follows_double(name, dtype, monkeypatch):
     )
     x = normal(2, 2, height, width, seed=1)
     y = operator(normal(2, 2, height, width, seed=2))
-    exact = Conditioning(operator, y, SIGMA_LIK).draw(x, covariance)
+    exact = Matheron(operator, y, SIGMA_LIK).draw(x, covariance)
     cast = SpectralCovariance(
         covariance.mixing.to(dtype), covariance.variances[..., 0].to(dtype), width
     )
-    conditioning = Conditioning(operator, y.to(dtype), SIGMA_LIK)
+    conditioning = Matheron(operator, y.to(dtype), SIGMA_LIK)
     draw = conditioning.draw(x.to(dtype), cast)
     assert draw.dtype == dtype
     assert (conditioning.iterations == 0) == (name == "blur")
@@ -275,7 +275,7 @@ def test_conjugate_gradients_are_few(name, rho):
     prior = GaussianPrior.stationary(torch.zeros(3, 32, 32), power_law(32, 32).float())
     x, other = (prior.draw(2, generator=torch.Generator().manual_seed(i)) for i in range(2))
     y = operator.measure(x, 0.05, generator=torch.Generator().manual_seed(2))
-    conditioning = Conditioning(operator, y, 0.05)
+    conditioning = Matheron(operator, y, 0.05)
     covariance = prior.statistics.covariance(rho, x)
     start = other if math.isinf(rho) else x + covariance.colour(other)
     moved = conditioning.draw(start, covariance, generator=torch.Generator().manual_seed(3))
@@ -294,10 +294,10 @@ def test_hidden_pixels_are_drawn_exactly_enough(name, sigma_lik, monkeypatch):
     x, start = (prior.draw(1, generator=torch.Generator().manual_seed(i)) for i in range(2))
     operator, own = REAL[name], prior.statistics.covariance(math.inf, x)
     y = operator.measure(x, sigma_lik, generator=torch.Generator().manual_seed(2))
-    draw = Conditioning(operator, y, sigma_lik).draw(start, own, temperature=0.0)
-    monkeypatch.setattr(Conditioning, "tolerance", 1e-10)
-    monkeypatch.setattr(Conditioning, "max_iterations", 2000)
-    exact = Conditioning(operator, y, sigma_lik).draw(start, own, temperature=0.0)
+    draw = Matheron(operator, y, sigma_lik).draw(start, own, temperature=0.0)
+    monkeypatch.setattr(Matheron, "tolerance", 1e-10)
+    monkeypatch.setattr(Matheron, "max_iterations", 2000)
+    exact = Matheron(operator, y, sigma_lik).draw(start, own, temperature=0.0)
     assert float((draw - exact).square().mean().sqrt()) < 0.005
 
 
@@ -313,16 +313,16 @@ def test_bad_input_names_the_argument():
     y = torch.zeros(1, 2, 5, 6)
     for sigma_lik in (0.0, -0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="sigma_lik must be positive and finite"):
-            Conditioning(ops.Denoise(), y, sigma_lik)
+            Matheron(ops.Denoise(), y, sigma_lik)
     with pytest.raises(TypeError, match="sigma_lik must be a number"):
-        Conditioning(ops.Denoise(), y, None)
+        Matheron(ops.Denoise(), y, None)
     with pytest.raises(ValueError, match="y must be finite, got 60"):
-        Conditioning(ops.Denoise(), y + math.nan, 0.1)
+        Matheron(ops.Denoise(), y + math.nan, 0.1)
     with pytest.raises(TypeError, match="y must be a floating-point tensor"):
-        Conditioning(ops.Denoise(), y.long(), 0.1)
+        Matheron(ops.Denoise(), y.long(), 0.1)
     covariance = make_covariance(5, 6)
     with pytest.raises(ValueError, match="generator must be one or one for each of 1"):
-        Conditioning(ops.Denoise(), y.double(), 0.1).draw(
+        Matheron(ops.Denoise(), y.double(), 0.1).draw(
             y.double(), covariance, generator=make_generators([(0,), (1,)])
         )
 
@@ -598,13 +598,13 @@ def test_priors_made_of_a_network_reach_the_posterior():
 
 
 def test_with_statistics_shares_the_network_and_leaves_the_prior():
-    prior = NCVSDPrior(Wiener(), image_shape=SHAPE, spread=[(0.1, 1.2)])
+    prior = NCVSDPrior(Wiener(), image_shape=SHAPE, noise_scale=[(0.1, 1.2)])
     statistics = white().statistics
     twin = prior.with_statistics(statistics)
     assert (prior.statistics, twin.statistics) == (None, statistics)
     assert twin.network is prior.network
     assert isinstance(twin, NCVSDPrior)
-    assert twin.spread == ((0.1, 1.2),)
+    assert twin.noise_scale == ((0.1, 1.2),)
     assert twin.with_statistics(None).statistics is None
     assert twin.refined((1.0, 0.1)).statistics is statistics
     assert twin.tempered(0.5).statistics is statistics
@@ -614,11 +614,11 @@ def test_with_statistics_shares_the_network_and_leaves_the_prior():
 
 
 def test_tempered_priors_vary_less():
-    prior = student(spread=[(0.1, 1.2), (2.0, 0.9)])
-    assert prior.tempered(0.5).spread == ((0.1, 0.6), (2.0, 0.45))
-    assert prior.spread == ((0.1, 1.2), (2.0, 0.9))
-    assert student().tempered(0.5).spread == ((1.0, 0.5),)
-    assert student().tempered(0.5).tempered(0.5).spread == ((1.0, 0.25),)
+    prior = student(noise_scale=[(0.1, 1.2), (2.0, 0.9)])
+    assert prior.tempered(0.5).noise_scale == ((0.1, 0.6), (2.0, 0.45))
+    assert prior.noise_scale == ((0.1, 1.2), (2.0, 0.9))
+    assert student().tempered(0.5).noise_scale == ((1.0, 0.5),)
+    assert student().tempered(0.5).tempered(0.5).noise_scale == ((1.0, 0.25),)
     u = normal(2, *SHAPE)
 
     def draw(of):

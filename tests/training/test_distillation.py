@@ -12,7 +12,7 @@ from torch import nn
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
 from ncvsd_inverse.networks import UNetShape
 from ncvsd_inverse.priors import GaussianMixturePrior, load_prior
-from ncvsd_inverse.priors.observations import combine_views
+from ncvsd_inverse.priors.observations import combine_observations
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.training import (
     DistillConfig,
@@ -308,7 +308,7 @@ def test_losses_vanish_at_the_known_optimum():
         """The score model of a perfect generator: the posterior mean given both views."""
 
         def forward(self, x, t, condition, sigma):
-            return prior.denoise(*combine_views(condition, sigma, x, t))
+            return prior.denoise(*combine_observations(condition, sigma, x, t))
 
     generated = prior.sample(y.image, sigma, generator=source).requires_grad_()
     eps = torch.randn(images.shape, generator=source)
