@@ -33,6 +33,7 @@ OWN_CODE = (
     "baselines",
     "ncvsd_inverse.sampling.matheron",
     "ncvsd_inverse.priors.covariance",
+    "ncvsd_inverse.priors.statistics",
     "ncvsd_inverse.sampling.likelihood",
     "ncvsd_inverse.sampling.gauss_newton",
     "ncvsd_inverse.schedules",

@@ -26,7 +26,7 @@ from ncvsd_inverse import solve
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
 from ncvsd_inverse.priors import GaussianMixturePrior, GaussianPrior
-from ncvsd_inverse.priors.covariance import measure_statistics
+from ncvsd_inverse.priors.statistics import measure_statistics
 from ncvsd_inverse.protocols import SIGMA_Y, Generators, LinearOperator, Statistics
 from ncvsd_inverse.sampling.settings import published_schedule
 from ncvsd_inverse.schedules import karras

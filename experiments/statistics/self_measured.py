@@ -34,7 +34,7 @@ from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import crps, lpips, psnr
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.priors.statistics import own_statistics
+from ncvsd_inverse.priors.own_statistics import own_statistics
 from ncvsd_inverse.protocols import SIGMA_Y, Prior
 from ncvsd_inverse.sampling.solve import Method
 from ncvsd_inverse.tasks import make_task

@@ -53,15 +53,15 @@ from ncvsd_inverse.priors import (
     describe_prior,
     load_card,
 )
-from ncvsd_inverse.priors.covariance import ImageStatistics
-from ncvsd_inverse.priors.registry import kept_file, search_folders
-from ncvsd_inverse.priors.statistics import (
+from ncvsd_inverse.priors.own_statistics import (
     SIDE,
     lacks_statistics,
     num_images,
     own_statistics,
     with_own_statistics,
 )
+from ncvsd_inverse.priors.registry import kept_file, search_folders
+from ncvsd_inverse.priors.statistics import ImageStatistics
 from ncvsd_inverse.priors.tiled import TILE, tiled
 from ncvsd_inverse.protocols import Prior
 from ncvsd_inverse.sampling.solve import Estimate, Method

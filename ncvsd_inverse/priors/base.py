@@ -64,7 +64,7 @@ class NetworkPrior(ABC):
         sigma_max: largest trained noise std, image units.
         card: what is known of the prior, if it was trained.
         statistics: mean and covariances of its images, which sampling by conditioning needs; see
-            `ncvsd_inverse.priors.covariance.measure_statistics`.
+            `ncvsd_inverse.priors.statistics.measure_statistics`.
 
     Attributes:
         image_channels: channels of the images; None if the network does not say.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ncvsd_inverse.files import cache_folder, write_whole
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.priors.covariance import ImageStatistics
+from ncvsd_inverse.priors.statistics import ImageStatistics
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 from ncvsd_inverse.checks import check_choice, check_noise_scale
-from ncvsd_inverse.priors.covariance import ImageStatistics
+from ncvsd_inverse.priors.statistics import ImageStatistics
 
 OPTIONAL = ("noise_scale", "statistics")
 """Fields that a card may leave out."""

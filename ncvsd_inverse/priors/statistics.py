@@ -1,204 +1,273 @@
-"""Statistics that a prior measures for itself, once, and keeps."""
+"""Mean and covariances of images, level by level: as data, and how they are measured."""
 
-import copy
 import math
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Self
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_count, check_stays_finite
-from ncvsd_inverse.priors.base import NetworkPrior
-from ncvsd_inverse.priors.covariance import LEVELS, ImageStatistics, measure_statistics
-from ncvsd_inverse.priors.ncvsd import RefinedPrior
-from ncvsd_inverse.protocols import Generator, Prior, Statistics
+from ncvsd_inverse.checks import (
+    check_count,
+    check_finite,
+    check_images,
+    check_level,
+    check_shape,
+    check_stays_finite,
+)
+from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
+from ncvsd_inverse.priors.covariance import SpectralCovariance
+from ncvsd_inverse.protocols import Denoiser, Prior
 
-SIDE = 64
-"""Side in pixels at which a prior of any size is measured unless told otherwise."""
+__all__ = ["LEVELS", "ImageStatistics", "measure_statistics"]
 
-MOST_IMAGES, LEAST_IMAGES = 32, 4
-PIXELS = MOST_IMAGES * 64 * 64
-"""Pixels of all images that are measured unless told otherwise."""
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0)
+"""Noise stds at which `measure_statistics` looks unless told otherwise, image units."""
 
-PIXELS_AT_ONCE = 2**18
-"""Pixels of the images that go through a network together."""
+_VIEW_STREAM = 5
 
-SIGMA_OF_NOTHING = 10.0
-"""Least `sigma_max` from which images can be drawn from nothing: twenty stds of the data."""
-
-SLOW = 2.0
-"""Seconds of measuring after which it is announced."""
-
-_measuring = threading.Lock()
+MEAN_SIDE = 16
+"""Most rows and columns of the grid on which a mean image is kept."""
 
 
-def num_images(size: Sequence[int]) -> int:
-    """Return how many images of (H, W) pixels are measured unless told otherwise: 4 to 32."""
-    return min(MOST_IMAGES, max(LEAST_IMAGES, PIXELS // math.prod(size)))
+@dataclass(frozen=True, eq=False)
+class ImageStatistics:
+    """Mean and covariance of images, and the covariance given a view with noise, level by level.
 
+    Covariances are stationary and isotropic: a variance for each of C mixtures of colours and each
+    spatial frequency, whatever its direction. They are kept at a few frequencies and levels and
+    interpolated linearly in the logarithm.
 
-def own_statistics(
-    prior: Prior,
-    *,
-    data: Tensor | None = None,
-    images: int | None = None,
-    image_shape: Sequence[int] | None = None,
-    progress: bool = True,
-) -> ImageStatistics:
-    """Measure the statistics of a prior from images that it generates, or from given ones.
-
-    Args:
-        prior: the prior.
-        data: clean images (B, C, H, W) in [-1, 1] to measure with; None: generated ones.
-        images: how many, >= 2; None: as many as `num_images` says.
-        image_shape: (C, H, W) of the images that a prior of any size generates; None: 64x64.
-        progress: whether what takes longer than two seconds is announced, and shown where
-            standard error is a terminal.
+    Attributes:
+        mean: the mean image on a grid as coarse as one pixel, shape (C, h, w), in [-1, 1].
+        mixing: orthonormal mixtures of colours, shape (C, C).
+        levels: noise stds of the views, > 0, increasing, image units.
+        radii: spatial frequencies, cycles per pixel, increasing from 0.
+        spectra: variances of orthonormal Fourier coefficients, > 0, squared image units, shape
+            (len(levels) + 1, C, len(radii)): the covariance given a view at each level, then that
+            of the images themselves.
 
     Raises:
-        ValueError: if an argument is out of range, or there is no `data` and the prior cannot
-            generate; it says why.
-        DivergenceError: if the prior returns NaN or infinity.
+        ValueError: if a shape or a value is out of range.
     """
-    if images is not None:
-        check_count("images", images, least=2)
-    if data is not None:
-        data = data[: images or num_images(data.shape[2:])]
-        with _announced(prior, len(data), generates=False, shown=progress):
-            return _measured(prior, data)
-    source = _generator(prior, image_shape)
-    assert source.image_shape is not None
-    size = source.image_shape[1:]
-    num = images or num_images(size)
-    with _announced(prior, num, generates=True, shown=progress):
-        options = {"batch_size": _batch_size(size)} if isinstance(source, NetworkPrior) else {}
-        generated = source.generate(num, **options)
-        check_stays_finite("generated images", generated, "the prior's network")
-        return _measured(prior, generated)
 
+    mean: Tensor
+    mixing: Tensor
+    levels: tuple[float, ...]
+    radii: tuple[float, ...]
+    spectra: Tensor
+    note: ClassVar[str] = ""
 
-def lacks_statistics(prior: Prior) -> str:
-    """Return why a prior neither has statistics nor can generate images to measure them from.
+    def __post_init__(self) -> None:
+        channels = self.mean.shape[0] if self.mean.ndim == 3 else 0
+        if channels == 0:
+            raise ValueError(f"mean must have shape (C, h, w), got {tuple(self.mean.shape)}")
+        check_shape("mixing", self.mixing, (channels, channels))
+        shape = (len(self.levels) + 1, channels, len(self.radii))
+        check_shape("spectra", self.spectra, shape)
+        for name in ("mean", "mixing", "spectra"):
+            check_finite(name, getattr(self, name))
+        for name, least in (("levels", 1e-6), ("radii", 0.0)):
+            numbers = getattr(self, name)
+            rises = all(a < b for a, b in pairwise(numbers))
+            if not (numbers and rises and numbers[0] >= least and math.isfinite(numbers[-1])):
+                raise ValueError(f"{name} must increase from at least {least:g}, got {numbers}")
+        if float(self.spectra.min()) <= 0:
+            raise ValueError(f"spectra must be positive, got {float(self.spectra.min()):g}")
+        product = self.mixing @ self.mixing.T - torch.eye(channels).to(self.mixing)
+        if float(product.abs().max()) > 1e-3:
+            raise ValueError("mixing must have orthonormal rows")
 
-    "" if it has them or can; no network is called to find out.
-    """
-    own = _own(prior)
-    return "" if getattr(own, "statistics", None) is not None else _cannot_generate(own)
-
-
-def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
-    """Return the statistics of a prior; one that has none measures, sets and keeps them first.
-
-    Args:
-        prior: the prior.
-        image_shape: (C, H, W) of the images that are restored, for a prior that fixes none.
-
-    Raises:
-        ValueError: if it has none and cannot generate the images; it says why.
-    """
-    own = _own(prior)
-    with _measuring:
-        known: Statistics | None = getattr(own, "statistics", None)
-        if known is not None:
-            return known
-        fixed = own.image_shape if isinstance(own, NetworkPrior) else None
-        channels = own.image_channels if isinstance(own, NetworkPrior) else None
-        shape = None if fixed is not None or channels is not None else image_shape
-        measured = own_statistics(own, image_shape=shape)
-        own.statistics = measured  # type: ignore[attr-defined]
-        if isinstance(own, NetworkPrior) and own.statistics_store is not None:
+    @classmethod
+    def from_dict(cls, entries: object) -> Self:
+        """Build statistics from what `to_dict` gave; ValueError if it is something else."""
+        names = ("mean", "mixing", "levels", "radii", "spectra")
+        if not isinstance(entries, Mapping) or set(entries) != set(names):
+            raise ValueError(f"statistics must be an object with the fields {', '.join(names)}")
+        arrays = {}
+        for name, dims in zip(names, (3, 2, 1, 1, 3), strict=True):
             try:
-                own.statistics_store.write(measured)
-            except OSError as error:
-                sys.stderr.write(f"statistics cannot be kept for the next time: {error}\n")
-        return measured
+                array = np.asarray(entries[name])
+            except ValueError:  # lists of unequal lengths
+                array = np.zeros(0)
+            if array.ndim != dims or array.dtype.kind not in "iuf" or (abs(array) > 1e30).any():
+                raise ValueError(f"statistics' {name} must be numbers in {dims} dimensions")
+            arrays[name] = array.astype(np.float32)
+        return cls(
+            mean=torch.from_numpy(arrays["mean"]),
+            mixing=torch.from_numpy(arrays["mixing"]),
+            levels=tuple(arrays["levels"].tolist()),
+            radii=tuple(arrays["radii"].tolist()),
+            spectra=torch.from_numpy(arrays["spectra"]),
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Return everything as lists of numbers with four significant digits, for JSON."""
+
+        def rounded(values: object) -> object:
+            if isinstance(values, list):
+                return [rounded(value) for value in values]
+            return float(f"{values:.4g}")
+
+        return {
+            "mean": rounded(self.mean.tolist()),
+            "mixing": [[float(f"{x:.6g}") for x in row] for row in self.mixing.tolist()],
+            "levels": rounded(list(self.levels)),
+            "radii": rounded(list(self.radii)),
+            "spectra": rounded(self.spectra.tolist()),
+        }
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether both are written alike."""
+        return isinstance(other, ImageStatistics) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        """Return a hash that equal statistics share."""
+        return hash((len(self.levels), len(self.radii)))
+
+    def mean_image(self, like: Tensor) -> Tensor:
+        """Return the mean image, shape (1, C, H, W), for images `like` (B, C, H, W)."""
+        grid = self.mean[None].to(like)
+        if grid.shape[2:] == like.shape[2:]:
+            return grid
+        return nn.functional.interpolate(grid, like.shape[2:], mode="bilinear")
+
+    def covariance(self, sigma: float, like: Tensor) -> SpectralCovariance:
+        """Return the covariance of images given a view with noise of std `sigma`.
+
+        Args:
+            sigma: > 0, image units; infinity for the covariance of the images themselves.
+            like: images (B, C, H, W) whose size, dtype and device it takes.
+        """
+        check_shape("like", like, (like.shape[0], len(self.mean), *like.shape[2:]))
+        height, width = like.shape[2:]
+        rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64)[None]
+        radius = (rows**2 + columns**2).sqrt().numpy()
+        logs = [np.interp(radius, self.radii, row) for row in self._log_spectra(sigma).numpy()]
+        spectrum = torch.from_numpy(np.exp(np.stack(logs))).to(like)
+        return SpectralCovariance(self.mixing.to(like), spectrum, width)
+
+    def _log_spectra(self, sigma: float) -> Tensor:
+        """Return the logarithm of the variances (C, len(radii)) given a view at `sigma`."""
+        logs = self.spectra.double().log()
+        if sigma > self.levels[-1]:
+            # Far above the images' own std a view tells nothing.
+            return logs[-1] if math.isinf(sigma) else logs[-2]
+        if sigma < self.levels[0]:
+            # Far below it tells all but its noise.
+            return logs[0] + 2 * math.log(sigma / self.levels[0])
+        place = float(np.interp(math.log(sigma), np.log(self.levels), range(len(self.levels))))
+        low = min(int(place), len(self.levels) - 2) if len(self.levels) > 1 else 0
+        share = place - low
+        return (1 - share) * logs[low] + share * logs[low + 1]
 
 
-def _own(prior: Prior) -> Prior:
-    """Return what is measured: of a draw of several calls, the prior that they are calls of."""
-    return prior.prior if isinstance(prior, RefinedPrior) else prior
+@torch.no_grad()
+def measure_statistics(
+    prior: Prior,
+    images: Tensor,
+    *,
+    levels: Sequence[float] = LEVELS,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> ImageStatistics:
+    """Measure what a noisy view leaves open at each noise level, and the images' own statistics.
 
+    With u a view of an image x0, the covariance of x0 given u is that of x0 - E[x0 | u]: for a
+    prior with `denoise`, the mean square of each Fourier coefficient of x0 minus its mean. A draw
+    x0' given u is, for a perfect prior, as good as x0 itself, both are draws of p(x0 | u): for a
+    prior that only draws it is half the mean square of x0 - x0'. Each image is seen once a level.
 
-def _cannot_generate(prior: Prior) -> str:
-    """Return why a prior cannot draw images from nothing, "" if it can."""
-    if not isinstance(prior, Generator):
-        return f"a {type(prior).__name__} has no method generate"
-    if isinstance(prior, NetworkPrior) and prior.sigma_max < SIGMA_OF_NOTHING:
-        return f"its sigma_max is {prior.sigma_max:g}, too little noise to begin with nothing"
-    return ""
+    Args:
+        prior: the sampler; one of any image size is measured at that of `images`.
+        images: clean images, shape (B, C, H, W), in [-1, 1]: that it was not trained on, or that
+            it generated. The lowest frequencies have few coefficients: 128 images of 64x64 do.
+        levels: noise stds, > 0, increasing, image units.
+        seed: >= 0; of noise and draws.
+        batch_size: images at a time, >= 1.
 
+    Returns:
+        Statistics for `prior.with_statistics`. The mean image is kept for a prior of one image
+        shape; for others it is one colour.
 
-def _generator(prior: Prior, image_shape: Sequence[int] | None) -> Generator:
-    """Return the prior as one that generates images of one shape."""
-    if fault := _cannot_generate(prior):
-        raise ValueError(f"data must be given to measure statistics: {fault}")
-    assert isinstance(prior, Generator)
-    if not isinstance(prior, NetworkPrior):
-        return prior
-    if prior.image_shape is not None:
-        return prior
-    if image_shape is None:
-        if prior.image_channels is None:
-            raise ValueError("image_shape must be given: the prior fixes neither size nor channels")
-        side = -(-SIDE // prior.size_multiple) * prior.size_multiple
-        image_shape = (prior.image_channels, side, side)
-    twin = copy.copy(prior)
-    channels, height, width = image_shape
-    twin.image_shape = (channels, height, width)
-    return twin
-
-
-def _measured(prior: Prior, images: Tensor) -> ImageStatistics:
-    highest = getattr(prior, "sigma_max", math.inf)
-    levels = [level for level in LEVELS if level <= highest]
-    return measure_statistics(
-        prior, images, levels=levels, batch_size=_batch_size(images.shape[2:])
+    Raises:
+        ValueError: if an argument is out of range or the images do not fit the prior.
+    """
+    check_finite("images", check_images("images", images))
+    if len(images) < 2:
+        raise ValueError(f"images must hold at least 2, got {len(images)}")
+    for level in levels:
+        check_level("levels", level, largest=getattr(prior, "sigma_max", math.inf))
+    if not levels or any(low >= high for low, high in pairwise(levels)):
+        raise ValueError(f"levels must increase and be at least one, got {levels}")
+    check_count("seed", seed, least=0)
+    check_count("batch_size", batch_size)
+    clean = images.to(working_dtype(images.dtype))
+    anywhere = getattr(prior, "image_shape", None) is None
+    side = 1 if anywhere else min(MEAN_SIDE, *images.shape[2:])
+    mean = nn.functional.adaptive_avg_pool2d(clean.mean(0), side)
+    spread = clean - nn.functional.interpolate(mean[None], clean.shape[2:], mode="bilinear")
+    # A draw differs from the truth by the spread of both about the mean.
+    share = 1.0 if isinstance(prior, Denoiser) else 0.5
+    differences = [_restored_minus_truth(prior, clean, s, seed, batch_size) for s in levels]
+    everything = [*((difference, share) for difference in differences), (spread, 1.0)]
+    colours = [torch.einsum("bchw,bdhw->cd", e, e) for e, _ in everything]
+    mixing = torch.linalg.eigh(sum((c / c.trace() for c in colours), torch.zeros(())))[1].T.flip(0)
+    bins, radii = _radial_bins(*clean.shape[2:])
+    spectra = torch.stack([share * _radial_mean(e, mixing, bins) for e, share in everything])
+    return ImageStatistics(
+        mean=mean.cpu(),
+        mixing=mixing.cpu(),
+        levels=tuple(map(float, levels)),
+        radii=radii,
+        spectra=spectra.clamp(min=1e-12).cpu(),
     )
 
 
-def _batch_size(size: Sequence[int]) -> int:
-    return max(1, PIXELS_AT_ONCE // math.prod(size))
+def _restored_minus_truth(
+    prior: Prior, clean: Tensor, sigma: float, seed: int, batch_size: int
+) -> Tensor:
+    """Return x0' - x0 for the mean or a draw x0' given a view of each image x0, (B, C, H, W)."""
+    parts = []
+    for first in range(0, len(clean), batch_size):
+        x0 = clean[first : first + batch_size]
+        # Images that a prior generated may come from the noise of (seed, i).
+        keys = [(seed, first + i, _VIEW_STREAM) for i in range(len(x0))]
+        sources = make_generators(keys, x0.device)
+        u = x0 + sigma * draw_normal(x0, sources)
+        if isinstance(prior, Denoiser):
+            restored = prior.denoise(u, sigma)
+        else:
+            restored = prior.sample(u, sigma, generator=sources)
+        check_stays_finite("what the prior returns", restored, f"its call at sigma = {sigma:g}")
+        parts.append(restored - x0)
+    return torch.cat(parts)
 
 
-@contextmanager
-def _announced(prior: Prior, num: int, *, generates: bool, shown: bool) -> Iterator[None]:
-    """Say on standard error what is measured and how long it takes, if it takes long."""
-    if not (shown and isinstance(prior, NetworkPrior)):
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+def _radial_bins(height: int, width: int) -> tuple[Tensor, tuple[float, ...]]:
+    """Return the bin of each frequency (H, W), bins widening outwards, and their mean radii."""
+    rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+    columns = torch.fft.fftfreq(width, dtype=torch.float64)[None]
+    radius = (rows**2 + columns**2).sqrt()
+    step = 1 / max(height, width)
+    edges = [step / 2]
+    while edges[-1] < float(radius.max()):
+        edges.append(max(edges[-1] + step, 1.15 * edges[-1]))
+    bins = torch.bucketize(radius, torch.tensor(edges, dtype=torch.float64))
+    places, bins = torch.unique(bins, return_inverse=True)
+    radii = [float(radius[bins == place].mean()) for place in range(len(places))]
+    return bins, tuple(radii)
 
-    calls = (prior.generation_calls if generates else 0) + len(LEVELS)
-    total, begun = calls * num, time.monotonic()
-    console = Console(stderr=True)
-    bar = Progress("statistics", BarColumn(), TimeRemainingColumn(), console=console)
-    task = bar.add_task("statistics", total=total)
-    announced = False
 
-    def count(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        nonlocal announced
-        if args and isinstance(args[0], Tensor):
-            bar.advance(task, args[0].shape[0])
-        done, took = bar.tasks[0].completed, time.monotonic() - begun
-        if not announced and took > SLOW and done:
-            announced = True
-            source = "images that it generates" if generates else "given images"
-            console.print(
-                f"measuring the prior's statistics, once, from {num} {source}: "
-                f"about {took * total / done:.0f} s",
-                soft_wrap=True,
-            )
-            if console.is_terminal:
-                bar.start()
-
-    hook = prior.network.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-        if bar.live.is_started:
-            bar.stop()
+def _radial_mean(x: Tensor, mixing: Tensor, bins: Tensor) -> Tensor:
+    """Return the mean power of images (B, C, H, W) by mixture and bin, shape (C, bins)."""
+    waves = torch.fft.fft2(torch.einsum("kc,bchw->bkhw", mixing, x), norm="ortho")
+    power = waves.abs().square().mean(0).flatten(1)
+    flat = bins.flatten().to(power.device)
+    totals = power.new_zeros(len(power), int(flat.max()) + 1).index_add_(1, flat, power)
+    means: Tensor = totals / torch.bincount(flat)
+    return means

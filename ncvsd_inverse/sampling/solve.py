@@ -28,7 +28,7 @@ from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
-from ncvsd_inverse.priors.statistics import lacks_statistics, with_own_statistics
+from ncvsd_inverse.priors.own_statistics import lacks_statistics, with_own_statistics
 from ncvsd_inverse.protocols import (
     SIGMA_Y,
     Generators,

@@ -16,7 +16,7 @@ from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
-from ncvsd_inverse.priors.statistics import num_images, own_statistics
+from ncvsd_inverse.priors.own_statistics import num_images, own_statistics
 from ncvsd_inverse.training.config import DistillConfig, TrainConfig
 from ncvsd_inverse.training.distillation import DistillRun
 from ncvsd_inverse.training.teacher import TeacherRun

@@ -8,12 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from ncvsd_inverse.priors import DiffusionPrior, GaussianMixturePrior, GaussianPrior
-from ncvsd_inverse.priors.covariance import (
-    ImageStatistics,
-    SpectralCovariance,
-    _radial_bins,
-    measure_statistics,
-)
+from ncvsd_inverse.priors.covariance import SpectralCovariance
+from ncvsd_inverse.priors.statistics import ImageStatistics, _radial_bins, measure_statistics
 
 SIZES = [(5, 4), (4, 5), (6, 6), (3, 7), (1, 4), (4, 1), (2, 2)]
 

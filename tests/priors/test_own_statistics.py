@@ -21,13 +21,13 @@ from ncvsd_inverse.priors import (
     load_prior,
     save_prior,
 )
-from ncvsd_inverse.priors.covariance import measure_statistics
-from ncvsd_inverse.priors.statistics import (
+from ncvsd_inverse.priors.own_statistics import (
     lacks_statistics,
     num_images,
     own_statistics,
     with_own_statistics,
 )
+from ncvsd_inverse.priors.statistics import measure_statistics
 
 SHAPE = (1, 16, 16)
 
@@ -259,7 +259,7 @@ def test_one_sweep_far_above_the_noise_is_said():
 
 
 def test_long_measuring_is_announced_with_its_time(monkeypatch, capsys):
-    monkeypatch.setattr("ncvsd_inverse.priors.statistics.SLOW", 0.0)
+    monkeypatch.setattr("ncvsd_inverse.priors.own_statistics.SLOW", 0.0)
     own_statistics(teacher(), images=4)
     assert "from 4 images that it generates: about" in capsys.readouterr().err
     own_statistics(teacher(), images=4, progress=False)
