@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ncvsd_inverse.operators.deepinv_physics import from_deepinv
     from ncvsd_inverse.priors import list_priors, load_prior
     from ncvsd_inverse.priors.tiled import tiled
-    from ncvsd_inverse.sampling.solve import Result, solve
+    from ncvsd_inverse.sampling.result import Result
+    from ncvsd_inverse.sampling.solve import solve
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,7 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "errors",
     "DivergenceError": "errors",
-    "Result": "sampling.solve",
+    "Result": "sampling.result",
     "as_deepinv_denoiser": "integrations.deepinv",
     "as_deepinv_reconstructor": "integrations.deepinv",
     "from_deepinv": "operators.deepinv_physics",

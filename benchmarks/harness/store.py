@@ -31,14 +31,10 @@ SCHEMA = 1
 
 OWN_CODE = (
     "baselines",
-    "ncvsd_inverse.sampling.matheron",
     "ncvsd_inverse.priors.covariance",
     "ncvsd_inverse.priors.statistics",
-    "ncvsd_inverse.sampling.likelihood",
-    "ncvsd_inverse.sampling.gauss_newton",
+    "ncvsd_inverse.sampling",
     "ncvsd_inverse.schedules",
-    "ncvsd_inverse.sampling.settings",
-    "ncvsd_inverse.sampling.solve",
 )
 """Modules whose code is part of the methods that use it: a change of it measures them anew."""
 

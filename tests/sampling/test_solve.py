@@ -12,7 +12,7 @@ import ncvsd_inverse
 from ncvsd_inverse import DivergenceError, Result
 from ncvsd_inverse import operators as ops
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
-from ncvsd_inverse.sampling.solve import _chain_keys
+from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.schedules import karras
 
 SHAPE = (3, 8, 6)
@@ -262,10 +262,15 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_keys_of_chains_differ_and_stay():
-    keys = _chain_keys(3, images=2, samples=2, restarts=2)
-    assert len(set(keys)) == 8
-    assert keys[:4] == _chain_keys(3, images=2, samples=2, restarts=1)
-    assert keys[:2] == _chain_keys(3, images=2, samples=1, restarts=1)
+    problem = Problem.checked(torch.zeros(2, *SHAPE), ops.Denoise(), sigma_y=None, seed=3)
+
+    def keys(num_samples, restarts):
+        parts = problem.chains(num_samples=num_samples, restarts=restarts, batch_size=3)
+        return [key for part in parts for key in part.keys]
+
+    assert len(set(keys(2, 2))) == 8
+    assert keys(2, 2)[:4] == keys(2, 1)
+    assert keys(2, 2)[:2] == keys(1, 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])

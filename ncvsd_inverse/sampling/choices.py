@@ -1,0 +1,215 @@
+"""What `solve` decides before it runs: which prior, which loop, which levels."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, TypeAlias, TypeGuard, get_args
+
+import torch
+from torch import nn
+
+from ncvsd_inverse.checks import check_choice, check_count, check_image_size, check_positive
+from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
+from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
+from ncvsd_inverse.priors.own_statistics import lacks_statistics
+from ncvsd_inverse.protocols import NetworkTraits, Prior, PriorTraits, Temperable
+from ncvsd_inverse.sampling.chains import Method, Plan
+from ncvsd_inverse.sampling.counting import network_of
+from ncvsd_inverse.sampling.problem import Problem
+from ncvsd_inverse.sampling.settings import (
+    default_schedule,
+    published_schedule,
+    published_sigma_lik,
+)
+
+__all__ = [
+    "Preset",
+    "check_prior_fits",
+    "choose_method",
+    "choose_plan",
+    "describe_far_sweep",
+    "draws_by_statistics",
+    "find_prior",
+    "temper",
+]
+
+Preset: TypeAlias = Literal["ncvsd"]
+
+FAR = 10
+"""How many times sigma_y a single sweep may be at without a warning."""
+
+
+def find_prior(prior: Prior | str, device: torch.device | None) -> Prior:
+    """Return the prior that a name or a handle means, on a device; TypeError if there is none."""
+    if isinstance(prior, str):
+        return load_prior(prior, device)
+    if isinstance(prior, PriorHandle):
+        return prior.load(device)
+    if not hasattr(prior, "sample"):
+        raise TypeError(
+            f"prior must have a sample method, got {type(prior).__name__}{_how_to_wrap(prior)}"
+        )
+    return prior
+
+
+def _how_to_wrap(model: object) -> str:
+    """Return what makes a prior of a model that is none, in words; "" if nothing does."""
+    library = type(model).__module__.partition(".")[0]
+    if hasattr(model, "unet") and isinstance(model.unet, nn.Module):
+        return ": DiffusionPrior.from_diffusers(pipeline.unet, pipeline.scheduler) makes one of it"
+    if library == "diffusers":
+        return ": DiffusionPrior.from_diffusers(unet, scheduler) makes one of it"
+    if library == "deepinv":
+        return ": DiffusionPrior.from_deepinv(denoiser) makes one of it"
+    if callable(model):
+        return (
+            ": DiffusionPrior.from_function(f) makes one of E[x0 | x] = f(x, sigma), "
+            "DiffusionPrior.from_eps(f, alphas_cumprod) of a prediction of noise"
+        )
+    return ""
+
+
+def check_prior_fits(prior: Prior, problem: Problem) -> None:
+    """ValueError unless the prior draws images of the problem's shape, on the device of y."""
+    shape, network = problem.shape, network_of(prior)
+    size = PriorTraits.of(prior).image_shape
+    of_latents = size is not None and (size[0], shape[1]) == (LATENT_CHANNELS, 3)
+    if of_latents or isinstance(prior, LatentPrior):
+        raise ValueError(
+            "prior must be one of pixels, got one of latents; LatentPrior(prior).generate(...) "
+            "draws pictures with it"
+        )
+    if size is not None and shape[1:] != tuple(size):
+        raise ValueError(
+            f"y must come from images of shape {tuple(size)} for this prior, got "
+            f"{tuple(problem.y.shape)}, which comes from {shape[1:]}"
+        )
+    if network is None:
+        return
+    traits = NetworkTraits.of(network)
+    check_image_size(
+        "y's images", shape[1:], channels=traits.image_channels, multiple=traits.size_multiple
+    )
+    device = next(network.parameters(), problem.y).device
+    if device != problem.y.device:
+        raise ValueError(f"y must be on the prior's device {device}, got {problem.y.device}")
+
+
+def temper(prior: Prior, temperature: float) -> Prior:
+    """Return the prior whose draws vary by `temperature`, in (0, 1], times as much."""
+    if not 0 < temperature <= 1:
+        raise ValueError(f"temperature must be in (0, 1], got {temperature}")
+    if temperature == 1:
+        return prior
+    if not isinstance(prior, Temperable):
+        raise ValueError(f"temperature must be 1 for this prior, got {temperature}")
+    return prior.tempered(temperature)
+
+
+def choose_method(
+    method: Method | None, prior: Prior, nfe: int, preset: str | None
+) -> tuple[Method, Prior, str]:
+    """Return the loop that runs, the prior it runs with and, if it is second best, why; else "".
+
+    A prior that has no statistics and cannot make its own gets "gibbs"; a denoiser, whose draws
+    of one call need them too, gets draws of several calls.
+    """
+    if method is not None:
+        check_choice("method", method, get_args(Method))
+    if method == "conditioning" and preset is not None:
+        raise ValueError(f"method must be 'gibbs' with preset={preset!r}, got {method!r}")
+    published = method == "gibbs" or preset is not None
+    fault = "" if published and not draws_by_statistics(prior) else lacks_statistics(prior)
+    if not fault:
+        return "gibbs" if published else "conditioning", prior, ""
+    lacks = (
+        f"the prior has no statistics and cannot generate images to measure them from ({fault}): "
+        "prior.with_statistics(measure_statistics(prior, images)), or `ncvsd statistics PRIOR "
+        "--data IMAGES`, takes given ones"
+    )
+    if method == "conditioning":
+        raise ValueError(f"method must be 'gibbs', got 'conditioning': {lacks}")
+    if draws_by_statistics(prior):
+        prior = prior.with_steps(_steps_without_statistics(nfe))
+        lacks += f"; draws take {prior.nfe_per_sample} calls each meanwhile"
+    return "gibbs", prior, f"the loop is 'gibbs', the weaker one, as {lacks}"
+
+
+def draws_by_statistics(prior: Prior) -> TypeGuard[DiffusionPrior]:
+    """Tell whether single draws need statistics."""
+    return isinstance(prior, DiffusionPrior) and prior.nfe_per_sample == 1
+
+
+def _steps_without_statistics(nfe: int) -> int:
+    """Return how many calls of a denoiser make a draw that needs no covariance: about four."""
+    for steps in (4, 5, 3, 2, nfe):
+        if steps > 1 and nfe % steps == 0:
+            return steps
+    raise ValueError(f"nfe must be at least 2 for a denoiser without statistics, got {nfe}")
+
+
+def choose_plan(
+    problem: Problem,
+    prior: Prior,
+    method: Method,
+    *,
+    nfe: int,
+    schedule: Sequence[float] | None,
+    preset: Preset | None,
+    sigma_lik: float | None,
+    temperature: float,
+) -> Plan:
+    """Return how chains run; arguments and errors as for `solve`."""
+    if temperature != 1 and method != "conditioning":
+        raise ValueError(f"temperature must be 1 with method {method!r}, got {temperature}")
+    traits = PriorTraits.of(prior)
+    calls = check_count("prior.nfe_per_sample", traits.nfe_per_sample)
+    sweeps, rest = divmod(check_count("nfe", nfe), calls)
+    if rest:
+        raise ValueError(
+            f"nfe must be a multiple of the prior's nfe_per_sample = {calls}, got {nfe}"
+        )
+    family = problem.traits.family
+    if preset is not None:
+        check_choice("preset", preset, get_args(Preset))
+        if schedule is not None or sigma_lik is not None:
+            raise ValueError(
+                "preset must be None when schedule or sigma_lik is given: it sets both, "
+                f"got {preset!r}"
+            )
+        levels, sigma_lik = published_schedule(sweeps), published_sigma_lik(family)
+    elif schedule is None:
+        levels = default_schedule(method, family, sweeps, traits.sigma_max)
+    else:
+        levels = _check_schedule(schedule, sweeps)
+    if levels[0] > traits.sigma_max:
+        raise ValueError(
+            f"schedule must not exceed the prior's sigma_max = {traits.sigma_max}, got {levels[0]}"
+        )
+    level = problem.sigma_y if sigma_lik is None else check_positive("sigma_lik", sigma_lik)
+    return Plan(method, levels, level, temperature)
+
+
+def _check_schedule(schedule: Sequence[float], sweeps: int) -> tuple[float, ...]:
+    levels = tuple(float(rho) for rho in schedule)
+    if len(levels) != sweeps:
+        raise ValueError(
+            f"schedule must have nfe / nfe_per_sample = {sweeps} levels, got {len(levels)}"
+        )
+    falls = all(before > after for before, after in pairwise(levels))
+    if not (falls and levels[-1] > 0 and math.isfinite(levels[0])):
+        raise ValueError(f"schedule must be finite, positive and decreasing, got {levels}")
+    return levels
+
+
+def describe_far_sweep(plan: Plan, nfe: int, sigma_y: float) -> str:
+    """Return what to say of a single sweep at which draws hardly know y; "" of others."""
+    levels = plan.levels
+    is_exact = plan.method == "conditioning" and nfe == 1
+    if len(levels) > 1 or levels[0] <= FAR * sigma_y or is_exact:
+        return ""
+    return (
+        f"the schedule has one sweep only, at rho = {levels[0]:g}, far above sigma_y = "
+        f"{sigma_y:g}: the result hardly follows y; take more calls (nfe) or fewer for each draw "
+        "(--steps, with_steps)"
+    )

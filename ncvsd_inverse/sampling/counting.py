@@ -1,0 +1,80 @@
+"""A prior whose draws are checked and whose network calls are counted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ncvsd_inverse.checks import check_count, check_stays_finite
+from ncvsd_inverse.machine import PassCounter, count_passes
+from ncvsd_inverse.protocols import Generators, NetworkBacked, Prior, PriorTraits
+
+__all__ = ["CountedPrior", "network_of"]
+
+
+def network_of(prior: Prior) -> nn.Module | None:
+    """Return the module whose passes count; None for a prior that shows none."""
+    network = prior.network if isinstance(prior, NetworkBacked) else None
+    return network if isinstance(network, nn.Module) else None
+
+
+class CountedPrior:
+    """A prior that counts forward passes.
+
+    Where the prior shows its `network`, the images that go through it count; elsewhere every image
+    that is drawn counts `nfe_per_sample`.
+
+    Args:
+        prior: the prior.
+
+    Attributes:
+        nfe_per_sample: calls of a draw.
+        forwards: images that went through the network since `counting` began.
+
+    Raises:
+        ValueError: if `nfe_per_sample` is below 1.
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        self.prior = prior
+        self.nfe_per_sample = check_count(
+            "prior.nfe_per_sample", PriorTraits.of(prior).nfe_per_sample
+        )
+        self._network = network_of(prior)
+        self._passes = PassCounter()
+        self._drawn = 0
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes counted so far, in images."""
+        return self._passes.forward if self._network is not None else self._drawn
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count as long as the context lasts."""
+        with count_passes([] if self._network is None else [self._network]) as self._passes:
+            yield
+
+    def sample(
+        self, u: Tensor, sigma: float | Tensor, /, *, generator: Generators = None
+    ) -> Tensor:
+        """Draw x0 ~ p(x0 | u), shape (B, C, H, W).
+
+        Raises:
+            ValueError: if the prior draws another shape or dtype, or calls its network other than
+                `nfe_per_sample` times an image.
+            DivergenceError: if a draw is not finite.
+        """
+        before = self.forwards
+        x0 = self.prior.sample(u, sigma, generator=generator)
+        if not isinstance(x0, Tensor) or (x0.shape, x0.dtype) != (u.shape, u.dtype):
+            came = f"{tuple(x0.shape)}, {x0.dtype}" if isinstance(x0, Tensor) else f"{type(x0)}"
+            raise ValueError(f"prior must draw x0 as {tuple(u.shape)}, {u.dtype}, got {came}")
+        check_stays_finite("the prior's draw", x0, f"its call at sigma = {float(sigma):.4g}")
+        self._drawn += self.nfe_per_sample * u.shape[0]
+        if self.forwards - before != self.nfe_per_sample * u.shape[0]:
+            raise ValueError(
+                f"prior must call its network nfe_per_sample = {self.nfe_per_sample} times an "
+                f"image, got {self.forwards - before} images through it for {u.shape[0]} draws"
+            )
+        return x0
