@@ -64,9 +64,9 @@ def main() -> None:
     pictures = (x for x in read_images(args.data) if min(x.shape[-2:]) >= args.size)
     crops = [centre_crop(next(pictures), (args.size, args.size)) for _ in range(args.images)]
     images = torch.cat(crops)
-    import ncvsd_inverse.sampling.solve as solver
+    import ncvsd_inverse.sampling.chains as chains
 
-    setattr(solver, "Matheron", Watched)  # noqa: B010 - what solve calls is watched
+    setattr(chains, "Matheron", Watched)  # noqa: B010 - what solve calls is watched
     print(f"{args.prior}, {args.size} x {args.size}, {torch.get_num_threads()} threads")
     lost_at = ", ".join(f"{t:g}" for t in TOLERANCES)
     print(f"task               ms   most  start   iterations   dB lost at {lost_at}")

@@ -1,6 +1,6 @@
-"""Our priors and our solver as deepinv's denoisers and reconstructors.
+"""Priors and solver as deepinv's denoisers and reconstructors.
 
-deepinv's images are in [0, 1], ours in [-1, 1]. It must not know which prior or physics it meets.
+deepinv's images are in [0, 1], ours in [-1, 1].
 """
 
 from typing import TYPE_CHECKING
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.numerics import expand_level, make_generators
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.protocols import Prior
+from ncvsd_inverse.protocols import Denoiser, NetworkBacked, Prior
 from ncvsd_inverse.sampling.solve import Estimate, Method, solve
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
+
+__all__ = ["as_deepinv_denoiser", "as_deepinv_reconstructor"]
 
 
 def as_deepinv_denoiser(prior: Prior | str, *, draws: int = 1, seed: int = 0) -> nn.Module:
@@ -25,10 +27,10 @@ def as_deepinv_denoiser(prior: Prior | str, *, draws: int = 1, seed: int = 0) ->
 
     - Of a prior with `denoise` (a `DiffusionPrior`, the analytic ones) it is the posterior mean
       E[x0 | x], which most of deepinv's algorithms expect; gradients pass.
-    - Of any other, such as the distilled `NCVSDPrior`, it is the mean of `draws` draws of x0
-      given x: for 1, the default, a sample, sharper than the mean and with more noise in it; more
-      approach the mean, at a network call each. The draws' noise is the same at every call, so
-      that the denoiser is a function of x; no gradients pass.
+    - Of any other, such as the distilled `NCVSDPrior`, it is the average of `draws` draws of x0
+      given x. One draw, the default, is sharper and noisier than the mean; more draws approach
+      the mean, at a network call each. Their noise is the same at every call, so that the denoiser
+      is a function of x; no gradients pass.
 
     Args:
         prior: a prior, or a name or path that `load_prior` accepts.
@@ -79,11 +81,10 @@ class _PriorModule(nn.Module):
     def __init__(self, prior: Prior | str) -> None:
         super().__init__()
         self.prior = load_prior(prior) if isinstance(prior, str) else prior
-        if not callable(getattr(self.prior, "sample", None)):
+        if not hasattr(self.prior, "sample"):
             raise TypeError(f"prior must have a sample method, got {type(prior).__name__}")
-        network = getattr(self.prior, "network", None)
-        if isinstance(network, nn.Module):
-            self.network = network
+        if isinstance(self.prior, NetworkBacked) and isinstance(self.prior.network, nn.Module):
+            self.network = self.prior.network
 
 
 class _Denoiser(_PriorModule):
@@ -95,10 +96,8 @@ class _Denoiser(_PriorModule):
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Return clean images (B, C, H, W) for noisy ones and their noise std, in [0, 1] units."""
         u, level = 2 * x - 1, 2 * expand_level(sigma, x).flatten()
-        denoise = getattr(self.prior, "denoise", None)
-        if denoise is not None:
-            mean: Tensor = denoise(u, level)
-            return (mean + 1) / 2
+        if isinstance(self.prior, Denoiser):
+            return (self.prior.denoise(u, level) + 1) / 2
         keys = [(self.seed, image) for image in range(len(x))]
         generators = make_generators(keys, x.device)
         total = torch.zeros_like(x)

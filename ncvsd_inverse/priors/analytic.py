@@ -1,7 +1,4 @@
-"""Priors whose denoising posterior has a closed form: Gaussians and mixtures of Gaussians.
-
-They are the exact teachers and oracles of the tests; they must not know networks or operators.
-"""
+"""Priors whose denoising posterior has a closed form: Gaussians and mixtures of Gaussians."""
 
 import copy
 import math
@@ -25,6 +22,8 @@ from ncvsd_inverse.checks import (
 from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.protocols import Covariance, Generators, Statistics
+
+__all__ = ["GaussianMixturePrior", "GaussianPrior"]
 
 
 class GaussianPrior:
@@ -126,7 +125,7 @@ class GaussianPrior:
         return law.pixels(coordinates).reshape(u.shape).to(u.dtype)
 
     def tempered(self, temperature: float) -> Self:
-        """Return this prior with the spread of its draws given u made smaller by a factor > 0."""
+        """Return this prior with the std of its draws given u scaled by a factor > 0."""
         check_positive("temperature", temperature)
         twin = copy.copy(self)
         twin._temperature = self._temperature * float(temperature)
@@ -284,8 +283,8 @@ class GaussianMixturePrior:
 _LEAST_VARIANCE = 1e-12
 """Least variance of a covariance that is handed out, over its largest: roots divide elsewhere."""
 
-_MIXTURE_VIEWS = 1024
-"""Noisy views over which a mixture's covariance is averaged."""
+_MIXTURE_IMAGES = 1024
+"""Noisy images over which a mixture's covariance is averaged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,7 +308,7 @@ class _GaussianStatistics:
 
 
 class _MixtureStatistics:
-    """Mean and average covariance of a mixture, given a view with noise or not."""
+    """Mean of a mixture, its covariance, and the average covariance given a noisy image."""
 
     note = (
         "the covariances of a GaussianMixturePrior are averages over what a noisy image may be; "
@@ -332,7 +331,7 @@ class _MixtureStatistics:
         return DenseCovariance(vectors, values, self._prior.image_shape)
 
     def _average(self, sigma: float) -> "_Eigenpairs":
-        """Return E[Cov[x0 | u]]: within the components in closed form, between them by views."""
+        """Return E[Cov[x0 | u]]: within components in closed form, between them by Monte Carlo."""
         prior = self._prior
         weights = prior._log_weights.exp()
         laws = [part.exact for part in prior._components]
@@ -342,7 +341,7 @@ class _MixtureStatistics:
             gains = [law.variances for law in laws]
         else:
             source = torch.Generator().manual_seed(0)
-            x0 = prior.draw(_MIXTURE_VIEWS, generator=source).to("cpu", torch.float64).flatten(1)
+            x0 = prior.draw(_MIXTURE_IMAGES, generator=source).to("cpu", torch.float64).flatten(1)
             u = x0 + sigma * torch.randn(x0.shape, generator=source, dtype=torch.float64)
             level = expand_level(sigma, u)
             log_probabilities, coordinates = prior._posterior(u, level, laws)

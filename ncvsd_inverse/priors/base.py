@@ -1,7 +1,4 @@
-"""What priors that wrap a network share: input checks, devices, classes, pure noise to start from.
-
-It must not know how a network is turned into a sampler.
-"""
+"""What priors that wrap a network share: input checks, devices, classes, noise to start from."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -15,7 +12,9 @@ from ncvsd_inverse.checks import check_count, check_image_size, check_images, ch
 from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
 from ncvsd_inverse.priors.cache import StatisticsStore
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.protocols import Statistics
+from ncvsd_inverse.protocols import NetworkTraits, Statistics
+
+__all__ = ["SIGMA_MAX", "SIGMA_MIN", "NetworkPrior", "as_module", "check_output"]
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 """Noise stds between which networks are trained, image units."""
@@ -54,8 +53,7 @@ def check_output(out: object) -> Tensor:
 class NetworkPrior(ABC):
     """Base of the priors whose draws come from passes through a network.
 
-    A network may say what it takes by its attributes `image_channels`, `size_multiple` (what
-    sides must be a multiple of) and `num_classes`; one that says nothing takes anything.
+    A network may say what it takes (`protocols.NetworkInfo`); one that says nothing takes anything.
 
     Args:
         network: the module whose passes count.
@@ -99,9 +97,10 @@ class NetworkPrior(ABC):
         self.statistics = statistics
         self.statistics_store: StatisticsStore | None = None
         self.label: int | None = None
-        self.image_channels: int | None = getattr(network, "image_channels", None)
-        self.size_multiple: int = getattr(network, "size_multiple", 1)
-        self.num_classes: int = getattr(network, "num_classes", 0)
+        traits = NetworkTraits.of(network)
+        self.image_channels = traits.image_channels
+        self.size_multiple = traits.size_multiple
+        self.num_classes = traits.num_classes
         if self.image_shape is not None:
             check_image_size(
                 "image_shape",

@@ -19,6 +19,8 @@ from ncvsd_inverse.schedules import karras
 if TYPE_CHECKING:
     from ncvsd_inverse.networks.library import Prediction
 
+__all__ = ["GENERATION_STEPS", "DiffusionPrior"]
+
 GENERATION_STEPS = 35
 """Denoiser calls for an image from nothing."""
 

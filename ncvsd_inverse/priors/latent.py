@@ -1,7 +1,5 @@
 """Priors of latents, whose draws a variational autoencoder (VAE) turns into pictures.
 
-It must not know measurements or training.
-
 Source: Karras et al., arXiv 2312.02696, whose VAE, pixel range and constants these are.
 """
 
@@ -12,10 +10,20 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import Generators, NetworkTraits
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+__all__ = [
+    "LATENT_CHANNELS",
+    "LATENT_SIGMA",
+    "SD_VAE",
+    "LatentPrior",
+    "decode_latents",
+    "latent_constants",
+    "load_vae",
+]
 
 SD_VAE = "stabilityai/sd-vae-ft-mse"
 """Name on Hugging Face of the VAE whose latents the constants below are for."""
@@ -46,7 +54,7 @@ class LatentPrior:
     """
 
     def __init__(self, prior: NCVSDPrior, *, vae: str | Path = SD_VAE) -> None:
-        channels = getattr(prior.network, "image_channels", None)
+        channels = NetworkTraits.of(prior.network).image_channels
         if channels != LATENT_CHANNELS:
             raise ValueError(
                 f"prior must be one of latents of {LATENT_CHANNELS} channels, got {channels}"

@@ -23,6 +23,8 @@ from ncvsd_inverse.priors.observations import combine_observations, raise_noise
 from ncvsd_inverse.protocols import Generators, Statistics
 from ncvsd_inverse.schedules import karras
 
+__all__ = ["NCVSDPrior", "RefinedPrior"]
+
 GAMMA = 0.414
 GENERATION_LEVELS = 40
 GENERATION_INDICES = {1: (10,), 2: (10, 22), 4: (0, 10, 20, 30)}

@@ -1,12 +1,14 @@
-"""Noisy views of one image: raising their noise and merging two into one.
+"""Noisy observations of one image: raising their noise, and merging two into one.
 
-It must not know which network looks at them. Source: Peng et al., arXiv 2506.09416.
+Source: Peng et al., arXiv 2506.09416.
 """
 
 import torch
 from torch import Tensor
 
 from ncvsd_inverse.numerics import expand_level
+
+__all__ = ["combine_observations", "raise_noise"]
 
 
 def raise_noise(u: Tensor, sigma: float | Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -27,22 +29,22 @@ def raise_noise(u: Tensor, sigma: float | Tensor, z: Tensor, gamma: float) -> tu
 
 
 def combine_observations(
-    y: Tensor, sigma: float | Tensor, x_t: Tensor, t: float | Tensor
+    u: Tensor, sigma: float | Tensor, x_t: Tensor, t: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Merge two independent noisy views of one image into the view that says the same.
+    """Merge two independent noisy observations of one image into one of the same information.
 
     Args:
-        y: first view, shape (B, C, H, W).
+        u: first observation, shape (B, C, H, W).
         sigma: its noise std; a float or shape (B,).
-        x_t: second view, the shape of `y`.
-        t: its noise std; a float or shape (B,); infinity means that it says nothing.
+        x_t: second observation, the shape of `u`.
+        t: its noise std; a float or shape (B,); infinity: it tells nothing.
 
     Returns:
-        y_eff = sigma_eff^2 (y / sigma^2 + x_t / t^2), shape (B, C, H, W), and
+        u_eff = sigma_eff^2 (u / sigma^2 + x_t / t^2), shape (B, C, H, W), and
         sigma_eff = (sigma^-2 + t^-2)^(-1/2), shape (B,).
     """
-    first, second = expand_level(sigma, y), expand_level(t, y)
-    # The share of the first view, written so that neither square overflows nor infinity divides.
+    first, second = expand_level(sigma, u), expand_level(t, u)
+    # Written so that neither square overflows nor infinity divides.
     share = 1 / (1 + (first / second) ** 2)
-    seen = torch.where(share < 1, x_t, torch.zeros_like(x_t))
-    return share * y + (1 - share) * seen, (first * share.sqrt()).flatten()
+    second_or_zero = torch.where(share < 1, x_t, torch.zeros_like(x_t))
+    return share * u + (1 - share) * second_or_zero, (first * share.sqrt()).flatten()

@@ -14,7 +14,9 @@ from ncvsd_inverse.checks import check_count, check_stays_finite
 from ncvsd_inverse.priors.base import NetworkPrior
 from ncvsd_inverse.priors.ncvsd import RefinedPrior
 from ncvsd_inverse.priors.statistics import LEVELS, ImageStatistics, measure_statistics
-from ncvsd_inverse.protocols import Generator, Prior, Statistics
+from ncvsd_inverse.protocols import Generator, HasStatistics, Prior, PriorTraits, Statistics
+
+__all__ = ["SIDE", "lacks_statistics", "num_images", "own_statistics", "with_own_statistics"]
 
 SIDE = 64
 """Side in pixels at which a prior of any size is measured unless told otherwise."""
@@ -86,7 +88,8 @@ def lacks_statistics(prior: Prior) -> str:
     "" if it has them or can; no network is called to find out.
     """
     own = _own(prior)
-    return "" if getattr(own, "statistics", None) is not None else _cannot_generate(own)
+    known = isinstance(own, HasStatistics) and own.statistics is not None
+    return "" if known else _cannot_generate(own)
 
 
 def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
@@ -101,9 +104,8 @@ def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
     """
     own = _own(prior)
     with _measuring:
-        known: Statistics | None = getattr(own, "statistics", None)
-        if known is not None:
-            return known
+        if isinstance(own, HasStatistics) and own.statistics is not None:
+            return own.statistics
         fixed = own.image_shape if isinstance(own, NetworkPrior) else None
         channels = own.image_channels if isinstance(own, NetworkPrior) else None
         shape = None if fixed is not None or channels is not None else image_shape
@@ -152,7 +154,7 @@ def _generator(prior: Prior, image_shape: Sequence[int] | None) -> Generator:
 
 
 def _measured(prior: Prior, images: Tensor) -> ImageStatistics:
-    highest = getattr(prior, "sigma_max", math.inf)
+    highest = PriorTraits.of(prior).sigma_max
     levels = [level for level in LEVELS if level <= highest]
     return measure_statistics(
         prior, images, levels=levels, batch_size=_batch_size(images.shape[2:])

@@ -20,14 +20,14 @@ from ncvsd_inverse.checks import (
 )
 from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
 from ncvsd_inverse.priors.covariance import SpectralCovariance
-from ncvsd_inverse.protocols import Denoiser, Prior
+from ncvsd_inverse.protocols import Denoiser, Prior, PriorTraits
 
 __all__ = ["LEVELS", "ImageStatistics", "measure_statistics"]
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0)
-"""Noise stds at which `measure_statistics` looks unless told otherwise, image units."""
+"""Default noise stds of `measure_statistics`, image units."""
 
-_VIEW_STREAM = 5
+_NOISE_STREAM = 5
 
 MEAN_SIDE = 16
 """Most rows and columns of the grid on which a mean image is kept."""
@@ -35,7 +35,7 @@ MEAN_SIDE = 16
 
 @dataclass(frozen=True, eq=False)
 class ImageStatistics:
-    """Mean and covariance of images, and the covariance given a view with noise, level by level.
+    """Mean and covariance of images, and the posterior covariance at each noise level.
 
     Covariances are stationary and isotropic: a variance for each of C mixtures of colours and each
     spatial frequency, whatever its direction. They are kept at a few frequencies and levels and
@@ -44,11 +44,11 @@ class ImageStatistics:
     Attributes:
         mean: the mean image on a grid as coarse as one pixel, shape (C, h, w), in [-1, 1].
         mixing: orthonormal mixtures of colours, shape (C, C).
-        levels: noise stds of the views, > 0, increasing, image units.
+        levels: noise stds, > 0, increasing, image units.
         radii: spatial frequencies, cycles per pixel, increasing from 0.
         spectra: variances of orthonormal Fourier coefficients, > 0, squared image units, shape
-            (len(levels) + 1, C, len(radii)): the covariance given a view at each level, then that
-            of the images themselves.
+            (len(levels) + 1, C, len(radii)): the covariance given a noisy image at each level,
+            then that of the images themselves.
 
     Raises:
         ValueError: if a shape or a value is out of range.
@@ -136,7 +136,7 @@ class ImageStatistics:
         return nn.functional.interpolate(grid, like.shape[2:], mode="bilinear")
 
     def covariance(self, sigma: float, like: Tensor) -> SpectralCovariance:
-        """Return the covariance of images given a view with noise of std `sigma`.
+        """Return the covariance of images given a noisy image of noise std `sigma`.
 
         Args:
             sigma: > 0, image units; infinity for the covariance of the images themselves.
@@ -152,13 +152,13 @@ class ImageStatistics:
         return SpectralCovariance(self.mixing.to(like), spectrum, width)
 
     def _log_spectra(self, sigma: float) -> Tensor:
-        """Return the logarithm of the variances (C, len(radii)) given a view at `sigma`."""
+        """Return the logarithm of the variances (C, len(radii)) at noise std `sigma`."""
         logs = self.spectra.double().log()
         if sigma > self.levels[-1]:
-            # Far above the images' own std a view tells nothing.
+            # Far above the images' own std a noisy image tells nothing.
             return logs[-1] if math.isinf(sigma) else logs[-2]
         if sigma < self.levels[0]:
-            # Far below it tells all but its noise.
+            # Far below, all but its noise.
             return logs[0] + 2 * math.log(sigma / self.levels[0])
         place = float(np.interp(math.log(sigma), np.log(self.levels), range(len(self.levels))))
         low = min(int(place), len(self.levels) - 2) if len(self.levels) > 1 else 0
@@ -175,12 +175,12 @@ def measure_statistics(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ImageStatistics:
-    """Measure what a noisy view leaves open at each noise level, and the images' own statistics.
+    """Measure mean and covariance of images, and the posterior covariance at each noise level.
 
-    With u a view of an image x0, the covariance of x0 given u is that of x0 - E[x0 | u]: for a
-    prior with `denoise`, the mean square of each Fourier coefficient of x0 minus its mean. A draw
-    x0' given u is, for a perfect prior, as good as x0 itself, both are draws of p(x0 | u): for a
-    prior that only draws it is half the mean square of x0 - x0'. Each image is seen once a level.
+    The covariance of x0 given u = x0 + sigma * eps is that of x0 - E[x0 | u]. A prior with
+    `denoise` gives the mean: variances are the mean squares of the Fourier coefficients of
+    x0 - E[x0 | u]. A prior that only draws gives x0' ~ p(x0 | u), and x0 - x0' has twice the
+    covariance. Each image is used once a level.
 
     Args:
         prior: the sampler; one of any image size is measured at that of `images`.
@@ -200,21 +200,21 @@ def measure_statistics(
     check_finite("images", check_images("images", images))
     if len(images) < 2:
         raise ValueError(f"images must hold at least 2, got {len(images)}")
+    traits = PriorTraits.of(prior)
     for level in levels:
-        check_level("levels", level, largest=getattr(prior, "sigma_max", math.inf))
+        check_level("levels", level, largest=traits.sigma_max)
     if not levels or any(low >= high for low, high in pairwise(levels)):
         raise ValueError(f"levels must increase and be at least one, got {levels}")
     check_count("seed", seed, least=0)
     check_count("batch_size", batch_size)
     clean = images.to(working_dtype(images.dtype))
-    anywhere = getattr(prior, "image_shape", None) is None
-    side = 1 if anywhere else min(MEAN_SIDE, *images.shape[2:])
+    side = 1 if traits.image_shape is None else min(MEAN_SIDE, *images.shape[2:])
     mean = nn.functional.adaptive_avg_pool2d(clean.mean(0), side)
-    spread = clean - nn.functional.interpolate(mean[None], clean.shape[2:], mode="bilinear")
-    # A draw differs from the truth by the spread of both about the mean.
+    deviation = clean - nn.functional.interpolate(mean[None], clean.shape[2:], mode="bilinear")
+    # A draw differs from the truth by the deviations of both from the mean.
     share = 1.0 if isinstance(prior, Denoiser) else 0.5
     differences = [_restored_minus_truth(prior, clean, s, seed, batch_size) for s in levels]
-    everything = [*((difference, share) for difference in differences), (spread, 1.0)]
+    everything = [*((difference, share) for difference in differences), (deviation, 1.0)]
     colours = [torch.einsum("bchw,bdhw->cd", e, e) for e, _ in everything]
     mixing = torch.linalg.eigh(sum((c / c.trace() for c in colours), torch.zeros(())))[1].T.flip(0)
     bins, radii = _radial_bins(*clean.shape[2:])
@@ -231,12 +231,12 @@ def measure_statistics(
 def _restored_minus_truth(
     prior: Prior, clean: Tensor, sigma: float, seed: int, batch_size: int
 ) -> Tensor:
-    """Return x0' - x0 for the mean or a draw x0' given a view of each image x0, (B, C, H, W)."""
+    """Return x0' - x0 (B, C, H, W) for the mean or a draw x0' given a noisy version of x0."""
     parts = []
     for first in range(0, len(clean), batch_size):
         x0 = clean[first : first + batch_size]
         # Images that a prior generated may come from the noise of (seed, i).
-        keys = [(seed, first + i, _VIEW_STREAM) for i in range(len(x0))]
+        keys = [(seed, first + i, _NOISE_STREAM) for i in range(len(x0))]
         sources = make_generators(keys, x0.device)
         u = x0 + sigma * draw_normal(x0, sources)
         if isinstance(prior, Denoiser):

@@ -1,4 +1,4 @@
-"""Priors whose network sees a large image tile by tile; they must not know measurements."""
+"""Priors whose network sees a large image tile by tile."""
 
 import copy
 
@@ -6,7 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, PriorHandle
+from ncvsd_inverse.priors.diffusion import DiffusionPrior
+from ncvsd_inverse.priors.ncvsd import NCVSDPrior
+from ncvsd_inverse.priors.registry import PriorHandle
+from ncvsd_inverse.protocols import NetworkTraits
+
+__all__ = ["TILE", "TiledNetwork", "tiled"]
 
 TILE = 512
 """Side of a tile, pixels; `experiments/large/tiles.py` measures what smaller ones cost."""
@@ -65,15 +70,16 @@ class TiledNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, tile: int, overlap: int) -> None:
         super().__init__()
-        self.size_multiple: int = getattr(network, "size_multiple", 1)
+        traits = NetworkTraits.of(network)
+        self.image_channels = traits.image_channels
+        self.size_multiple = traits.size_multiple
+        self.num_classes = traits.num_classes
         for name, length in (("tile", tile), ("overlap", overlap)):
             if check_count(name, length) % self.size_multiple:
                 raise ValueError(f"{name} must be a multiple of {self.size_multiple}, got {length}")
         if overlap > tile // 2:
             raise ValueError(f"overlap must be at most tile / 2 = {tile // 2}, got {overlap}")
         self.network = network
-        self.image_channels: int | None = getattr(network, "image_channels", None)
-        self.num_classes: int = getattr(network, "num_classes", 0)
         self.tile = tile
         self.overlap = overlap
 

@@ -1,7 +1,4 @@
-"""Matheron on a measurement that is no linear function of the image, by Gauss-Newton.
-
-It must not know where the draws come from, nor which forward model it meets.
-"""
+"""Draws conditioned on a non-linear measurement, by Gauss-Newton steps."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -35,35 +32,31 @@ from ncvsd_inverse.protocols import (
     Tangent,
 )
 
+__all__ = ["GaussNewton"]
+
 
 class GaussNewton:
-    """Draws given a measurement y = A(x) + s n, from draws made without it, for a smooth A.
+    """Turns draws of a Gaussian law into approximate draws given y = A(x) + s n, for a smooth A.
 
-    If x has a Gaussian law of covariance S, the minimum over v of
+    For x of covariance S and standard normal e, the minimum over v of
 
         ||y + s e - A(v)||^2 / s^2 + (v - x)^T S^-1 (v - x)
 
-    with standard normal e is an exact draw of that law given y where A is linear (Matheron's
-    rule). For other A it is an approximate one, in the basin in which x lies: its law lacks the
-    weight that would make it exact, and other modes are not visited. With S = L L^T in the
-    coordinates where it is diagonal, v = x + L w, and J the Jacobian of A at v, a Gauss-Newton
-    step adds to w the solution d of
+    is an exact draw given y if A is linear (Matheron's rule). For other A it is approximate: it is
+    the local minimum nearest to x, without the weight that would make its law exact. With
+    S = L L^T, v = x + L w and J the Jacobian of A at v, a Gauss-Newton step adds to w the solution
+    d of
 
         (I + L^T J^T J L / s^2) d = L^T J^T (y + s e - A(v)) / s^2 - w,
 
-    which a few conjugate gradient iterations find, preconditioned as if J^T J were a multiple of
-    I. A step that raises the sum is halved until it does not, or left out; so steps can end at a
-    kink of A, as an amplitude of 0 is.
+    found by a few conjugate gradient iterations, preconditioned as if J^T J were a multiple of I.
+    A step that raises the sum is halved until it does not, or left out.
 
-    Steps lead to the bottom of the basin in which they begin. An operator that knows a way past
-    wrong basins has a method `search(y, x, shrink, sigma_y=, iterations=)`: begun at images x, it
-    returns images that nearly give y. `shrink(view, sigma)` tells it the Gaussian mean of an image
-    whose view with noise of std sigma is `view`. Steps then begin where a search from x ends.
+    Steps begin at x, or, for an operator with a `GlobalSearch`, where its search from x ends.
 
     Args:
-        operator: a forward model that does not mix images. Its derivatives come from its method
-            `linearise(x)`, which returns A(x) and the functions v -> J v and r -> J^T r, or from
-            automatic differentiation if it has none.
+        operator: a forward model that does not mix images. A `Linearisable` one gives its own
+            derivatives; others are differentiated automatically.
         y: measurements, shape (B, ...).
         sigma_lik: noise std s that is assumed, > 0, in units of y.
         steps: Gauss-Newton steps of a draw, >= 1.
@@ -118,12 +111,10 @@ class GaussNewton:
         *,
         generator: Generators = None,
     ) -> Tensor:
-        """Return images to begin at: Gaussian draws that an iteration has moved towards y.
+        """Return images to begin at: Gaussian draws conditioned on y.
 
-        The iteration is the operator's own search if it has one, otherwise that of `draw`. If the
-        operator also has `equivalents(x)`, a tuple of x and other images that give the same y, the
-        search is begun again at each of those, and what has the least Gaussian energy given y is
-        kept.
+        An operator with a `GlobalSearch` searches from a draw, then again from each other image
+        that gives the same y as what was found; the one of least Gaussian energy given y is kept.
 
         Args:
             mean: mean image, shape (1, C, H, W).
@@ -157,7 +148,7 @@ class GaussNewton:
         generator: Generators = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Move draws of a law with the given covariance to draws, about, of that law given y.
+        """Condition draws of a Gaussian law on y, approximately.
 
         Args:
             x: draws, shape (B, C, H, W).

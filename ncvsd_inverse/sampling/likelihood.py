@@ -1,8 +1,6 @@
 """The likelihood step: draws of u given the current image x0 and the measurement y.
 
-    p(u | x0, y) ~ exp(-||y - A(u)||^2 / (2 sigma_lik^2) - ||u - x0||^2 / (2 rho^2)).
-
-`ExactGaussian` serves every linear A and `Langevin` the others; neither must know any prior.
+p(u | x0, y) ~ exp(-||y - A(u)||^2 / (2 sigma_lik^2) - ||u - x0||^2 / (2 rho^2)).
 """
 
 from typing import ClassVar
@@ -35,6 +33,8 @@ from ncvsd_inverse.protocols import (
     OperatorTraits,
     SolvableOperator,
 )
+
+__all__ = ["ExactGaussian", "Langevin", "likelihood_step"]
 
 
 def likelihood_step(operator: Operator, y: Tensor, sigma_lik: float) -> LikelihoodStep:

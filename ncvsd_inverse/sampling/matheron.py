@@ -1,7 +1,4 @@
-"""Sampling by conditioning: a draw of images is moved to one that knows the measurement.
-
-It must not know where the draw comes from.
-"""
+"""Draws conditioned on a linear measurement, by Matheron's rule."""
 
 import math
 from typing import ClassVar
@@ -13,23 +10,24 @@ from ncvsd_inverse.checks import check_finite, check_floating, check_positive
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, working_dtype
 from ncvsd_inverse.protocols import Covariance, Generators, LinearOperator
 
+__all__ = ["Matheron"]
+
 
 class Matheron:
-    """Draws given a measurement y = A x + s n, from draws made without it (Matheron's rule).
+    """Turns draws of a Gaussian law into draws of that law given y = A x + s n.
 
-    If x has a Gaussian law of covariance S, then with standard normal e
+    For x of covariance S and standard normal e,
 
         x + S A^T (A S A^T + s^2 I)^-1 (y + s e - A x)
 
-    has exactly that law given y. With S = L L^T in the coordinates where it is diagonal, the move
-    is L w for the solution w of
+    has exactly the law of x given y. With S = L L^T, the correction is L w, where w solves
 
         (I + L^T A^T A L / s^2) w = L^T A^T (y + s e - A x) / s^2.
 
-    Where A^T A is a convolution of periodic images it is diagonal there too and w is exact.
-    Elsewhere conjugate gradients find it, preconditioned by the diagonal of A^T A over
-    frequencies. The matrix is at least I and w has unit variances where y tells nothing, so that
-    a residual is a bound on the error in units of the std of x: they stop at a root mean square of
+    L is diagonal in the coordinates of the covariance. If A^T A is a convolution of periodic
+    images, it is diagonal there too and w is exact. For other A conjugate gradients find w,
+    preconditioned by the diagonal of A^T A over frequencies. The matrix is at least I, so the
+    residual bounds the error of w, in stds of x; iterations stop at a root mean square residual of
     `tolerance`.
 
     Args:
@@ -95,7 +93,7 @@ class Matheron:
         generator: Generators = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Move draws of a law with the given covariance to draws of that law given y.
+        """Condition draws of a Gaussian law on y.
 
         Args:
             x: draws, shape (B, C, H, W).

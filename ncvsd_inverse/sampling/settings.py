@@ -1,4 +1,4 @@
-"""Default and published settings, by operator family, as data; it must not know how a loop runs.
+"""Default and published settings, by operator family, as data.
 
 A family is the `family` attribute of an operator; an operator without one gets the general row.
 """
@@ -8,6 +8,21 @@ from typing import NamedTuple
 
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.schedules import karras
+
+__all__ = [
+    "DEFAULT_LEVELS",
+    "FEW_LEVELS",
+    "LONG_LEVELS",
+    "PUBLISHED",
+    "PUBLISHED_LEVELS",
+    "Average",
+    "Levels",
+    "Published",
+    "default_average",
+    "default_schedule",
+    "published_schedule",
+    "published_sigma_lik",
+]
 
 
 class Levels(NamedTuple):
@@ -48,8 +63,8 @@ DEFAULT_LEVELS: dict[str, dict[str | None, Levels]] = {
 """Schedules by method and family.
 
 For "conditioning" they are the best by CRPS of `experiments/few_step/schedules.py`, for up to
-`FEW_LEVELS` levels; for "gibbs", above rho = 3, six stds of the data, u says nothing about a linear
-y.
+`FEW_LEVELS` levels. "gibbs" begins at rho = 3, six stds of the data: from there on up, u knows
+nothing of a linear y.
 """
 
 FEW_LEVELS = 10
@@ -58,7 +73,7 @@ FEW_LEVELS = 10
 LONG_LEVELS = Levels(6.0, 0.05, 7.0)
 """Schedule of "conditioning" for more than `FEW_LEVELS` levels.
 
-Many sweeps at low levels gather the error of single draws; those at high levels begin anew.
+Errors of single draws add up over many sweeps at low levels; sweeps at high levels forget them.
 """
 
 PUBLISHED_LEVELS = Levels(80.0, 0.002, 2.0)
