@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.evaluation.posterior import Evaluation, calibrate_noise_scale, evaluate
+from ncvsd_inverse.evaluation import Evaluation, calibrate_noise_scale, evaluate
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser

@@ -1,4 +1,4 @@
-"""The wording of shape, range and dtype errors; it must not know what the values are for.
+"""The wording of shape, range and dtype errors.
 
 Form: what must hold, then what came, with the argument named as the caller wrote it.
 """

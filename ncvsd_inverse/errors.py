@@ -1,4 +1,4 @@
-"""The errors that are neither a wrong value nor a wrong type; it must not know who raises them."""
+"""Errors that are neither a wrong value nor a wrong type."""
 
 
 class DivergenceError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Picture files as tensors and back; they must not know what is done with the pictures.
+"""Picture files as tensors and back.
 
 A picture is a float32 tensor of shape (1, 3, H, W) in [-1, 1]; files are taken to be sRGB.
 """

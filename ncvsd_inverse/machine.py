@@ -3,14 +3,25 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PassCounter", "PeakMemory", "count_passes", "find_device", "progress_bar", "time_now"]
+__all__ = [
+    "PassCounter",
+    "PeakMemory",
+    "count_passes",
+    "find_device",
+    "progress_bar",
+    "time_now",
+    "track",
+]
+
+Item = TypeVar("Item")
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -130,12 +141,14 @@ def _most_so_far() -> int:
 
 
 @contextmanager
-def progress_bar(unit: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    unit: str, total: int | None, *, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Show a bar on standard error as long as the context lasts.
 
     Args:
         unit: what is counted, in the plural.
-        total: how many there are.
+        total: how many there are; None: not known.
         shown: whether there is a bar at all.
 
     Yields:
@@ -153,3 +166,22 @@ def progress_bar(unit: str, total: int, *, shown: bool = True) -> Iterator[Calla
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=redirect) as bar:
         task = bar.add_task(unit, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+def track(
+    items: Iterable[Item], unit: str, *, total: int | None = None, shown: bool = True
+) -> Iterator[Item]:
+    """Yield items while a bar shows how many are done; arguments as for `progress_bar`.
+
+    Args:
+        items: what is gone through.
+        unit: what is counted, in the plural.
+        total: how many there are; None: the length of `items`, if it has one.
+        shown: whether there is a bar at all.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with progress_bar(unit, total, shown=shown) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -1,4 +1,4 @@
-"""Distances between restored and true images, thin over piq and lpips; they must not know why.
+"""Distances between restored and true images, thin over piq and lpips.
 
 Images are clamped to [-1, 1] first, except for `crps` and `coverage`: a picture cannot show more.
 """

@@ -22,6 +22,7 @@ __all__ = [
     "Generator",
     "Generators",
     "GlobalSearch",
+    "HasNoiseLevel",
     "HasStatistics",
     "LikelihoodStep",
     "LinearOperator",
@@ -100,6 +101,16 @@ class Linearisable(Operator, Protocol):
 
     def linearise(self, x: Tensor, /) -> Tangent:
         """Return A(x), v -> J v and r -> J^T r at images x (B, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class HasNoiseLevel(Protocol):
+    """A forward model that knows how noisy its measurements are."""
+
+    @property
+    def sigma_y(self) -> float | None:
+        """Noise std in units of y; None: not known."""
         ...
 
 
@@ -286,7 +297,6 @@ class OperatorTraits:
 
     Attributes:
         family: the kind of problem, by which default settings are looked up.
-        sigma_y: noise std of its measurements, in units of y; None: not known.
         lipschitz: largest singular value of its Jacobian anywhere; None: not known.
         count_measured: y -> number of measured entries of each y, integers (B,); None: all are.
         repeated: times -> the operator for a batch tiled `times` times along dimension 0, itself
@@ -294,7 +304,6 @@ class OperatorTraits:
     """
 
     family: str | None = None
-    sigma_y: float | None = None
     lipschitz: float | None = None
     count_measured: Callable[[Tensor], Tensor] | None = None
     repeated: Callable[[int], Operator] | None = None

@@ -1,4 +1,4 @@
-"""Annealing levels as plain data; it must not know what anneals.
+"""Annealing levels as plain data.
 
 Every function returns a strictly decreasing tuple of stds in image units.
 """

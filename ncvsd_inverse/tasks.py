@@ -21,7 +21,7 @@ from ncvsd_inverse.operators import (
     SuperResolution,
 )
 from ncvsd_inverse.operators.base import BaseOperator
-from ncvsd_inverse.protocols import SIGMA_Y, OperatorTraits
+from ncvsd_inverse.protocols import SIGMA_Y
 
 __all__ = ["Task", "list_tasks", "make_task", "task_title"]
 
@@ -108,7 +108,7 @@ def make_task(name: str, size: int | tuple[int, int], *, seed: int = 0) -> Task:
         check_count("size", side, least=8)
     check_count("seed", seed, least=0)
     operator = _TASKS[name].make((height, width), seed)
-    return Task(name, operator, OperatorTraits.of(operator).sigma_y or SIGMA_Y)
+    return Task(name, operator, operator.sigma_y or SIGMA_Y)
 
 
 def _kernel_size(size: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""Forward models y = A(x) + noise; they must not know any prior or sampler.
+"""Forward models y = A(x) + noise.
 
 Images have shape (B, C, H, W) and values in [-1, 1]. Linear operators carry `adjoint` and, but for
 compositions, `solve_normal`; every operator carries `measure`, `input_shape`, `count_measured`

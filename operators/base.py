@@ -1,8 +1,7 @@
-"""What all forward models share: noise, counting, batches; it must not know any one of them."""
+"""What all forward models share: simulated noise, counts, batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +15,20 @@ from ncvsd_inverse.checks import (
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import Generators
 
+__all__ = ["BaseOperator", "LinearBase", "check_broadcasts", "check_image_shape"]
+
 
 class BaseOperator(ABC):
     """A forward model whose measurements are all noisy and that treats all images alike."""
 
-    family: ClassVar[str]
-    """The kind of problem, by which defaults are looked up."""
+    family: str | None
+    """The kind of problem, by which default settings are looked up; None: no known one."""
+
+    sigma_y: float | None = None
+    """Noise std of the measurements, units of y; None: not known."""
+
+    lipschitz: float | None = None
+    """Largest singular value of the Jacobian anywhere; None: not known."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

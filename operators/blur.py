@@ -1,4 +1,4 @@
-"""Blurs: convolution with a known kernel; it must not know any prior or sampler."""
+"""Blurs: convolution with a known kernel."""
 
 import math
 from collections.abc import Sequence
@@ -19,6 +19,8 @@ from ncvsd_inverse.checks import (
 )
 from ncvsd_inverse.numerics import conjugate_gradient, working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
+
+__all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
 Boundary = Literal["circular", "reflect", "replicate", "valid"]
 

@@ -1,4 +1,4 @@
-"""Colourisation: the grey image is measured; it must not know any prior or sampler."""
+"""Colourisation: the grey image is measured."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice, check_image_size, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
+
+__all__ = ["Colorize"]
 
 Grey = Literal["luma", "mean"]
 

@@ -1,4 +1,4 @@
-"""One forward model after another; it must not know which they are, nor any prior or sampler."""
+"""One forward model after another."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ncvsd_inverse.checks import check_count, check_images
 from ncvsd_inverse.operators.base import BaseOperator
-from ncvsd_inverse.protocols import Generators, LinearOperator, Operator
+from ncvsd_inverse.protocols import (
+    Generators,
+    HasNoiseLevel,
+    LinearOperator,
+    Operator,
+    OperatorTraits,
+)
+
+__all__ = ["Compose"]
 
 
 class Compose(BaseOperator):
@@ -45,7 +53,7 @@ class Compose(BaseOperator):
                 )
         self.outer = outer
         self.inner = inner
-        self.sigma_y: float | None = getattr(outer, "sigma_y", None)
+        self.sigma_y = outer.sigma_y if isinstance(outer, HasNoiseLevel) else None
         self._runs = 1
 
     def __getnewargs__(self) -> tuple[Operator, Operator]:
@@ -71,18 +79,15 @@ class Compose(BaseOperator):
         Returns:
             Measurements; entries that the outer part does not measure are 0.
         """
-        own = getattr(self.outer, "measure", None)
-        if own is None:
+        if not isinstance(self.outer, BaseOperator):
             return super().measure(x, sigma_y, generator=generator)
         between = self._in_runs(self.inner, check_images("x", x))
-        y: Tensor = own(self._between(between), sigma_y, generator=generator)
-        return y
+        return self.outer.measure(self._between(between), sigma_y, generator=generator)
 
     def count_measured(self, y: Tensor) -> Tensor:
         """Return how many entries of each measurement are measured, integers of shape (B,)."""
-        own = getattr(self.outer, "count_measured", None)
-        count: Tensor = super().count_measured(y) if own is None else own(y)
-        return count
+        count = OperatorTraits.of(self.outer).count_measured
+        return super().count_measured(y) if count is None else count(y)
 
     def repeated(self, times: int) -> "Compose":
         """Return the operator for a batch that is tiled `times` times along dimension 0.
@@ -91,9 +96,9 @@ class Compose(BaseOperator):
         """
         check_count("times", times)
         parts = (self.outer, self.inner)
-        repeats = [part.repeated for part in parts if hasattr(part, "repeated")]
-        if len(repeats) == 2:
-            outer, inner = (repeat(times) for repeat in repeats)
+        repeats = [OperatorTraits.of(part).repeated for part in parts]
+        if all(repeats):
+            outer, inner = (repeat(times) for repeat in repeats if repeat is not None)
             same = outer is self.outer and inner is self.inner
             return self if same else Compose(outer, inner)
         tiled = Compose(self.outer, self.inner)

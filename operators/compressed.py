@@ -1,4 +1,4 @@
-"""Compressed sensing: few random mixtures of all pixels; it must not know any prior or sampler."""
+"""Compressed sensing: few random mixtures of all pixels."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from ncvsd_inverse.checks import check_count, check_floating, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
 from ncvsd_inverse.operators.inpainting import _check_size
+
+__all__ = ["CompressedSensing"]
 
 
 class CompressedSensing(LinearBase):

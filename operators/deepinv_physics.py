@@ -1,4 +1,4 @@
-"""deepinv's physics as forward models; it must not know any prior or sampler.
+"""deepinv's physics as forward models.
 
 deepinv's images are in [0, 1], ours in [-1, 1]: its measurement of our image x is
 y = A((x + 1) / 2) + n, with the noise n in units of its y.
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Measured: TypeAlias = Tensor | TensorList
     """What a physics measures: real or complex, of any shape (B, ...), or several of them."""
+
+__all__ = ["PhysicsOperator", "adapt", "from_deepinv"]
 
 MISMATCH = 1e-3
 """Largest relative error of <A x, A x> = <x, A_adjoint A x> that counts as rounding."""

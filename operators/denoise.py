@@ -1,4 +1,4 @@
-"""Plain noise: the image itself is measured; it must not know any prior or sampler."""
+"""Plain noise: the image itself is measured."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ncvsd_inverse.checks import check_images
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
+
+__all__ = ["Denoise"]
 
 
 class Denoise(LinearBase):

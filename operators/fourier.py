@@ -1,4 +1,4 @@
-"""Magnetic resonance imaging: some spatial frequencies; it must not know any prior or sampler."""
+"""Magnetic resonance imaging: some spatial frequencies."""
 
 from collections.abc import Sequence
 
@@ -16,6 +16,8 @@ from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
 from ncvsd_inverse.operators.inpainting import _check_size
 from ncvsd_inverse.protocols import Generators
+
+__all__ = ["MaskedFourier"]
 
 
 class MaskedFourier(LinearBase):

@@ -1,4 +1,4 @@
-"""High dynamic range from clipped values; it must not know any prior or sampler."""
+"""High dynamic range from clipped values."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ncvsd_inverse.checks import check_images, check_positive
 from ncvsd_inverse.operators.base import BaseOperator, check_image_shape
+
+__all__ = ["HDR"]
 
 
 class HDR(BaseOperator):

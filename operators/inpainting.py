@@ -1,4 +1,4 @@
-"""Missing pixels; it must not know any prior or sampler."""
+"""Missing pixels."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,8 @@ from ncvsd_inverse.checks import check_count, check_finite, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
 from ncvsd_inverse.protocols import Generators
+
+__all__ = ["Inpaint"]
 
 
 class Inpaint(LinearBase):

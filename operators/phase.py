@@ -1,4 +1,4 @@
-"""Phase retrieval; it must not know any prior or sampler."""
+"""Phase retrieval."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -9,6 +9,8 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_count, check_images, check_positive, check_shape
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import BaseOperator, check_image_shape
+
+__all__ = ["PhaseRetrieval"]
 
 
 class PhaseRetrieval(BaseOperator):

@@ -1,4 +1,4 @@
-"""Photon counts; it must not know any prior or sampler."""
+"""Photon counts."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from ncvsd_inverse.checks import check_images, check_positive
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import BaseOperator, check_image_shape
 from ncvsd_inverse.protocols import Generators
+
+__all__ = ["Poisson"]
 
 
 class Poisson(BaseOperator):

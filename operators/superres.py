@@ -1,4 +1,4 @@
-"""Super-resolution; it must not know any prior or sampler."""
+"""Super-resolution."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -9,6 +9,8 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice, check_count, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
+
+__all__ = ["SuperResolution"]
 
 Filter = Literal["bicubic", "box"]
 
@@ -44,6 +46,7 @@ class SuperResolution(LinearBase):
         check_choice("filter", filter, get_args(Filter))
         self.filter: Filter = filter
         self._matrices: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._systems: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._spectra: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -92,15 +95,30 @@ class SuperResolution(LinearBase):
                 self._matrices[key] = self._build_matrix(side).to(like)
         return self._matrices[key]
 
+    def singular_system(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U, S and V of the reduction R = U S V^T of one axis, float64 on the CPU.
+
+        Args:
+            side: length of the axis, pixels, a multiple of `factor`.
+
+        Returns:
+            U, shape (side / factor, side / factor); the singular values, largest first, shape
+            (side / factor,); V with the kernel of R in its last columns, shape (side, side).
+        """
+        if side not in self._systems:
+            with torch.inference_mode(False):  # else no later gradient could pass through it
+                left, values, right_t = torch.linalg.svd(self._build_matrix(side))
+                self._systems[side] = left, values, right_t.T.contiguous()
+        return self._systems[side]
+
     def _spectrum(self, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return V, shape (side, side), and the eigenvalues of R^T R, shape (side,)."""
         key = (side, like.dtype, like.device)
         if key not in self._spectra:
-            with torch.inference_mode(False):  # else no later gradient could pass through it
-                matrix = self._build_matrix(side)
-                _, singular, basis_t = torch.linalg.svd(matrix, full_matrices=True)
-                power = torch.nn.functional.pad(singular.square(), (0, side - len(singular)))
-                self._spectra[key] = basis_t.T.contiguous().to(like), power.to(like)
+            with torch.inference_mode(False):
+                _, values, basis = self.singular_system(side)
+                power = torch.nn.functional.pad(values.square(), (0, side - len(values)))
+                self._spectra[key] = basis.to(like), power.to(like)
         return self._spectra[key]
 
     def _build_matrix(self, side: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Restoration without a network: pseudo-inverse, Wiener filter and total variation.
 
-They are point estimates of linear problems and must not know tasks or metrics.
+They are point estimates for linear problems.
 """
 
 import torch

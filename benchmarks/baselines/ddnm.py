@@ -38,7 +38,7 @@ from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
-from ncvsd_inverse.numerics import conjugate_gradient, draw_normal
+from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, hartley
 from ncvsd_inverse.operators import Blur, Inpaint, SuperResolution
 from ncvsd_inverse.protocols import Generators, LinearOperator, Operator, SolvableOperator
 from ncvsd_inverse.schedules import variance_preserving
@@ -100,28 +100,12 @@ def singular_basis(operator: Operator, problem: Problem) -> Basis | None:
         case Blur(boundary="circular"):
             return Basis(hartley, hartley)
         case SuperResolution():
-            rows, columns = (axis_basis(operator, side) for side in problem.shape[-2:])
+            rows, columns = (operator.singular_system(side)[2] for side in problem.shape[-2:])
             return Basis(
                 lambda x: rows.T.to(x) @ x @ columns.to(x),
                 lambda x: rows.to(x) @ x @ columns.T.to(x),
             )
     return None
-
-
-def hartley(x: Tensor) -> Tensor:
-    """Return the orthonormal 2-D Hartley transform, its own inverse, in which convolutions rest."""
-    spectrum = torch.fft.fft2(x, norm="ortho")
-    real: Tensor = spectrum.real - spectrum.imag
-    return real
-
-
-def axis_basis(operator: SuperResolution, side: int) -> Tensor:
-    """Return V of the reduction R = U S V^T of one axis, shape (side, side), float64."""
-    unit = torch.eye(side, dtype=torch.float64).reshape(side, 1, side, 1)
-    # The rows of R sum to 1, so images that are constant across give R in every column.
-    transposed = operator(unit.expand(-1, -1, -1, operator.factor))[:, 0, :, 0]
-    vectors: Tensor = torch.linalg.svd(transposed).U
-    return vectors
 
 
 class SpectralProjection:

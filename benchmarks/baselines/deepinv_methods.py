@@ -1,4 +1,4 @@
-"""DPS, DDRM, DiffPIR and PiGDM by deepinv's own samplers; they must not know tasks or metrics.
+"""DPS, DDRM, DiffPIR and PiGDM by deepinv's own samplers.
 
 All follow the linear variance-preserving schedule of Ho et al., arXiv 2006.11239 (beta from 0.1 to
 20 over unit time, noise std 150 to 0.01), spread evenly over the calls asked for. Each image draws

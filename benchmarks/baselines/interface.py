@@ -1,7 +1,4 @@
-"""What a benchmarked method is given, what it returns, and what is known of it.
-
-It must not know tables, files or metrics.
-"""
+"""What a benchmarked method is given, what it returns, and what is known of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

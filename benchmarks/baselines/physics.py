@@ -1,6 +1,6 @@
 """Our operators, teachers and generators in the forms that deepinv takes, and results back.
 
-It must not know which method uses them. A linear operator is the same matrix in every unit; only
+A linear operator is the same matrix in every unit; only
 what is affine differs, so images in [0, 1] cost a shift of the measurement, `unit_measurement`.
 """
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from baselines.interface import Problem, Teacher
 from ncvsd_inverse.errors import DivergenceError
-from ncvsd_inverse.numerics import draw_normal, expand_level
+from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.operators import Blur, Denoise, Inpaint, SuperResolution
 from ncvsd_inverse.protocols import Operator, SolvableOperator
 
@@ -183,23 +183,18 @@ def _circular_system(operator: Blur, shape: Sequence[int], like: Tensor) -> Sing
     phase = torch.where(known, response / values, torch.ones_like(response))
     phase = phase.to(torch.promote_types(like.dtype, torch.complex64))
 
-    def hartley(x: Tensor) -> Tensor:
-        return _real_minus_imag(torch.fft.fft2(x, norm="ortho"))
-
     def left(coordinates: Tensor) -> Tensor:
         spectrum = torch.fft.fft2(hartley(coordinates)) * phase
         filtered: Tensor = torch.fft.ifft2(spectrum).real
         return filtered
 
     def left_adjoint(y: Tensor) -> Tensor:
-        return _real_minus_imag(torch.fft.fft2(y, norm="ortho") * phase.conj())
+        spectrum = torch.fft.fft2(y, norm="ortho") * phase.conj()
+        coordinates: Tensor = spectrum.real - spectrum.imag
+        return coordinates
 
     values = torch.where(known, values, torch.zeros_like(values)).to(like)
     return SingularSystem(values, left, left_adjoint, hartley, hartley)
-
-
-def _real_minus_imag(spectrum: Tensor) -> Tensor:
-    return spectrum.real - spectrum.imag
 
 
 def _separable_system(
@@ -231,13 +226,9 @@ def _reduction_system(
     operator: SuperResolution, side: int, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (h, h), the values padded to (side,) and V (side, side) of one axis's matrix R."""
-    # Image j is 1 in row j and `factor` pixels wide: it becomes column j of R, since R_W 1 = 1.
-    rows = torch.eye(side, dtype=torch.float64, device=like.device)
-    images = rows[:, None, :, None].expand(side, 1, side, operator.factor)
-    matrix = operator(images)[:, 0, :, 0].T
-    left, values, right_t = torch.linalg.svd(matrix, full_matrices=True)
+    left, values, right = operator.singular_system(side)
     padded = functional.pad(values, (0, side - len(values)))
-    return left.to(like), padded.to(like), right_t.T.to(like)
+    return left.to(like), padded.to(like), right.to(like)
 
 
 class TeacherDenoiser(nn.Module):

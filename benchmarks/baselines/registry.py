@@ -1,4 +1,4 @@
-"""All methods of the benchmark by name; it must not know how any of them works."""
+"""All methods of the benchmark by name."""
 
 from baselines import classics, daps, ddnm, deepinv_methods, pnpdm, reddiff
 from baselines.interface import Method

@@ -1,4 +1,4 @@
-"""The images and measurements that every method is given; it must not know any method."""
+"""The images and measurements that every method is given."""
 
 import hashlib
 import os

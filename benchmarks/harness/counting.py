@@ -1,4 +1,4 @@
-"""Network passes, time and memory of a call, taken from outside; it must not know what is called.
+"""Network passes, time and memory of a call, taken from outside.
 
 Passes are counted in images: a batch of B counts B.
 """

@@ -1,4 +1,4 @@
-"""Grids of restored pictures; it must not know how records or pictures are made."""
+"""Grids of restored pictures."""
 
 import io
 import textwrap

@@ -1,4 +1,4 @@
-"""Plots of quality against network passes; it must not know how records are made."""
+"""Plots of quality against network passes."""
 
 import io
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,4 @@
-"""Published results that stand beside the benchmark's own, and the works that are cited.
-
-It must not know records.
-"""
+"""Published results that stand beside the benchmark's own, and the works that are cited."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""One measured row of the benchmark as plain data; it must not know how rows are made or shown."""
+"""One measured row of the benchmark as plain data."""
 
 import json
 import math

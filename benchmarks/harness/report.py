@@ -1,4 +1,4 @@
-"""One self-contained HTML page with all results; it must not know how records are made."""
+"""One self-contained HTML page with all results."""
 
 import base64
 import io

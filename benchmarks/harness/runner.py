@@ -1,4 +1,4 @@
-"""Rows of the benchmark: which there are, and how one is measured; it must not know files."""
+"""Rows of the benchmark: which there are, and how one is measured."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

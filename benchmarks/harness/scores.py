@@ -1,4 +1,4 @@
-"""The metrics of restored images by name; it must not know which method restored them."""
+"""The metrics of restored images by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Records on disk, found again by what determines them; it must not know how rows are measured."""
+"""Records on disk, found again by what determines them."""
 
 import ast
 import hashlib

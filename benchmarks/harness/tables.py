@@ -1,4 +1,4 @@
-"""Records as tables in Markdown, LaTeX and CSV; it must not know how records are made."""
+"""Records as tables in Markdown, LaTeX and CSV."""
 
 import csv
 import io

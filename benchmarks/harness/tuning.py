@@ -1,7 +1,4 @@
-"""Settings chosen on validation images, by one budget for all methods, kept as JSON data.
-
-It must not know where images and priors come from.
-"""
+"""Settings chosen on validation images, by one budget for all methods, kept as JSON data."""
 
 import itertools
 import json

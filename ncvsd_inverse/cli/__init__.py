@@ -70,7 +70,8 @@ from ncvsd_inverse.tasks import Task, list_tasks, make_task
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-    from ncvsd_inverse.evaluation.posterior import Evaluation, Generation, PosteriorRatio
+    from ncvsd_inverse.evaluation import Evaluation, Generation
+    from ncvsd_inverse.evaluation.posterior import PosteriorRatio
     from ncvsd_inverse.training import DistillRun, TeacherRun
     from ncvsd_inverse.training.config import TrainConfig
     from ncvsd_inverse.training.data.image_data import TrainingData
@@ -572,8 +573,9 @@ def evaluate(
     """
     from rich.console import Console
 
+    from ncvsd_inverse.evaluation import evaluate, evaluate_generation
+    from ncvsd_inverse.evaluation.generation import BLOCK
     from ncvsd_inverse.evaluation.plots import save_evaluation_plot
-    from ncvsd_inverse.evaluation.posterior import BLOCK, evaluate, evaluate_generation
     from ncvsd_inverse.metrics import alex_features
 
     stds = _parse_levels(levels)

@@ -1,4 +1,4 @@
-"""Pictures of results; they must not know how the results came about."""
+"""Pictures of results."""
 
 import io
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Network architectures and their preconditioning; they must not know priors or training."""
+"""Network architectures and their preconditioning."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""The U-Net of guided diffusion (ADM), of deepinv's blocks; it must not know noise levels.
+"""The U-Net of guided diffusion (ADM), of deepinv's blocks.
 
 Source: Dhariwal & Nichol, arXiv 2105.05233.
 """

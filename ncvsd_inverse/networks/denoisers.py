@@ -1,7 +1,5 @@
 """Preconditioned networks: teacher, conditional denoiser, discriminator.
 
-They must not know how they are trained or sampled.
-
 Sources: Karras et al., arXiv 2206.00364, table 1 (preconditioning); arXiv 2312.02696 (network);
 Peng et al., arXiv 2506.09416 (conditional network and discriminator).
 """

@@ -1,7 +1,5 @@
 """Magnitude-preserving layers: operations that keep unit variance for unit-variance input.
 
-They must not know what the network they build is for.
-
 Source: Karras et al., arXiv 2312.02696 (EDM2), section 2 and appendix B.
 """
 

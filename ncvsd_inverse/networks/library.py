@@ -1,7 +1,4 @@
-"""Denoisers x0 = D(x, sigma) over networks whose architecture a library carries.
-
-They must not know how they are sampled or where their weights come from.
-"""
+"""Denoisers x0 = D(x, sigma) over networks whose architecture a library carries."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, TypeAlias

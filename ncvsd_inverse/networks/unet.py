@@ -1,4 +1,4 @@
-"""The blocks of EDM2's magnitude-preserving U-Net; it must not know about preconditioning.
+"""The blocks of EDM2's magnitude-preserving U-Net.
 
 Source: Karras et al., arXiv 2312.02696, figure 21 (configuration G) and table 6.
 """

@@ -1,4 +1,4 @@
-"""Samplers of clean images given noisy ones; they must not know operators or measurements.
+"""Samplers of clean images given noisy ones.
 
 `ncvsd_ffhq`, `ncvsd_faces64`, `ncvsd_natural` and their teachers, `ncvsd_ffhq_teacher` and so on,
 are handles: each loads its weights when it is first used.

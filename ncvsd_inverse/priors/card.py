@@ -1,7 +1,4 @@
-"""The card of a trained prior: what it is, where it comes from, what it is good for.
-
-It must not know where cards and weights are kept.
-"""
+"""The card of a trained prior: what it is, where it comes from, what it is good for."""
 
 import json
 import math

@@ -2,7 +2,7 @@
 
 What a network is, is read from the names and shapes of its tensors; what they do not tell stands
 in the file as plain numbers, is given, or is the value that the authors publish. Networks of EDM2's
-kind become ours, others those of `networks.library`. It must not know how priors are found by name.
+kind become ours, others those of `networks.library`.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Priors from and to Hugging Face: weights and card as files, published checkpoints converted.
 
 No code from a file runs: a repository's two files are safetensors and JSON, checked as all priors
-are, and a pickle goes through `ncvsd_inverse.priors.convert`. It must not know any network.
+are, and a pickle goes through `ncvsd_inverse.priors.convert`.
 """
 
 import json

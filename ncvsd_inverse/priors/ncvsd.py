@@ -1,7 +1,5 @@
 """Generative denoisers: one network call draws a clean image; several calls refine it.
 
-It must not know measurements or training.
-
 Source: Peng et al., arXiv 2506.09416.
 """
 
@@ -40,7 +38,7 @@ class NCVSDPrior(NetworkPrior):
 
     with k = 1 in training. `noise_scale` holds other values: draws of a network that came out too
     alike or too unlike have the right variance with the noise z a little larger or smaller (see
-    `ncvsd_inverse.evaluation.posterior.calibrate_noise_scale`).
+    `ncvsd_inverse.evaluation.calibrate_noise_scale`).
 
     The network is told a level in [sigma_min, sigma_max], where it was trained: a smaller sigma is
     raised to sigma_min, so the draw is made as if u were that little noisier; a larger one is an

@@ -1,4 +1,4 @@
-"""The priors that their authors publish; it must not know how they are fetched."""
+"""The priors that their authors publish."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,4 @@
-"""Trained priors by name or path: a safetensors file of weights beside a JSON card, checked.
-
-It must not know how priors are trained, and it never unpickles.
-"""
+"""Trained priors by name or path: a safetensors file of weights beside a JSON card, checked."""
 
 import hashlib
 import os

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncvsd_inverse.checks import check_finite, check_floating, check_positive, check_shape
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.protocols import SIGMA_Y, Operator, OperatorTraits
+from ncvsd_inverse.protocols import SIGMA_Y, HasNoiseLevel, Operator, OperatorTraits
 
 __all__ = ["Problem", "Seed"]
 
@@ -72,8 +72,8 @@ class Problem:
                 f"y must come from as many images (B, C, H, W), got shape {tuple(y.shape)}, which "
                 f"the operator traces to {shape}"
             )
-        if sigma_y is None:
-            sigma_y = OperatorTraits.of(operator).sigma_y
+        if sigma_y is None and isinstance(operator, HasNoiseLevel):
+            sigma_y = operator.sigma_y
         level = SIGMA_Y if sigma_y is None else check_positive("sigma_y", sigma_y)
         return cls(y, operator, level, _read_keys(seed, len(y)))
 

@@ -1,7 +1,4 @@
-"""Checkpoint files: named tensors and a JSON header, written whole or not at all.
-
-It must not know what the tensors are.
-"""
+"""Checkpoint files: named tensors and a JSON header, written whole or not at all."""
 
 import json
 from collections.abc import Mapping

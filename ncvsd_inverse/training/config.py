@@ -1,4 +1,4 @@
-"""Settings of a training run, checked when made; they must not know how a run proceeds."""
+"""Settings of a training run, checked when made."""
 
 import json
 import math

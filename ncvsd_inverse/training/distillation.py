@@ -1,4 +1,4 @@
-"""NCVSD distillation of a teacher into a generative denoiser; it must not know measurements.
+"""NCVSD distillation of a teacher into a generative denoiser.
 
 Source: Peng et al., arXiv 2506.09416.
 """

@@ -1,4 +1,4 @@
-"""Power-function averages of weights; they must not know what is trained.
+"""Power-function averages of weights.
 
 Source: Karras et al., arXiv 2312.02696, section 3 and appendix C.
 """

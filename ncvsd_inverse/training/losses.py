@@ -1,6 +1,6 @@
 """The losses of teacher training and of NCVSD distillation, as pure functions.
 
-They must not know optimisers, schedules or data sets. Image tensors are (B, C, H, W); sigma and t
+Image tensors are (B, C, H, W); sigma and t
 are noise stds, (B,), in image units; z and eps are standard normal, shaped like the images.
 Networks come as plain functions, their learned log variances (B, 1, 1, 1) beside them.
 

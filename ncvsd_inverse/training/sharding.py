@@ -1,4 +1,4 @@
-"""Networks spread over processes (FSDP); it must not know what they are trained for.
+"""Networks spread over processes (FSDP).
 
 Weights are split by rows, that is by filters, so that whatever is done to each filter on its own
 (normalising, projecting, averaging, Adam) is done to the rows at hand. Gains, biases and blend

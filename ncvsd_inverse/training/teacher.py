@@ -1,4 +1,4 @@
-"""Training of a teacher by denoising; it must not know what the teacher is for."""
+"""Training of a teacher by denoising."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

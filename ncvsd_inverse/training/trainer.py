@@ -1,8 +1,7 @@
 """The engine of a training run: batches, optimisers, averages, checkpoints, processes, statistics.
 
-It must not know what is trained; `teacher.py` and `student.py` do. Everything random in step n
-follows from the seed, n and the place of the image in the batch, so a run that is stopped and
-resumed, or spread over more processes, takes the same steps.
+Everything random in step n follows from the seed, n and the place of the image in the batch, so a
+run that is stopped and resumed, or spread over more processes, takes the same steps.
 """
 
 import copy

@@ -10,7 +10,7 @@ import torch
 
 from ncvsd_inverse import cli, metrics
 from ncvsd_inverse.errors import DivergenceError
-from ncvsd_inverse.evaluation.posterior import calibrate_noise_scale, evaluate, evaluate_generation
+from ncvsd_inverse.evaluation import calibrate_noise_scale, evaluate, evaluate_generation
 from ncvsd_inverse.images import centre_crop, read_image, read_images, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
 from ncvsd_inverse.numerics import draw_normal

@@ -1,4 +1,4 @@
-"""Training images, in memory or streamed; it must not know what is trained on them.
+"""Training images, in memory or streamed.
 
 They are pictures, or latents that stand for pictures (see `latents.py`). Batch number n is always
 the same for one seed and batch size, whether the run was resumed, and whichever process asks for

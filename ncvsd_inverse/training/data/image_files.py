@@ -1,4 +1,4 @@
-"""Image files of a folder, a zip or a Hugging Face dataset; it must not know what is made of them.
+"""Image files of a folder, a zip or a Hugging Face dataset.
 
 The files of a folder or a zip can be latents instead, as `ncvsd encode` writes them. Nothing is
 ever unpacked to disk, so names inside an archive are only names, and no file runs code.

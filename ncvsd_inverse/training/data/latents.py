@@ -1,8 +1,7 @@
 """Latents that stand for pictures: how they are made and drawn.
 
 A variational autoencoder (VAE) turns a picture into a mean and a std for each entry of its latent;
-these are stored, and each visit in training draws the latent anew. This must not know what is
-trained on latents.
+these are stored, and training draws the latent anew at each pass.
 
 Source: Karras et al., arXiv 2312.02696, whose VAE, pixel range and constants these are.
 """

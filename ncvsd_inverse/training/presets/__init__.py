@@ -1,4 +1,4 @@
-"""Configurations by name; they must not know what a run does with them."""
+"""Configurations by name."""
 
 from pathlib import Path
 from typing import Literal, TypeAlias
