@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import ncvsd_inverse
 from ncvsd_inverse import Result, __version__, cli, load_prior
 from ncvsd_inverse import solve as restore
 from ncvsd_inverse.files import write_whole
@@ -97,8 +98,8 @@ class Watch:
 
         prior.network.register_forward_pre_hook(begin)
         prior.network.register_forward_hook(end)
-        setattr(cli, "solve", solve)  # noqa: B010 - what the command calls is watched
-        setattr(cli, "load_prior", lambda *_, **__: prior)  # noqa: B010
+        setattr(ncvsd_inverse, "solve", solve)  # noqa: B010 - what the command calls is watched
+        setattr(cli.inputs, "load_prior", lambda *_, **__: prior)  # noqa: B010
 
 
 def measure(truths: Tensor, name: str, place: Path, prior: str, method: str) -> list[str]:

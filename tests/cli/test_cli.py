@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ncvsd_inverse
 from ncvsd_inverse import __version__, cli
 from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
@@ -53,7 +54,7 @@ def prior(monkeypatch):
             raise ValueError(f"prior must be one of stand_in, got {name!r}")
         return Choice.kind
 
-    monkeypatch.setattr(cli, "load_prior", load)
+    monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", load)
     return Choice
 
 
@@ -97,9 +98,9 @@ def test_demo_restores_every_shipped_picture(run, tmp_path):
     out = tmp_path / "new" / "demo"
     status, printed, err = run("demo", "-o", out, "--prior", "stand_in", "--nfe", 2, "--samples", 2)
     assert (status, err) == (0, "")
-    pictures = [path.stem for path in cli.ASSETS.glob("*.png")]
+    pictures = [path.stem for path in cli.demo.ASSETS.glob("*.png")]
     assert len(pictures) >= 2
-    expected = [f"{picture}_{task}.png" for picture in pictures for task in cli.DEMO_TASKS]
+    expected = [f"{picture}_{task}.png" for picture in pictures for task in cli.demo.TASKS]
     assert names(out) == sorted([*expected, "demo.png"])
     assert read_image(out / expected[0]).shape == (1, 3, 64, 64)
     assert read_image(out / "demo.png").shape[2] > 1000
@@ -221,7 +222,7 @@ def only_published(tmp_path, monkeypatch):
 
 
 def test_priors_are_listed_whatever_is_broken(run, only_published):
-    weights = Path(cli.__file__).parents[1] / "priors" / "weights"
+    weights = Path(ncvsd_inverse.__file__).parent / "priors" / "weights"
     shutil.copy(weights / "ncvsd_faces64.json", only_published / "here.json")
     (only_published / "broken.json").write_text('{"name": ')
     (only_published / "ncvsd_ffhq_teacher.json").write_bytes(
@@ -297,7 +298,7 @@ def test_statistics_are_measured_and_kept(run, tmp_path, prior):
     status, out, err = run("statistics", "stand_in", "--images", 4)
     assert (status, err) == (0, "")
     assert out.splitlines()[-1] == "kept in card.json"
-    assert "given a view at sigma 0.2: 0." in out
+    assert "given a noisy image at sigma 0.2: 0." in out
     (of_own,) = prior.kind.statistics_store.kept
     for number in range(3):
         x = 0.3 * torch.randn(1, 3, 20, 18, generator=torch.Generator().manual_seed(number))
@@ -396,7 +397,7 @@ def test_a_checkpoint_is_converted(run, tmp_path, monkeypatch):
         "self-check: mean squared error of a photograph 0.25 to 0.0123 at noise std 0.5",
     ]
     loaded = diffusion()
-    monkeypatch.setattr(cli, "load_prior", lambda stem: loaded)
+    monkeypatch.setattr("ncvsd_inverse.cli.convert.load_prior", lambda stem: loaded)
     assert "statistics: measured" in run("convert", "net.pkl", target, "--no-check")[1]
     assert loaded.statistics_store.kept == [loaded.statistics]
     loaded.statistics, loaded.sigma_max = None, 0.5
@@ -494,7 +495,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     def broken():
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "list_priors", broken)
+    monkeypatch.setattr(cli.priors, "list_priors", broken)
     monkeypatch.setattr(sys, "argv", ["ncvsd", "priors"])
     with pytest.raises(KeyError, match="a bug"):
         cli.main()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ncvsd_inverse import cli
+from ncvsd_inverse.cli import folder
 from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors import NCVSDPrior
@@ -57,7 +58,7 @@ class Network(torch.nn.Module):
 @pytest.fixture
 def prior(monkeypatch):
     stand_in = Noisy()
-    monkeypatch.setattr(cli, "load_prior", lambda name, device=None: stand_in)
+    monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: stand_in)
     return stand_in
 
 
@@ -178,17 +179,17 @@ def test_a_stop_among_changed_settings_leaves_no_record_that_lies(
 ):
     run("in", *TASK, "-o", "out")
     first = restored(tmp_path / "out")
-    whole = cli.write_whole
+    whole = folder.write_whole
 
     def full(path, content):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(cli, "write_whole", full)
+    monkeypatch.setattr(folder, "write_whole", full)
     status, _, err = run("in", *TASK, "-o", "out", "--seed", 1)
     assert status == 1
     assert "the disk is full" in err
     assert restored(tmp_path / "out") != first
-    monkeypatch.setattr(cli, "write_whole", whole)
+    monkeypatch.setattr(folder, "write_whole", whole)
     run("in", *TASK, "-o", "out")
     assert restored(tmp_path / "out") == first
 
@@ -223,7 +224,7 @@ def test_bad_files_are_named_at_the_end(run, tmp_path, pictures):
 
 def test_a_size_that_the_prior_cannot_take_is_a_bad_file(run, pictures, monkeypatch):
     prior = NCVSDPrior(Network(), image_shape=None)
-    monkeypatch.setattr(cli, "load_prior", lambda name, device=None: prior)
+    monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: prior)
     make_picture(pictures / "odd.png", 24, 20, 0)
     status, printed, err = run("in", *TASK, "-o", "out")
     assert status == 1
@@ -269,18 +270,18 @@ def test_batches_hold_few_pictures():
             yield SimpleNamespace(number=number, size=(side, 8))
 
     out, pixels = [], 2000
-    for batch in cli._batch(jobs(), pixels):
+    for batch in folder.batch_by_size(jobs(), pixels):
         assert len({job.size for job in batch}) == 1
         assert len(batch) * batch[0].size[0] * 8 <= pixels
         out += [job.number for job in batch]
         assert (len(made) - len(out)) * 8 * 8 <= 4 * pixels
     assert sorted(out) == list(range(500))
     single = [SimpleNamespace(size=(100, 100)) for _ in range(3)]
-    assert list(map(len, cli._batch(single, pixels))) == [1, 1, 1]
+    assert list(map(len, folder.batch_by_size(single, pixels))) == [1, 1, 1]
 
 
 def test_processes_share_the_pictures(run, tmp_path, pictures, prior, monkeypatch):
-    monkeypatch.setattr(cli, "_report", lambda bad, pictures: None)
+    monkeypatch.setattr(cli.solve, "report_failures", lambda bad, pictures: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for process, count in (("1", 2), ("0", 3)):
         monkeypatch.setenv("RANK", process)
@@ -313,7 +314,7 @@ def test_launched_processes_wait_for_each_other(tmp_path, pictures):
 def test_large_pictures_are_seen_in_tiles(run, tmp_path, pictures, monkeypatch):
     network = Network()
     prior = NCVSDPrior(network, image_shape=None)
-    monkeypatch.setattr(cli, "load_prior", lambda name, device=None: prior)
+    monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: prior)
     make_picture(tmp_path / "large.png", 64, 96, 0)
     assert (
         run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32, "--method", "gibbs")[0] == 0

@@ -1,0 +1,30 @@
+"""Options that several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PriorName = Annotated[str, typer.Option("--prior", help="A name of `ncvsd priors`, or a path.")]
+Nfe = Annotated[int, typer.Option("--nfe", help="Network forward passes a sample.")]
+Samples = Annotated[int, typer.Option("--samples", help="Posterior samples for each image.")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, ...; cuda where there is one.")
+]
+Config = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]
+Data = Annotated[Path, typer.Option("--data", help="Zip, folder or dataset folder of images.")]
+RunFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run, resumed if any.")]
+Images = Annotated[int | None, typer.Option("--images", help="Images to train on in all.")]
+Batch = Annotated[int | None, typer.Option("--batch-size", help="Images in a step.")]
+Microbatch = Annotated[
+    int | None, typer.Option("--microbatch", help="Most images of a process in one pass.")
+]
+Seconds = Annotated[float, typer.Option("--seconds", help="Stop at a checkpoint after this.")]
+Init = Annotated[
+    str | None,
+    typer.Option("--init", help="A prior whose weights the run starts from, optimiser fresh."),
+]
+Shard = Annotated[
+    bool, typer.Option("--fsdp", help="Spread the networks over the processes, to fit larger ones.")
+]

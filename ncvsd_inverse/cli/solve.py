@@ -1,0 +1,198 @@
+"""`ncvsd solve`: pictures restored, one or a folder of them."""
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+import ncvsd_inverse
+from ncvsd_inverse import DivergenceError, Result, __version__, list_tasks, make_task, read_image
+from ncvsd_inverse.checks import check_positive
+from ncvsd_inverse.cli.folder import (
+    Job,
+    batch_by_size,
+    card_digest,
+    find_pictures,
+    is_finished,
+    make_masked_task,
+    name_once,
+    one_image,
+    prepare_clean,
+    prepare_measurement,
+    process_place,
+    report_failures,
+    sha256,
+    write_result,
+)
+from ncvsd_inverse.cli.inputs import load_named, open_folder
+from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
+from ncvsd_inverse.machine import progress_bar
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
+from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own_statistics
+from ncvsd_inverse.priors.tiled import TILE, tiled
+from ncvsd_inverse.sampling.solve import Estimate, Method
+from ncvsd_inverse.tasks import Task
+
+PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
+"""Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
+
+
+def solve(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="IN...", help="Picture files, and folders of them.")
+    ],
+    task: Annotated[str, typer.Option("--task", help=", ".join(list_tasks(all=True)))],
+    prior: PriorName,
+    nfe: Nfe = 10,
+    sigma_y: Annotated[
+        float | None, typer.Option("--sigma-y", help="Noise std in [-1, 1] units; the task's.")
+    ] = None,
+    samples: Samples = 1,
+    estimate: Annotated[Estimate, typer.Option("--estimate", help="What is written.")] = "sample",
+    method: Annotated[
+        Method | None, typer.Option("--method", help="The sampler; what suits the prior.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Calls for each draw of a diffusion prior; 1."),
+    ] = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path(
+        "ncvsd_restored"
+    ),
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Inpainting: white where IN is known.")
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="IN are clean: degrade them first.")
+    ] = False,
+    tile: Annotated[
+        int,
+        typer.Option("--tile", help="Side in pixels of what a prior of any size sees at once."),
+    ] = TILE,
+    device: Device = None,
+) -> None:
+    """Restore degraded pictures, or with --simulate degrade clean ones and restore them.
+
+    IN is the measurement of the task: the small picture for sr4x, the blurred one for deblur_*,
+    the incomplete one, with --mask, for inpaint_*. For each IN the output folder gets
+    NAME_restored.png, NAME.json (settings and figures), NAME_std.png for several samples and,
+    with --simulate, NAME_measurement.png. Folders are searched through; NAME is then the path
+    within the folder.
+
+    The same command goes on after a stop: a picture is skipped if NAME.json shows that this very
+    file was restored with these settings. One that cannot be restored is named at the end, with
+    exit status 1. Noise depends on --seed and NAME alone, not on which pictures there are. Under
+    `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
+    """
+    known = make_task(task, 64, seed=seed)
+    if not simulate and not known.measures_picture:
+        raise ValueError(
+            f"--task must be one whose measurement is a picture, got {task}: "
+            "add --simulate, or call ncvsd_inverse.solve on the measurement"
+        )
+    if not simulate and known.takes_mask and mask is None:
+        raise ValueError(f"--mask must be given for {task}, unless IN are clean (--simulate)")
+    if mask is not None and not known.takes_mask:
+        raise ValueError(f"--mask must come with an inpainting task, got {task}")
+    level = known.sigma_y if sigma_y is None else check_positive("sigma_y", sigma_y)
+    seen = None if mask is None else read_image(mask).mean((0, 1)) > 0
+    pictures = find_pictures(sources, out)
+    process, processes = process_place()
+    share = pictures[process::processes]
+    whole, where = load_named(prior, device)
+    if steps is not None:
+        if not isinstance(whole, DiffusionPrior):
+            raise ValueError(f"--steps must come with a diffusion prior, got {prior}")
+        whole = whole.with_steps(steps)
+    if method != "gibbs" and not lacks_statistics(whole):
+        # Before pictures are looked at: settings that tell finished ones hold the statistics.
+        with_own_statistics(whole, (3, SIDE, SIDE))
+    loaded = whole
+    if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
+        loaded = tiled(whole, tile)
+    open_folder(out)
+    settings = {
+        "task": task,
+        "prior": prior,
+        "prior_sha256": card_digest(loaded),
+        "simulated": simulate,
+        "mask_sha256": None if mask is None else sha256(mask.read_bytes()),
+        "sigma_y": level,
+        "nfe": nfe,
+        "samples": samples,
+        "estimate": estimate,
+        "method": method,
+        "steps": steps,
+        "tile": None if loaded is whole else tile,
+        "seed": seed,
+        "version": __version__,
+    }
+
+    @lru_cache(maxsize=8)
+    def make(sides: tuple[int, int]) -> Task:
+        return make_masked_task(task, level, seen, sides, seed)
+
+    bad: list[str] = []
+    done = 0
+
+    def read() -> Iterator[Job]:
+        for name, path in share:
+            try:
+                of_this = settings | {"input_sha256": sha256(path.read_bytes())}
+                if is_finished(out, name, of_this):
+                    advance(1)
+                    continue
+                key = (seed, int(sha256(name.encode())[:16], 16))
+                prepared: tuple[Task, Tensor, Tensor | None] = (
+                    prepare_clean(path, loaded, make, key)
+                    if simulate
+                    else prepare_measurement(path, loaded, make, known)
+                )
+                yield Job(name, path, key, *prepared, of_this | {"device": str(where)})
+            except (OSError, ValueError) as error:
+                bad.append(name_once(path, error))
+                advance(1)
+
+    def restore(jobs: list[Job]) -> Iterator[tuple[Job, Result]]:
+        try:
+            result = ncvsd_inverse.solve(
+                torch.cat([job.y for job in jobs]).to(where),
+                operator=jobs[0].task.operator,
+                prior=loaded,
+                nfe=nfe,
+                sigma_y=level,
+                num_samples=samples,
+                estimate=estimate,
+                method=method,
+                seed=[job.key for job in jobs],
+                progress=len(pictures) == 1 and sys.stderr.isatty(),
+            )
+        except DivergenceError as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    yield from restore([job])
+            else:
+                bad.append(name_once(jobs[0].path, error))
+                advance(1)
+            return
+        for place, job in enumerate(jobs):
+            yield job, one_image(result, place)
+
+    most = PIXELS_TOGETHER.get(where.type, PIXELS_TOGETHER["cuda"])
+    shown = sys.stderr.isatty() and process == 0 and len(share) > 1
+    with progress_bar("pictures", len(share), shown=shown) as advance:
+        for jobs in batch_by_size(read(), most // max(samples, 1)):
+            for job, result in restore(jobs):
+                write_result(out, job, result)
+                done += 1
+                advance(1)
+    if len(share) > 1:
+        before = len(share) - done - len(bad)
+        typer.echo(f"{done} pictures restored, {before} finished before, {len(bad)} failed")
+    report_failures(bad, len(pictures))

@@ -1,0 +1,57 @@
+"""What training a teacher and distilling it do alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import typer
+
+if TYPE_CHECKING:
+    from ncvsd_inverse.training import DistillRun, TeacherRun
+    from ncvsd_inverse.training.config import TrainConfig
+    from ncvsd_inverse.training.data.image_data import TrainingData
+
+
+def given_options(changes: Mapping[str, object]) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def read_training_data(source: Path, settings: "TrainConfig") -> "TrainingData":
+    """Read training images as a configuration wants them."""
+    from ncvsd_inverse.training import read_data
+
+    side = settings.network.resolution
+    return read_data(
+        source,
+        crop=side if settings.any_size else None,
+        resolution=None if settings.any_size else side,
+        channels=settings.network.image_channels,
+        flip=settings.flip,
+        labels=settings.network.num_classes > 0,
+    )
+
+
+def run_training(run: "TeacherRun | DistillRun", source: Path, seconds: float) -> None:
+    """Run to the end or for `seconds`, watched, and leave a prior in the run's folder."""
+    from ncvsd_inverse.training.watch import Watcher, keep_run_statistics, save_run_prior
+
+    if not run.accelerator.is_main_process:
+        run.run(seconds=seconds)
+        run.accelerator.wait_for_everyone()
+        return
+    typer.echo(
+        f"{run.folder}: {run.accelerator.num_processes} process(es) on {run.device}, "
+        f"{run.config.compute_dtype}, {torch.get_num_threads()} CPU threads"
+    )
+    batch = next(run.data.batches(0, run.config.batch_size, seed=run.config.seed))
+    watcher = Watcher(run, batch.images)
+    with watcher.watching():
+        done = run.run(seconds=seconds, on_log=watcher.on_log, on_checkpoint=watcher.on_checkpoint)
+    stem = save_run_prior(run, source.name)
+    keep_run_statistics(run, stem)
+    state = "finished" if done else "stopped, the same command goes on"
+    typer.echo(f"{state} after {run.images_seen} images; load_prior('{stem}')")
+    # A process that ended before would take the others with it.
+    run.accelerator.wait_for_everyone()
