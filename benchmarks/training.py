@@ -2,15 +2,15 @@
 
     python benchmarks/training.py [--preset faces64] [--batch 32] [--repeats 5] [--out figures.json]
 
-Prints images a second and peak memory of a distillation's three steps (score model,
-discriminator, generator) and of its whole iteration: of `DistillRun` in float32 and in bfloat16,
-compiled and not, and of a plain loop, which is written below: a fresh batch for each step, float32,
-not compiled, every weight normalised within autograd at every forward pass, as EDM2's equations
-say. (The published code also overwrites the stored weights in each training pass; that is left
-out, which favours the plain loop.) Neither has the energy score that some presets add. Times are
-medians of iterations taken in turn in one process. Memory is the peak over what the process held
-before its networks were made, each way in a fresh process: resident memory on a CPU, allocated
-memory on a GPU.
+Prints images a second and peak memory of a distillation's three steps (score model, discriminator,
+generator) and of its whole iteration: of `DistillationTrainer` in float32 and in bfloat16, compiled
+and not, and of a plain loop, which is written below: a fresh batch for each step, float32, not
+compiled, every weight normalised within autograd at every forward pass, as EDM2's equations say.
+(The published code also overwrites the stored weights in each training pass; that is left out,
+which favours the plain loop.) Neither has the energy score that some presets add. Times are medians
+of iterations taken in turn in one process. Memory is the peak over what the process held before its
+networks were made, each way in a fresh process: resident memory on a CPU, allocated memory on a
+GPU.
 
 The trainer's steps share, in each iteration, one batch of images, the noisy views y and the images
 that the generator draws from y: two of three generator passes and two of three batches are saved.
@@ -54,10 +54,10 @@ from ncvsd_inverse.networks import (
 )
 from ncvsd_inverse.networks.edm2_layers import MPConv
 from ncvsd_inverse.schedules import karras
-from ncvsd_inverse.training import DistillConfig, DistillRun, ImageData
-from ncvsd_inverse.training.data.image_data import Batch
+from ncvsd_inverse.training import DistillationTrainer, DistillConfig, ImageData
+from ncvsd_inverse.training.data import Batch
 from ncvsd_inverse.training.losses import (
-    View,
+    Observation,
     add_noise,
     adversarial_loss,
     distillation_loss,
@@ -168,7 +168,7 @@ def _most_so_far() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-class MeteredRun(DistillRun):
+class MeteredTrainer(DistillationTrainer):
     """The trainer, whose steps are measured."""
 
     meter: Meter
@@ -246,15 +246,15 @@ class PlainLoop:
                 for mean, value in pairs:
                     mean.lerp_(value, 0.01)
 
-    def draw(self) -> tuple[Tensor, View, Tensor]:
+    def draw(self) -> tuple[Tensor, Observation, Tensor]:
         """Return a fresh batch of images, their noisy views, and noise levels t, (B,)."""
         images = next(self.batches).images.to(self.meter.device)
         picks = torch.randint(len(self.levels), (len(images),), device=images.device)
         sigma = self.levels[picks]
         t = (self.config.t_mean + self.config.t_std * torch.randn_like(sigma)).exp()
-        return images, View(add_noise(images, sigma, torch.randn_like(images)), sigma), t
+        return images, Observation(add_noise(images, sigma, torch.randn_like(images)), sigma), t
 
-    def generate(self, y: View) -> tuple[Tensor, Tensor]:
+    def generate(self, y: Observation) -> tuple[Tensor, Tensor]:
         """Return images generated from `y` and the levels (B,) the network was called with."""
         z = torch.randn_like(y.image)
         return generate(self.generator, y, z, gamma=self.config.gamma)
@@ -319,7 +319,7 @@ def make_way(name: str, config: DistillConfig, device: torch.device, folder: Pat
         return Way(PlainLoop(config, batches, teacher, meter).iterate, meter)
     precision, compiled = OURS[name]
     config = replace(config, precision=precision, compile=compiled)
-    run = MeteredRun(config, data, folder / name, teacher)
+    run = MeteredTrainer(config, data, folder / name, teacher)
     run.meter = meter
     return Way(lambda: run.advance(next(batches)), meter)
 

@@ -31,7 +31,7 @@ from ncvsd_inverse.images import centre_crop, read_images, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.training import DistillConfig, DistillRun, ImageData, load_teacher
+from ncvsd_inverse.training import DistillationTrainer, DistillConfig, ImageData, load_teacher
 from ncvsd_inverse.training.checkpoint import read_checkpoint
 from ncvsd_inverse.training.trainer import CHECKPOINT, LOG
 
@@ -147,7 +147,7 @@ def ship(
     write_picture(HERE / name / "draws.jpg", student, slow, images[:PICTURES, :, :side, :side])
 
 
-def open_run(folder: Path, teacher_folder: Path) -> DistillRun:
+def open_run(folder: Path, teacher_folder: Path) -> DistillationTrainer:
     """Return a distillation as it was left, for reading."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings.pop("run")
@@ -155,7 +155,7 @@ def open_run(folder: Path, teacher_folder: Path) -> DistillRun:
     # Judging is short: compiling the networks would take longer than it saves.
     config = replace(config, compile=False)
     nothing = ImageData(torch.zeros(1, config.network.image_channels, 8, 8, dtype=torch.uint8))
-    run = DistillRun(config, nothing, folder, load_teacher(teacher_folder))
+    run = DistillationTrainer(config, nothing, folder, load_teacher(teacher_folder))
     run.load()
     return run
 

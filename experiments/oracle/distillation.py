@@ -3,9 +3,9 @@ r"""Distil teachers whose posterior is known, and hold the student's draws again
     python experiments/oracle/distillation.py
 
 Two mixtures of Gaussians give the teacher E[x0 | x] and exact draws of x0 given u = x0 + sigma eps:
-one of points in the plane, one of 8x8 images. Each is distilled by `DistillRun` twice, as published
-(gamma 0.414) and without the extra noise (gamma 0). Prints a table, and writes it with a picture
-beside this file (distillation.md, distillation.png, distillation.json).
+one of points in the plane, one of 8x8 images. Each is distilled by `DistillationTrainer` twice, as
+published (gamma 0.414) and without the extra noise (gamma 0). Prints a table, and writes it with a
+picture beside this file (distillation.md, distillation.png, distillation.json).
 """
 
 import argparse
@@ -27,9 +27,9 @@ from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.networks import UNetShape
 from ncvsd_inverse.networks.edm2_layers import FourierFeatures
 from ncvsd_inverse.priors import GaussianMixturePrior
-from ncvsd_inverse.training import DistillConfig, DistillRun
-from ncvsd_inverse.training.data.image_data import Batch
-from ncvsd_inverse.training.losses import View, add_noise, generate
+from ncvsd_inverse.training import DistillationTrainer, DistillConfig
+from ncvsd_inverse.training.data import Batch
+from ncvsd_inverse.training.losses import Observation, add_noise, generate
 
 HERE = Path(__file__).parent
 GAMMA = 0.414
@@ -298,7 +298,7 @@ def distil(case: Case) -> nn.Module:
     discriminator = nn.Linear(1, 1)
     data = Draws(case.prior, case.stack)
     with tempfile.TemporaryDirectory() as folder:
-        run = DistillRun(
+        run = DistillationTrainer(
             case.config,
             data,
             folder,
@@ -311,7 +311,7 @@ def distil(case: Case) -> nn.Module:
 
 
 @torch.no_grad()
-def draw(network: nn.Module, y: View, gamma: float, source: torch.Generator) -> Tensor:
+def draw(network: nn.Module, y: Observation, gamma: float, source: torch.Generator) -> Tensor:
     """Draw x0 given y, one network call; gamma may be 0, which `NCVSDPrior` refuses."""
     z = torch.randn(y.image.shape, generator=source)
     return generate(network, y, z, gamma=gamma)[0]
@@ -338,7 +338,7 @@ def squared_distance(a: Tensor, b: Tensor) -> float:
     return float(gaps.square().mean() / b.var(0).mean())
 
 
-def torn_share(case: Case, y: View) -> float:
+def torn_share(case: Case, y: Observation) -> float:
     """Return the share of noisy images that no component explains with a probability of 0.9."""
     weights, means, covariances = case.mixture
     noisy = covariances + y.sigma[0] ** 2 * torch.eye(covariances.shape[-1])
@@ -382,10 +382,10 @@ def judge(
     """
     prior, gamma, source = case.prior, case.config.gamma, torch.Generator().manual_seed(1)
 
-    def noisy(num: int) -> tuple[Tensor, View]:
+    def noisy(num: int) -> tuple[Tensor, Observation]:
         x0 = prior.draw(num, generator=source)
         level = torch.full((num,), sigma)
-        return x0, View(add_noise(x0, level, torch.randn(x0.shape, generator=source)), level)
+        return x0, Observation(add_noise(x0, level, torch.randn(x0.shape, generator=source)), level)
 
     x0, y = noisy(pairs)
     mean = prior.denoise(y.image, sigma)
@@ -402,7 +402,7 @@ def judge(
     for image in y.image:
         u = image.expand(draws, *image.shape)
         exact = [prior.sample(u, sigma, generator=source) for _ in range(2)]
-        drawn = draw(network, View(u, torch.full((draws,), sigma)), gamma, source)
+        drawn = draw(network, Observation(u, torch.full((draws,), sigma)), gamma, source)
         distances.append(squared_distance(drawn, exact[0]))
         floors.append(squared_distance(exact[1], exact[0]))
     return Row(
@@ -525,7 +525,7 @@ def draws_beside(results: list[Result], u: Tensor, sigma: float) -> Iterator[Ten
     source = torch.Generator().manual_seed(3)
     yield results[0].case.prior.sample(u, sigma, generator=source)
     for result in results:
-        y = View(u, torch.full((len(u),), sigma))
+        y = Observation(u, torch.full((len(u),), sigma))
         yield draw(result.network, y, result.case.config.gamma, source)
 
 

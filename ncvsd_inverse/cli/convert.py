@@ -8,6 +8,10 @@ import typer
 from ncvsd_inverse import load_prior
 from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own_statistics
 
+__all__ = [
+    "convert",
+]
+
 
 def convert(
     source: Annotated[

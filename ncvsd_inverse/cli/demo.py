@@ -15,6 +15,12 @@ from ncvsd_inverse.metrics import psnr, ssim
 from ncvsd_inverse.protocols import PriorTraits
 from ncvsd_inverse.tasks import Task
 
+__all__ = [
+    "ASSETS",
+    "TASKS",
+    "demo",
+]
+
 ASSETS = Path(__file__).parents[1] / "assets"
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian")

@@ -18,6 +18,10 @@ from ncvsd_inverse.cli.options import (
 )
 from ncvsd_inverse.cli.training_run import given_options, read_training_data, run_training
 
+__all__ = [
+    "distill",
+]
+
 
 def distill(
     config: Config,
@@ -38,11 +42,11 @@ def distill(
     Runs on one process, or on many under `accelerate launch` or `torchrun`; --fsdp, or
     `accelerate launch --use_fsdp`, shards the networks over them.
     """
-    from ncvsd_inverse.training import DistillRun, load_teacher
+    from ncvsd_inverse.training import DistillationTrainer, load_teacher
     from ncvsd_inverse.training.presets import load_distill_config
 
     changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch, "init": init}
     settings = replace(load_distill_config(config), **given_options(changes))
     pictures = read_training_data(data, settings)
-    run = DistillRun(settings, pictures, out, load_teacher(teacher), shard=shard)
+    run = DistillationTrainer(settings, pictures, out, load_teacher(teacher), shard=shard)
     run_training(run, data, seconds)

@@ -9,6 +9,10 @@ import typer
 from ncvsd_inverse.cli.options import Device
 from ncvsd_inverse.machine import find_device
 
+__all__ = [
+    "encode",
+]
+
 
 def encode(
     source: Annotated[

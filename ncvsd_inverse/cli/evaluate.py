@@ -29,6 +29,10 @@ from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+__all__ = [
+    "evaluate",
+]
+
 
 def evaluate(
     prior: Annotated[str, typer.Argument(help="A name of `ncvsd priors`, or a path.")],

@@ -27,6 +27,23 @@ from ncvsd_inverse.priors.statistics import ImageStatistics
 from ncvsd_inverse.protocols import Prior, PriorTraits
 from ncvsd_inverse.tasks import Task
 
+__all__ = [
+    "Job",
+    "batch_by_size",
+    "card_digest",
+    "find_pictures",
+    "is_finished",
+    "make_masked_task",
+    "name_once",
+    "one_image",
+    "prepare_clean",
+    "prepare_measurement",
+    "process_place",
+    "report_failures",
+    "sha256",
+    "write_result",
+]
+
 
 @dataclass(frozen=True)
 class Job:

@@ -12,6 +12,14 @@ from ncvsd_inverse.images import centre_crop_to_multiple, resize_cover
 from ncvsd_inverse.machine import find_device
 from ncvsd_inverse.protocols import NetworkBacked, NetworkTraits, Prior, PriorTraits
 
+__all__ = [
+    "fit_picture",
+    "load_named",
+    "open_folder",
+    "sides_of",
+    "size_multiple",
+]
+
 
 def load_named(name: str, device: str | None) -> tuple[Prior, torch.device]:
     """Load a prior and say where and how it computes."""

@@ -5,6 +5,23 @@ from typing import Annotated
 
 import typer
 
+__all__ = [
+    "Batch",
+    "Config",
+    "Data",
+    "Device",
+    "Images",
+    "Init",
+    "Microbatch",
+    "Nfe",
+    "PriorName",
+    "RunFolder",
+    "Samples",
+    "Seconds",
+    "Seed",
+    "Shard",
+]
+
 PriorName = Annotated[str, typer.Option("--prior", help="A name of `ncvsd priors`, or a path.")]
 Nfe = Annotated[int, typer.Option("--nfe", help="Network forward passes a sample.")]
 Samples = Annotated[int, typer.Option("--samples", help="Posterior samples for each image.")]

@@ -8,6 +8,10 @@ from ncvsd_inverse import CheckpointError, list_priors
 from ncvsd_inverse.priors import PriorCard, PublishedPrior, describe_prior
 from ncvsd_inverse.priors.registry import kept_file, search_folders
 
+__all__ = [
+    "priors",
+]
+
 
 def priors(
     name: Annotated[str | None, typer.Argument(help="Print the card of this prior.")] = None,

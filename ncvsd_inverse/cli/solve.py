@@ -38,6 +38,10 @@ from ncvsd_inverse.priors.tiled import TILE, tiled
 from ncvsd_inverse.sampling.solve import Estimate, Method
 from ncvsd_inverse.tasks import Task
 
+__all__ = [
+    "solve",
+]
+
 PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
 

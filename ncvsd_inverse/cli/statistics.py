@@ -14,6 +14,10 @@ from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.own_statistics import SIDE, num_images, own_statistics
 
+__all__ = [
+    "statistics",
+]
+
 
 def statistics(
     prior: Annotated[str, typer.Argument(help="A name of `ncvsd priors`, or a path.")],

@@ -15,6 +15,10 @@ from ncvsd_inverse.cli.options import (
 )
 from ncvsd_inverse.cli.training_run import given_options, read_training_data, run_training
 
+__all__ = [
+    "train",
+]
+
 
 def train(
     config: Config,
@@ -32,10 +36,10 @@ def train(
     Runs on one process, or on many under `accelerate launch` or `torchrun`; --fsdp, or
     `accelerate launch --use_fsdp`, shards the networks over them.
     """
-    from ncvsd_inverse.training import TeacherRun
+    from ncvsd_inverse.training import TeacherTrainer
     from ncvsd_inverse.training.presets import load_teacher_config
 
     changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch, "init": init}
     settings = replace(load_teacher_config(config), **given_options(changes))
     pictures = read_training_data(data, settings)
-    run_training(TeacherRun(settings, pictures, out, shard=shard), data, seconds)
+    run_training(TeacherTrainer(settings, pictures, out, shard=shard), data, seconds)

@@ -8,9 +8,15 @@ import torch
 import typer
 
 if TYPE_CHECKING:
-    from ncvsd_inverse.training import DistillRun, TeacherRun
+    from ncvsd_inverse.training import DistillationTrainer, TeacherTrainer
     from ncvsd_inverse.training.config import TrainConfig
-    from ncvsd_inverse.training.data.image_data import TrainingData
+    from ncvsd_inverse.training.data import TrainingData
+
+__all__ = [
+    "given_options",
+    "read_training_data",
+    "run_training",
+]
 
 
 def given_options(changes: Mapping[str, object]) -> dict[str, Any]:
@@ -33,9 +39,10 @@ def read_training_data(source: Path, settings: "TrainConfig") -> "TrainingData":
     )
 
 
-def run_training(run: "TeacherRun | DistillRun", source: Path, seconds: float) -> None:
-    """Run to the end or for `seconds`, watched, and leave a prior in the run's folder."""
-    from ncvsd_inverse.training.watch import Watcher, keep_run_statistics, save_run_prior
+def run_training(run: "TeacherTrainer | DistillationTrainer", source: Path, seconds: float) -> None:
+    """Run to the end or for `seconds`, with a bar, and leave a prior in the run's folder."""
+    from ncvsd_inverse.training.export import keep_run_statistics, save_run_prior
+    from ncvsd_inverse.training.progress import ProgressReport
 
     if not run.accelerator.is_main_process:
         run.run(seconds=seconds)
@@ -46,9 +53,9 @@ def run_training(run: "TeacherRun | DistillRun", source: Path, seconds: float) -
         f"{run.config.compute_dtype}, {torch.get_num_threads()} CPU threads"
     )
     batch = next(run.data.batches(0, run.config.batch_size, seed=run.config.seed))
-    watcher = Watcher(run, batch.images)
-    with watcher.watching():
-        done = run.run(seconds=seconds, on_log=watcher.on_log, on_checkpoint=watcher.on_checkpoint)
+    report = ProgressReport(run, batch.images)
+    with report.showing():
+        done = run.run(seconds=seconds, on_log=report.on_log, on_checkpoint=report.on_checkpoint)
     stem = save_run_prior(run, source.name)
     keep_run_statistics(run, stem)
     state = "finished" if done else "stopped, the same command goes on"

@@ -11,6 +11,21 @@ from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.protocols import Denoiser, Prior
 
+__all__ = [
+    "DRAWS",
+    "GENERATION",
+    "HALVES",
+    "LEVELS",
+    "TEACHER_DRAWS",
+    "add_noise",
+    "check_sound",
+    "check_teacher",
+    "draw_samples",
+    "make_sources",
+    "over_pixels",
+    "reverse_diffusion",
+]
+
 LEVELS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Noise stds at which a prior is judged, image units."""
 

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from ncvsd_inverse.evaluation.posterior import Figure as Measured
     from ncvsd_inverse.evaluation.posterior import LevelFigures, PosteriorRatio
 
+__all__ = [
+    "COLUMNS",
+    "GridRow",
+    "save_evaluation_plot",
+    "save_picture_grid",
+]
+
 COLUMNS = ("truth", "measurement", "estimate", "std")
 
 

@@ -1,16 +1,16 @@
 """Training of priors: a teacher by denoising, then a generative denoiser by NCVSD distillation."""
 
 from ncvsd_inverse.training.config import DistillConfig, TeacherConfig
-from ncvsd_inverse.training.data.image_data import ImageData, read_data
-from ncvsd_inverse.training.distillation import DistillRun
-from ncvsd_inverse.training.teacher import TeacherRun, load_teacher
+from ncvsd_inverse.training.data import ImageData, read_data
+from ncvsd_inverse.training.distillation import DistillationTrainer
+from ncvsd_inverse.training.teacher import TeacherTrainer, load_teacher
 
 __all__ = [
     "DistillConfig",
-    "DistillRun",
+    "DistillationTrainer",
     "ImageData",
     "TeacherConfig",
-    "TeacherRun",
+    "TeacherTrainer",
     "load_teacher",
     "read_data",
 ]

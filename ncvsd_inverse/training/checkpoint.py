@@ -12,6 +12,11 @@ from torch import Tensor
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import whole_files
 
+__all__ = [
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and header to a safetensors file whole or not at all.

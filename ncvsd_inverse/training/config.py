@@ -12,6 +12,13 @@ import torch
 from ncvsd_inverse.checks import check_choice, check_count, check_non_negative, check_positive
 from ncvsd_inverse.networks import UNetShape, inference_dtype
 
+__all__ = [
+    "DistillConfig",
+    "Precision",
+    "TeacherConfig",
+    "TrainConfig",
+]
+
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 

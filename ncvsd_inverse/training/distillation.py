@@ -5,7 +5,7 @@ Source: Peng et al., arXiv 2506.09416.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from ncvsd_inverse.networks import (
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.schedules import karras
 from ncvsd_inverse.training.config import DistillConfig
-from ncvsd_inverse.training.data.image_data import TrainingData
+from ncvsd_inverse.training.data import TrainingData
 from ncvsd_inverse.training.losses import (
-    View,
+    Observation,
     add_noise,
     adversarial_loss,
     discriminator_losses,
@@ -33,30 +33,35 @@ from ncvsd_inverse.training.losses import (
     score_loss,
 )
 from ncvsd_inverse.training.teacher import check_same_networks
-from ncvsd_inverse.training.trainer import Micro, Run, log_variance, with_labels
+from ncvsd_inverse.training.trainer import Microbatch, Trainer, log_variance, with_labels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+__all__ = [
+    "DistillationTrainer",
+    "Draw",
+]
 
 
 class Draw(NamedTuple):
     """What the generator drew for a microbatch."""
 
-    y: View
+    u: Observation
     z: Tensor
     generated: Tensor
     sigma_hat: Tensor
 
 
-class DistillRun(Run[DistillConfig]):
+class DistillationTrainer(Trainer[DistillConfig]):
     """NCVSD distillation: generator, score model and discriminator, a step of each in turn.
 
-    The three steps share one batch of images, y and generated images; t and eps are drawn anew in
-    each. Each step's loss is a function of (image, y, generated image) whose law is the same in all
-    three, and the generator goes first: no network has then seen the batch before its own gradient
-    is taken, so each gradient has the law that it would have on a batch of its own. Score model and
-    discriminator see draws of the generator as it was before its step; with separate batches they
-    would see those after.
+    The three steps share one batch of images, noisy images u and generated images; t and eps are
+    drawn anew in each. Each step's loss is a function of (image, u, generated image) whose law
+    is the same in all three, and the generator goes first: no network has then seen the batch
+    before its own gradient is taken, so each gradient has the law that it would have on a batch
+    of its own. Score model and discriminator see draws of the generator as it was before its
+    step; with separate batches they would see those after.
 
     Args:
         config: the settings.
@@ -66,7 +71,7 @@ class DistillRun(Run[DistillConfig]):
         networks: generator, score model and discriminator to start from, for teachers that are
             not a `Denoiser`; by default all start from the teacher's weights.
         accelerator: the processes and device to run on; None: accelerate's defaults.
-        shard: whether the networks are spread over the processes (FSDP), see `Run`.
+        shard: whether the networks are spread over the processes (FSDP), see `Trainer`.
 
     Attributes:
         generator: the network that is distilled.
@@ -75,6 +80,8 @@ class DistillRun(Run[DistillConfig]):
         TypeError: if `teacher` is no `Denoiser` and no networks are given.
         ValueError: if its shape is not the configured one; the fields that differ are named.
     """
+
+    saved_as: ClassVar[str] = "DistillRun"
 
     def __init__(
         self,
@@ -107,75 +114,78 @@ class DistillRun(Run[DistillConfig]):
         levels = karras(config.num_levels, config.sigma_max, config.sigma_min)
         self._levels = torch.tensor(levels, device=self.device)
 
-    def train_step(self, micros: list[Micro]) -> None:
+    def train_step(self, microbatches: list[Microbatch]) -> None:
         """Take a step of the generator, of the score model and of the discriminator."""
         if self.images_seen < self.config.energy_images:
             rate = self.config.energy_rate
-            self.descend("generator", self._energy_losses(micros), rate=rate)
+            self.descend("generator", self._energy_losses(microbatches), rate=rate)
             return
         adversarial = self.images_seen >= self.config.adversarial_images
         # One microbatch keeps its graph for the generator's step; more are generated again.
-        once = len(micros) == 1
+        once = len(microbatches) == 1
         with torch.set_grad_enabled(once):
-            draws = [self._draw(micro) for micro in micros]
-        pairs = list(zip(micros, draws, strict=True))
+            draws = [self._draw(microbatch) for microbatch in microbatches]
+        pairs = list(zip(microbatches, draws, strict=True))
         self.descend("generator", self._generator_losses(pairs, adversarial, once))
         self.descend("score", self._score_losses(pairs))
         if adversarial:
             self.descend("discriminator", self._discriminator_losses(pairs))
 
-    def _draw(self, micro: Micro) -> Draw:
-        """Draw a noise level and noise for each image and generate from its noisy view."""
-        images = micro.images
-        places = micro.noise.uniform(images[:, 0, 0, 0]) * len(self._levels)
+    def _draw(self, microbatch: Microbatch) -> Draw:
+        """Draw a noise level and noise for each image and generate from its noisy observation."""
+        images = microbatch.images
+        places = microbatch.noise.uniform(images[:, 0, 0, 0]) * len(self._levels)
         sigma = self._levels[places.long().clamp(max=len(self._levels) - 1)]
-        y = View(add_noise(images, sigma, micro.noise.normal(images)), sigma)
-        return self._generate(micro, y, micro.noise.normal(images))
+        u = Observation(add_noise(images, sigma, microbatch.noise.normal(images)), sigma)
+        return self._generate(microbatch, u, microbatch.noise.normal(images))
 
-    def _generate(self, micro: Micro, y: View, z: Tensor) -> Draw:
-        network = with_labels(self._generator, micro.labels)
-        return Draw(y, z, *generate(network, y, z, gamma=self.config.gamma))
+    def _generate(self, microbatch: Microbatch, u: Observation, z: Tensor) -> Draw:
+        network = with_labels(self._generator, microbatch.labels)
+        return Draw(u, z, *generate(network, u, z, gamma=self.config.gamma))
 
-    def _score_losses(self, pairs: list[tuple[Micro, Draw]]) -> Iterator[Tensor]:
-        for micro, draw in pairs:
-            t = self.draw_t(micro)
+    def _score_losses(self, pairs: list[tuple[Microbatch, Draw]]) -> Iterator[Tensor]:
+        for microbatch, draw in pairs:
+            t = self.draw_t(microbatch)
             loss = score_loss(
-                with_labels(self._score, micro.labels),
+                with_labels(self._score, microbatch.labels),
                 log_variance(self.score, t),
                 draw.generated.detach(),
-                draw.y,
+                draw.u,
                 t,
-                micro.noise.normal(micro.images),
+                microbatch.noise.normal(microbatch.images),
                 sigma_data=self.config.sigma_data,
             )
             yield loss.flatten(1).mean(1)
 
-    def _discriminator_losses(self, pairs: list[tuple[Micro, Draw]]) -> Iterator[Tensor]:
-        for micro, draw in pairs:
+    def _discriminator_losses(self, pairs: list[tuple[Microbatch, Draw]]) -> Iterator[Tensor]:
+        for microbatch, draw in pairs:
             # Real and fake images go through together, so the labels are needed twice.
-            labels = None if micro.labels is None else micro.labels.repeat(2, 1)
+            labels = None if microbatch.labels is None else microbatch.labels.repeat(2, 1)
             real, fake = discriminator_losses(
                 with_labels(self._discriminator, labels),
-                micro.images,
+                microbatch.images,
                 draw.generated.detach(),
-                draw.y,
-                self.draw_t(micro),
-                (micro.noise.normal(micro.images), micro.noise.normal(micro.images)),
+                draw.u,
+                self.draw_t(microbatch),
+                (
+                    microbatch.noise.normal(microbatch.images),
+                    microbatch.noise.normal(microbatch.images),
+                ),
             )
             yield (real + fake) / 2
 
     def _generator_losses(
-        self, pairs: list[tuple[Micro, Draw]], adversarial: bool, once: bool
+        self, pairs: list[tuple[Microbatch, Draw]], adversarial: bool, once: bool
     ) -> Iterator[Tensor]:
-        for micro, first in pairs:
-            draw = first if once else self._generate(micro, first.y, first.z)
-            t, eps = self.draw_t(micro), micro.noise.normal(micro.images)
+        for microbatch, first in pairs:
+            draw = first if once else self._generate(microbatch, first.u, first.z)
+            t, eps = self.draw_t(microbatch), microbatch.noise.normal(microbatch.images)
             loss = distillation_loss(
-                with_labels(self.teacher, micro.labels),
-                with_labels(self.score, micro.labels),
+                with_labels(self.teacher, microbatch.labels),
+                with_labels(self.score, microbatch.labels),
                 draw.generated,
                 log_variance(self.generator, draw.sigma_hat),
-                draw.y,
+                draw.u,
                 t,
                 eps,
                 sigma_data=self.config.sigma_data,
@@ -183,24 +193,24 @@ class DistillRun(Run[DistillConfig]):
             loss = loss.flatten(1).mean(1)
             if adversarial:
                 self.discriminator.requires_grad_(False)
-                judge = with_labels(self.discriminator, micro.labels)
-                loss = loss + adversarial_loss(judge, draw.generated, draw.y, t, eps)
+                judge = with_labels(self.discriminator, microbatch.labels)
+                loss = loss + adversarial_loss(judge, draw.generated, draw.u, t, eps)
                 self.discriminator.requires_grad_(True)
             if self.config.energy_weight:
-                loss = loss + self.config.energy_weight * self._energy(micro, draw)
+                loss = loss + self.config.energy_weight * self._energy(microbatch, draw)
             yield loss
 
-    def _energy_losses(self, micros: list[Micro]) -> Iterator[Tensor]:
-        for micro in micros:
-            yield self._energy(micro, self._draw(micro))
+    def _energy_losses(self, microbatches: list[Microbatch]) -> Iterator[Tensor]:
+        for microbatch in microbatches:
+            yield self._energy(microbatch, self._draw(microbatch))
 
-    def _energy(self, micro: Micro, draw: Draw) -> Tensor:
+    def _energy(self, microbatch: Microbatch, draw: Draw) -> Tensor:
         """Return the energy score of `draw` and another one against the true images, (b,)."""
-        other = self._generate(micro, draw.y, micro.noise.normal(micro.images))
+        other = self._generate(microbatch, draw.u, microbatch.noise.normal(microbatch.images))
         return energy_loss(
             (draw.generated, other.generated),
-            micro.images,
-            draw.y.sigma,
+            microbatch.images,
+            draw.u.sigma,
             sigma_data=self.config.sigma_data,
         )
 

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.numerics import local_part
 
+__all__ = [
+    "PowerEMA",
+    "combination_weights",
+    "power_exponent",
+]
+
 
 def power_exponent(std: float) -> float:
     """Return the exponent of the power-function profile whose relative std is `std`.

@@ -1,7 +1,7 @@
 """The losses of teacher training and of NCVSD distillation, as pure functions.
 
-Image tensors are (B, C, H, W); sigma and t
-are noise stds, (B,), in image units; z and eps are standard normal, shaped like the images.
+Image tensors are (B, C, H, W); sigma and t are noise stds, (B,), in image units; z and eps are
+standard normal, shaped like the images; u is an observation on which networks are conditioned.
 Networks come as plain functions, their learned log variances (B, 1, 1, 1) beside them.
 
 Source: Peng et al., arXiv 2506.09416; Karras et al., arXiv 2206.00364 and 2312.02696.
@@ -14,6 +14,22 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.numerics import expand_level
 from ncvsd_inverse.priors.observations import combine_observations, raise_noise
+
+__all__ = [
+    "Conditional",
+    "Observation",
+    "UnconditionalDenoiser",
+    "add_noise",
+    "adversarial_loss",
+    "denoising_loss",
+    "discriminator_losses",
+    "distillation_loss",
+    "energy_loss",
+    "generate",
+    "loss_weight",
+    "score_loss",
+    "weighted_error",
+]
 
 DETAIL_STD = 0.2
 """Std of a band of detail over that of the images; 0.12 to 0.28 of faces and photographs."""
@@ -31,7 +47,7 @@ class UnconditionalDenoiser(Protocol):
 
 
 class Conditional(Protocol):
-    """A network of `x` that is also given a second noisy view of the same image.
+    """A network of `x` that is conditioned on a second noisy observation of the same image.
 
     A denoiser returns images (B, C, H, W), a discriminator logits (B,).
     """
@@ -43,8 +59,8 @@ class Conditional(Protocol):
         ...
 
 
-class View(NamedTuple):
-    """A noisy image and its noise std (B,)."""
+class Observation(NamedTuple):
+    """Noisy images (B, C, H, W) and their noise stds (B,)."""
 
     image: Tensor
     sigma: Tensor
@@ -81,24 +97,26 @@ def denoising_loss(
     return weighted_error(error, t, log_variance, sigma_data)
 
 
-def generate(generator: Conditional, y: View, z: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
-    """Return the generator's draws given `y` and the level (B,) its network was called with."""
-    y_hat, sigma_hat = raise_noise(y.image, y.sigma, z, gamma)
-    return generator(y_hat, sigma_hat, y.image, y.sigma), sigma_hat
+def generate(
+    generator: Conditional, u: Observation, z: Tensor, *, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Return the generator's draws given `u` and the level (B,) its network was called with."""
+    raised, sigma_hat = raise_noise(u.image, u.sigma, z, gamma)
+    return generator(raised, sigma_hat, u.image, u.sigma), sigma_hat
 
 
 def score_loss(
     score: Conditional,
     log_variance: Tensor,
     generated: Tensor,
-    y: View,
+    u: Observation,
     t: Tensor,
     eps: Tensor,
     *,
     sigma_data: float = 0.5,
 ) -> Tensor:
     """Return the score model's denoising loss on generated images per pixel, (B, C, H, W)."""
-    error = score(add_noise(generated, t, eps), t, y.image, y.sigma) - generated
+    error = score(add_noise(generated, t, eps), t, u.image, u.sigma) - generated
     return weighted_error(error, t, log_variance, sigma_data)
 
 
@@ -106,7 +124,7 @@ def discriminator_losses(
     discriminator: Conditional,
     real: Tensor,
     fake: Tensor,
-    y: View,
+    u: Observation,
     t: Tensor,
     eps: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -116,7 +134,7 @@ def discriminator_losses(
     in one pass.
     """
     noisy = torch.cat([add_noise(real, t, eps[0]), add_noise(fake, t, eps[1])])
-    condition, sigma = y.image.repeat(2, 1, 1, 1), y.sigma.repeat(2)
+    condition, sigma = u.image.repeat(2, 1, 1, 1), u.sigma.repeat(2)
     real_logits, fake_logits = discriminator(noisy, t.repeat(2), condition, sigma).chunk(2)
     return nn.functional.softplus(-real_logits), nn.functional.softplus(fake_logits)
 
@@ -126,7 +144,7 @@ def distillation_loss(
     score: Conditional,
     generated: Tensor,
     log_variance: Tensor,
-    y: View,
+    u: Observation,
     t: Tensor,
     eps: Tensor,
     *,
@@ -135,21 +153,21 @@ def distillation_loss(
     """Return the variational score distillation loss per pixel, (B, C, H, W).
 
     Its gradient with respect to `generated` is that of the divergence between the law of the
-    generated images and the teacher's posterior given y, at noise level t. `log_variance` is the
+    generated images and the teacher's posterior given u, at noise level t. `log_variance` is the
     generator's own head at the level its network was called with.
     """
     with torch.no_grad():
         x_t = add_noise(generated, t, eps)
-        target = teacher(*combine_observations(y.image, y.sigma, x_t, t))
-        target = target - score(x_t, t, y.image, y.sigma) + generated
+        target = teacher(*combine_observations(u.image, u.sigma, x_t, t))
+        target = target - score(x_t, t, u.image, u.sigma) + generated
     return weighted_error(generated - target, t, log_variance, sigma_data)
 
 
 def adversarial_loss(
-    discriminator: Conditional, generated: Tensor, y: View, t: Tensor, eps: Tensor
+    discriminator: Conditional, generated: Tensor, u: Observation, t: Tensor, eps: Tensor
 ) -> Tensor:
-    """Return -log C(x_t, t | y, sigma) of generated images, (B,)."""
-    logits = discriminator(add_noise(generated, t, eps), t, y.image, y.sigma)
+    """Return -log C(x_t, t | u, sigma) of generated images, (B,)."""
+    logits = discriminator(add_noise(generated, t, eps), t, u.image, u.sigma)
     return nn.functional.softplus(-logits)
 
 
@@ -161,13 +179,12 @@ def energy_loss(
     sigma_data: float = 0.5,
     patch: int = 8,
 ) -> Tensor:
-    """Return the energy score of two draws given y at level sigma against the true images, (B,).
+    """Return the energy score of two draws given u at level sigma against the true images, (B,).
 
-    (|a - x0| + |b - x0| - |a - b|) / 2 in root mean squares, summed over views of the three
-    images: whole, in patches, and in patches of half the side of each band of a Laplacian
-    pyramid, which judge fine and coarse structure each on its own scale. Every view is taken in
-    units of what sigma leaves unknown of it. The expectation is least where the draws follow the
-    law of x0 given y, and no other network is needed.
+    (|a - x0| + |b - x0| - |a - b|) / 2 in root mean squares: of whole images, of patches, and of
+    patches of half the side in each band of a Laplacian pyramid, so that fine and coarse structure
+    count alike. Each is taken in units of its posterior std given u. The expectation is least where
+    the draws follow the law of x0 given u, and no other network is needed.
 
     Source: Gneiting & Raftery, Strictly proper scoring rules, JASA 2007.
     """
@@ -178,7 +195,7 @@ def energy_loss(
 
 
 def _distance(difference: Tensor, sigma: Tensor, sigma_data: float, patch: int) -> Tensor:
-    """Return the sum of root mean squares of a difference of images over their views, (B,)."""
+    """Return the sum of root mean squares of a difference of images, by patches and bands, (B,)."""
     difference = difference.float()
     pixels = _root_mean_square(difference, max(difference.shape)) / 2
     pixels = pixels + _root_mean_square(difference, patch) / 2

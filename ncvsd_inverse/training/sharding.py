@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed.device_mesh import DeviceMesh
 
+__all__ = [
+    "average_whole_gradients_",
+    "gather",
+    "make_hollow",
+    "make_mesh",
+    "optimizer_groups",
+    "shard_",
+    "share_first_",
+    "split_like",
+    "stays_whole",
+]
+
 
 def make_mesh(device: torch.device, processes: int) -> "DeviceMesh":
     """Return the line of all processes."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,24 @@ from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.training.checkpoint import read_checkpoint
 from ncvsd_inverse.training.config import TeacherConfig, TrainConfig
-from ncvsd_inverse.training.data.image_data import TrainingData
+from ncvsd_inverse.training.data import TrainingData
 from ncvsd_inverse.training.losses import denoising_loss
-from ncvsd_inverse.training.trainer import CHECKPOINT, Micro, Run, log_variance, with_labels
+from ncvsd_inverse.training.trainer import (
+    CHECKPOINT,
+    Microbatch,
+    Trainer,
+    log_variance,
+    with_labels,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+__all__ = [
+    "TeacherTrainer",
+    "check_same_networks",
+    "load_teacher",
+]
 
 _DROPOUT_STREAM = 4
 
@@ -40,7 +52,7 @@ def load_teacher(source: str | Path) -> Denoiser:
     if (folder / CHECKPOINT).is_file():
         state, header = read_checkpoint(folder / CHECKPOINT)
         settings = dict(header["config"])
-        if settings.pop("run", None) != TeacherRun.__name__:
+        if settings.pop("run", None) != TeacherTrainer.saved_as:
             raise ValueError(f"teacher must be the folder of a teacher's run, got {source}")
         config = TeacherConfig.from_dict(settings)
         network: nn.Module = _new_teacher(config)
@@ -79,7 +91,7 @@ def _new_teacher(config: TeacherConfig) -> Denoiser:
     )
 
 
-class TeacherRun(Run[TeacherConfig]):
+class TeacherTrainer(Trainer[TeacherConfig]):
     """Training of a teacher: EDM's denoising loss with learned uncertainty weighting.
 
     Args:
@@ -88,7 +100,7 @@ class TeacherRun(Run[TeacherConfig]):
         folder: where the run lives; an existing run there is resumed.
         network: the teacher to train; None: a `Denoiser` as configured.
         accelerator: the processes and device to run on; None: accelerate's defaults.
-        shard: whether the network is spread over the processes (FSDP), see `Run`.
+        shard: whether the network is spread over the processes (FSDP), see `Trainer`.
 
     Attributes:
         network: the teacher.
@@ -96,6 +108,8 @@ class TeacherRun(Run[TeacherConfig]):
     Sources:
         Karras et al., arXiv 2206.00364 (loss) and 2312.02696 (uncertainty weighting).
     """
+
+    saved_as: ClassVar[str] = "TeacherRun"
 
     def __init__(
         self,
@@ -116,10 +130,10 @@ class TeacherRun(Run[TeacherConfig]):
             self.network.load_state_dict(start.state_dict())
         self._network = self.add("teacher", self.network, average=True)
 
-    def train_step(self, micros: list[Micro]) -> None:
+    def train_step(self, microbatches: list[Microbatch]) -> None:
         """Take one denoising step."""
         with self._seeded_dropout():
-            self.descend("teacher", self._losses(micros))
+            self.descend("teacher", self._losses(microbatches))
 
     @contextmanager
     def _seeded_dropout(self) -> Iterator[None]:
@@ -132,15 +146,15 @@ class TeacherRun(Run[TeacherConfig]):
             torch.manual_seed(source.initial_seed())
             yield
 
-    def _losses(self, micros: list[Micro]) -> Iterator[Tensor]:
-        for micro in micros:
-            t = self.draw_t(micro)
+    def _losses(self, microbatches: list[Microbatch]) -> Iterator[Tensor]:
+        for microbatch in microbatches:
+            t = self.draw_t(microbatch)
             loss = denoising_loss(
-                with_labels(self._network, micro.labels),
+                with_labels(self._network, microbatch.labels),
                 log_variance(self.network, t),
-                micro.images,
+                microbatch.images,
                 t,
-                micro.noise.normal(micro.images),
+                microbatch.noise.normal(microbatch.images),
                 sigma_data=self.config.sigma_data,
             )
             yield loss.flatten(1).mean(1)

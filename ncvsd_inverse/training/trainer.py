@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ncvsd_inverse.networks import Network, UNetShape, constrain_weights_, proje
 from ncvsd_inverse.numerics import draw_normal, local_part, make_generators
 from ncvsd_inverse.training.checkpoint import read_checkpoint, write_checkpoint
 from ncvsd_inverse.training.config import TrainConfig
-from ncvsd_inverse.training.data.image_data import Batch, TrainingData
+from ncvsd_inverse.training.data import Batch, TrainingData
 from ncvsd_inverse.training.ema import PowerEMA, combination_weights
 from ncvsd_inverse.training.sharding import (
     average_whole_gradients_,
@@ -39,6 +39,17 @@ from ncvsd_inverse.training.sharding import (
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+__all__ = [
+    "CHECKPOINT",
+    "LOG",
+    "Config",
+    "Microbatch",
+    "Noise",
+    "Trainer",
+    "log_variance",
+    "with_labels",
+]
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -69,7 +80,7 @@ class Noise:
         return out
 
 
-class Micro:
+class Microbatch:
     """One pass's share of a batch: images (b, C, H, W), labels (b, K) or None, and noise."""
 
     def __init__(self, batch: Batch, noise: Noise) -> None:
@@ -89,7 +100,7 @@ def log_variance(module: nn.Module, sigma: Tensor) -> Tensor:
     return head(sigma)
 
 
-class Run(ABC, Generic[Config]):
+class Trainer(ABC, Generic[Config]):
     """One training run in one folder, on one process or many.
 
     The folder holds `config.json`, `log.jsonl` (a line of statistics every so often),
@@ -106,6 +117,9 @@ class Run(ABC, Generic[Config]):
             processes (FSDP) instead of repeated in each (DDP); `accelerate launch --use_fsdp`
             asks for it too. Files are the same either way.
     """
+
+    saved_as: ClassVar[str]
+    """Name of the kind of run in its files."""
 
     def __init__(
         self,
@@ -192,7 +206,7 @@ class Run(ABC, Generic[Config]):
             network.compile()
 
     @abstractmethod
-    def train_step(self, micros: list[Micro]) -> None:
+    def train_step(self, microbatches: list[Microbatch]) -> None:
         """Take one step of every module on this process's share of a batch."""
 
     @property
@@ -259,7 +273,7 @@ class Run(ABC, Generic[Config]):
         Args:
             batch: this process's rows of a batch.
         """
-        self.train_step(self._micros(batch))
+        self.train_step(self._microbatches(batch))
         self.step += 1
         for name, average in self.averages.items():
             average.update(self.modules[name], self.step)
@@ -308,9 +322,9 @@ class Run(ABC, Generic[Config]):
         rise = min((self.images_seen + config.batch_size) / max(config.warmup_images, 1), 1.0)
         return config.learning_rate * rise / math.sqrt(max(self.step / config.decay_steps, 1.0))
 
-    def draw_t(self, micro: Micro) -> Tensor:
+    def draw_t(self, microbatch: Microbatch) -> Tensor:
         """Draw the noise levels of a microbatch's losses, (b,)."""
-        eps = micro.noise.normal(micro.images[:, 0, 0, 0])
+        eps = microbatch.noise.normal(microbatch.images[:, 0, 0, 0])
         return (self.config.t_mean + self.config.t_std * eps).exp()
 
     def averaged(self, name: str, std: float | None = None) -> nn.Module:
@@ -376,7 +390,7 @@ class Run(ABC, Generic[Config]):
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as saved with the run."""
-        return {"run": type(self).__name__, **self.config.to_dict()}
+        return {"run": self.saved_as, **self.config.to_dict()}
 
     def _batches(self) -> Iterator[Batch]:
         """Return this process's rows of every batch from the current step on."""
@@ -389,19 +403,19 @@ class Run(ABC, Generic[Config]):
             rows=slice(first, first + share),
         )
 
-    def _micros(self, batch: Batch) -> list[Micro]:
+    def _microbatches(self, batch: Batch) -> list[Microbatch]:
         """Cut this process's share of a batch into microbatches."""
         config, share = self.config, len(batch.images)
         first = self.step * config.batch_size + self.accelerator.process_index * share
         most = config.microbatch or share
-        micros = []
+        microbatches = []
         for start in range(0, share, most):
             rows = slice(start, min(start + most, share))
             places = range(first + rows.start, first + rows.stop)
             labels = None if batch.labels is None else batch.labels[rows].to(self.device)
             part = Batch(batch.images[rows].to(self.device), labels)
-            micros.append(Micro(part, Noise(config.seed, places, self.device)))
-        return micros
+            microbatches.append(Microbatch(part, Noise(config.seed, places, self.device)))
+        return microbatches
 
     def _agree(self, stops: bool) -> bool:
         """Tell whether any process wants to stop, so that all stop at the same step."""

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser, UNetShape
 from ncvsd_inverse.networks.unet import Block
-from ncvsd_inverse.training import ImageData, TeacherConfig, TeacherRun, load_teacher
+from ncvsd_inverse.training import ImageData, TeacherConfig, TeacherTrainer, load_teacher
 
 TINY = UNetShape(resolution=8, channels=(16, 16), blocks=1, attention=(), patch=2)
 
@@ -59,22 +59,22 @@ def test_students_have_no_dropout():
 
 def test_a_resumed_run_drops_what_the_uninterrupted_one_does(tmp_path):
     torch.set_num_threads(1)
-    whole = TeacherRun(config(), images(), tmp_path / "whole")
+    whole = TeacherTrainer(config(), images(), tmp_path / "whole")
     whole.run()
-    assert TeacherRun(config(images=24), images(), tmp_path / "parts").run()
+    assert TeacherTrainer(config(images=24), images(), tmp_path / "parts").run()
     torch.rand(5)  # what others draw from the shared random state is of no account
-    resumed = TeacherRun(config(), images(), tmp_path / "parts")
+    resumed = TeacherTrainer(config(), images(), tmp_path / "parts")
     resumed.run()
     assert torch.equal(weights(resumed), weights(whole))
 
     for change in ({"dropout": 0.0}, {"microbatch": 4}):
-        other = TeacherRun(config(**change), images(), tmp_path / str(change))
+        other = TeacherTrainer(config(**change), images(), tmp_path / str(change))
         other.run()
         assert not torch.equal(weights(other), weights(whole))
 
 
 def test_what_is_dropped_follows_from_seed_step_and_process(tmp_path, monkeypatch):
-    run = TeacherRun(config(), images(), tmp_path)
+    run = TeacherTrainer(config(), images(), tmp_path)
 
     def draw():
         with run._seeded_dropout():
@@ -94,7 +94,7 @@ def test_what_is_dropped_follows_from_seed_step_and_process(tmp_path, monkeypatc
 
 
 def test_a_trained_teacher_drops_nothing(tmp_path):
-    run = TeacherRun(config(), images(), tmp_path)
+    run = TeacherTrainer(config(), images(), tmp_path)
     run.run()
     x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 2.0])
     with torch.no_grad():
@@ -103,14 +103,14 @@ def test_a_trained_teacher_drops_nothing(tmp_path):
 
 
 def test_a_run_of_before_there_was_dropout_goes_on_without(tmp_path):
-    TeacherRun(config(dropout=0.0), images(), tmp_path).run(seconds=0.0)
+    TeacherTrainer(config(dropout=0.0), images(), tmp_path).run(seconds=0.0)
     path = tmp_path / "config.json"
     settings = json.loads(path.read_text())
     del settings["dropout"]
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"other settings: \['dropout'\]"):
-        TeacherRun(config(), images(), tmp_path).run(seconds=0.0)
-    TeacherRun(config(dropout=0.0), images(), tmp_path).run(seconds=0.0)
+        TeacherTrainer(config(), images(), tmp_path).run(seconds=0.0)
+    TeacherTrainer(config(dropout=0.0), images(), tmp_path).run(seconds=0.0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ncvsd_inverse.networks import (
     project_gradients_,
 )
 from ncvsd_inverse.networks.edm2_layers import MPConv, mp_cat, mp_silu, mp_sum, pixel_norm
-from ncvsd_inverse.training import ImageData, TeacherConfig, TeacherRun
+from ncvsd_inverse.training import ImageData, TeacherConfig, TeacherTrainer
 
 SHAPE = UNetShape(
     resolution=16, channels=(16, 32), blocks=1, attention=(4,), head_channels=16, patch=2
@@ -258,7 +258,7 @@ def test_runs_of_before_are_taken_up(tmp_path):
 
     def run(**changes):
         network = dataclasses.replace(SHAPE, **changes)
-        return TeacherRun(TeacherConfig(network=network, **settings), data, tmp_path)
+        return TeacherTrainer(TeacherConfig(network=network, **settings), data, tmp_path)
 
     run().run(seconds=0.0)
     path = tmp_path / "config.json"

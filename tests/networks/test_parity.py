@@ -15,7 +15,7 @@ from ncvsd_inverse.networks import (
     constrain_weights_,
 )
 from ncvsd_inverse.training.losses import (
-    View,
+    Observation,
     adversarial_loss,
     discriminator_losses,
     distillation_loss,
@@ -97,7 +97,7 @@ def test_training_losses(losses):
     score = losses.load(ControlledDenoiser, "score")
     discriminator = losses.load(ControlledDiscriminator, "discriminator")
     teacher = losses.load(Denoiser, "teacher")
-    y, t = View(values["loss_y"], values["loss_sigma"]), values["loss_t"]
+    y, t = Observation(values["loss_y"], values["loss_sigma"]), values["loss_t"]
 
     fake, _ = generate(generator, y, values["score_z"], gamma=0.414)
     loss = score_loss(score, score.log_variance(t), fake, y, t, values["score_eps"])

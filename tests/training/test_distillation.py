@@ -15,23 +15,24 @@ from ncvsd_inverse.priors import GaussianMixturePrior, load_prior
 from ncvsd_inverse.priors.observations import combine_observations
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.training import (
+    DistillationTrainer,
     DistillConfig,
-    DistillRun,
     ImageData,
     TeacherConfig,
-    TeacherRun,
+    TeacherTrainer,
     load_teacher,
 )
-from ncvsd_inverse.training.data.image_data import Batch
+from ncvsd_inverse.training.data import Batch
 from ncvsd_inverse.training.ema import PowerEMA, power_exponent
+from ncvsd_inverse.training.export import save_run_prior
 from ncvsd_inverse.training.losses import (
-    View,
+    Observation,
     add_noise,
     discriminator_losses,
     distillation_loss,
     energy_loss,
 )
-from ncvsd_inverse.training.watch import picture_grid, save_run_prior
+from ncvsd_inverse.training.progress import picture_grid
 
 TINY = UNetShape(resolution=8, channels=(16, 16), blocks=1, attention=(), patch=2)
 
@@ -80,10 +81,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
 
     def make(folder, images):
         if kind == "teacher":
-            return TeacherRun(teacher_config(images=images), small_images(), folder)
-        trained = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
+            return TeacherTrainer(teacher_config(images=images), small_images(), folder)
+        trained = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher")
         config = distill_config(kind=kind, images=images)
-        return DistillRun(config, small_images(), folder, trained.averaged("teacher"))
+        return DistillationTrainer(config, small_images(), folder, trained.averaged("teacher"))
 
     whole = make(tmp_path / "whole", images=48)
     assert whole.run(log_every=1)
@@ -99,75 +100,79 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
-    TeacherRun(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
+    TeacherTrainer(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
     with pytest.raises(ValueError, match=r"other settings.*batch_size"):
-        TeacherRun(teacher_config(batch_size=4), small_images(), tmp_path).run(seconds=0.0)
+        TeacherTrainer(teacher_config(batch_size=4), small_images(), tmp_path).run(seconds=0.0)
 
 
 def test_a_teacher_starts_from_the_weights_of_a_prior(tmp_path):
-    first = TeacherRun(teacher_config(seed=3), small_images(), tmp_path / "first")
+    first = TeacherTrainer(teacher_config(seed=3), small_images(), tmp_path / "first")
     assert first.run()
     init = str(save_run_prior(first, "noise"))
     shipped = load_network(init).state_dict()
-    again = TeacherRun(teacher_config(init=init), small_images(), tmp_path / "again")
+    again = TeacherTrainer(teacher_config(init=init), small_images(), tmp_path / "again")
     for name, value in again.network.state_dict().items():
         assert torch.allclose(value, shipped[name], atol=1e-6)
     assert again.learning_rate() < again.config.learning_rate  # warms up as a new run does
     again.run(seconds=0.0)
     (tmp_path / "first" / "prior.safetensors").unlink()  # a run that goes on needs it no more
-    assert TeacherRun(teacher_config(init=init), small_images(), tmp_path / "again").run()
+    assert TeacherTrainer(teacher_config(init=init), small_images(), tmp_path / "again").run()
 
 
 def test_a_student_starts_from_the_weights_of_a_prior(tmp_path):
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
-    first = DistillRun(distill_config(seed=3), small_images(), tmp_path / "first", teacher)
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher").averaged(
+        "teacher"
+    )
+    first = DistillationTrainer(distill_config(seed=3), small_images(), tmp_path / "first", teacher)
     assert first.run()
     init = str(save_run_prior(first, "noise"))
     config = distill_config(init=init)
-    again = DistillRun(config, small_images(), tmp_path / "again", teacher)
+    again = DistillationTrainer(config, small_images(), tmp_path / "again", teacher)
     for name, value in load_network(init).state_dict().items():
         assert torch.allclose(again.generator.state_dict()[name], value, atol=1e-6)
     config = distill_config(init=init, kind="controlled")
     with pytest.raises(ValueError, match="init must be a distilled prior of kind 'controlled'"):
-        DistillRun(config, small_images(), tmp_path / "other", teacher)
+        DistillationTrainer(config, small_images(), tmp_path / "other", teacher)
     with pytest.raises(ValueError, match="teacher must be a denoiser, got ConcatDenoiser"):
-        TeacherRun(teacher_config(init=init), small_images(), tmp_path / "third")
+        TeacherTrainer(teacher_config(init=init), small_images(), tmp_path / "third")
 
 
 def test_weights_of_another_shape_are_no_start(tmp_path):
-    first = TeacherRun(teacher_config(), small_images(), tmp_path / "first")
+    first = TeacherTrainer(teacher_config(), small_images(), tmp_path / "first")
     first.run(seconds=0.0)
     init = str(save_run_prior(first, "noise"))
     other = teacher_config(init=init, network=replace(TINY, channels=(16, 32)))
     with pytest.raises(
         ValueError, match=r"init must have the configured.*channels \(16, 16\), not"
     ):
-        TeacherRun(other, small_images(), tmp_path / "second")
+        TeacherTrainer(other, small_images(), tmp_path / "second")
     with pytest.raises(TypeError, match="init must be the name or path of a prior, got ''"):
         teacher_config(init="")
 
 
 @pytest.mark.parametrize("levels", [(0.01, 5.0), (0.002, 80.0)])
 def test_a_runs_prior_keeps_its_range(tmp_path, levels):
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher").averaged(
+        "teacher"
+    )
     config = distill_config(sigma_min=levels[0], sigma_max=levels[1])
-    run = DistillRun(config, small_images(), tmp_path / "run", teacher)
+    run = DistillationTrainer(config, small_images(), tmp_path / "run", teacher)
     run.run(seconds=0.0)
     prior = load_prior(save_run_prior(run, "noise"))
     assert (prior.sigma_min, prior.sigma_max) == levels
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    run = TeacherRun(teacher_config(), small_images(), tmp_path)
+    run = TeacherTrainer(teacher_config(), small_images(), tmp_path)
     run.run(seconds=0.0)
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"state\.safetensors"):
-        TeacherRun(teacher_config(), small_images(), tmp_path).load()
+        TeacherTrainer(teacher_config(), small_images(), tmp_path).load()
 
 
 def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    run = TeacherRun(teacher_config(), small_images(), tmp_path)
+    run = TeacherTrainer(teacher_config(), small_images(), tmp_path)
     run.run(seconds=0.0)
     before = (tmp_path / "state.safetensors").read_bytes()
 
@@ -181,10 +186,10 @@ def test_a_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_lasting_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    run = TeacherRun(teacher_config(images=24), small_images(), tmp_path)
+    run = TeacherTrainer(teacher_config(images=24), small_images(), tmp_path)
     run.run()
     before = (tmp_path / "state.safetensors").read_bytes()
-    again = TeacherRun(teacher_config(images=800), small_images(), tmp_path)
+    again = TeacherTrainer(teacher_config(images=800), small_images(), tmp_path)
     again.load()
     torch.nn.init.constant_(again.network.unet.out_gain, math.nan)
     with pytest.raises(DivergenceError, match="teacher was not finite for 20 steps in a row"):
@@ -200,7 +205,7 @@ def test_a_passing_divergence_is_skipped_and_counted(tmp_path):
                 bad = torch.full_like(batch.images, math.nan)
                 yield Batch(bad, None) if number == 2 else batch
 
-    run = TeacherRun(teacher_config(), OneBadBatch(small_images().pixels), tmp_path)
+    run = TeacherTrainer(teacher_config(), OneBadBatch(small_images().pixels), tmp_path)
     lines = []
     assert run.run(log_every=1, on_log=lines.append)
     assert run.skipped == {"teacher": 1}
@@ -216,10 +221,12 @@ def test_microbatches_change_no_result(tmp_path, kind):
     for microbatch in (None, 3):
         data, folder = small_images(), tmp_path / str(microbatch)
         if kind == "teacher":
-            run = TeacherRun(teacher_config(microbatch=microbatch), data, folder)
+            run = TeacherTrainer(teacher_config(microbatch=microbatch), data, folder)
         else:
-            teacher = TeacherRun(teacher_config(), data, tmp_path / "teacher").averaged("teacher")
-            run = DistillRun(distill_config(microbatch=microbatch), data, folder, teacher)
+            teacher = TeacherTrainer(teacher_config(), data, tmp_path / "teacher").averaged(
+                "teacher"
+            )
+            run = DistillationTrainer(distill_config(microbatch=microbatch), data, folder, teacher)
         lines = []
         run.run(log_every=1, on_log=lines.append)
         logs.append(lines)
@@ -230,12 +237,14 @@ def test_microbatches_change_no_result(tmp_path, kind):
 
 def test_an_average_of_another_length_comes_from_snapshots(tmp_path):
     stds = (0.05, 0.10, 0.15)
-    run = TeacherRun(teacher_config(images=320, ema_stds=stds), small_images(), tmp_path / "all")
+    run = TeacherTrainer(
+        teacher_config(images=320, ema_stds=stds), small_images(), tmp_path / "all"
+    )
     run.run()
     truth = run.averages["teacher"].averages[0.10].state_dict()
 
     few = teacher_config(images=320, ema_stds=(0.05, 0.15))
-    other = TeacherRun(few, small_images(), tmp_path / "two")
+    other = TeacherTrainer(few, small_images(), tmp_path / "two")
     with pytest.raises(CheckpointError, match="snapshots"):
         other.averaged("teacher", 0.10)
     other.run(snapshot_every=4)
@@ -248,14 +257,14 @@ def test_an_average_of_another_length_comes_from_snapshots(tmp_path):
 
 
 def test_a_teacher_of_another_shape_is_refused_by_name(tmp_path):
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path).averaged("teacher")
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path).averaged("teacher")
     other = UNetShape(resolution=8, channels=(16, 32), blocks=1, attention=(), patch=2)
     with pytest.raises(ValueError, match=r"channels \(16, 16\), not \(16, 32\)"):
-        DistillRun(distill_config(network=other), small_images(), tmp_path / "d", teacher)
+        DistillationTrainer(distill_config(network=other), small_images(), tmp_path / "d", teacher)
 
 
 def test_a_teacher_is_loaded_from_its_run(tmp_path):
-    run = TeacherRun(teacher_config(), small_images(), tmp_path)
+    run = TeacherTrainer(teacher_config(), small_images(), tmp_path)
     run.run()
     loaded, x = load_teacher(tmp_path), torch.randn(2, 3, 8, 8)
     sigma = torch.tensor([0.5, 2.0])
@@ -302,7 +311,7 @@ def test_losses_vanish_at_the_known_optimum():
     source = torch.Generator().manual_seed(0)
     images = prior.draw(64, generator=source)
     sigma, t = torch.full((64,), 0.7), torch.full((64,), 0.9)
-    y = View(add_noise(images, sigma, torch.randn(images.shape, generator=source)), sigma)
+    y = Observation(add_noise(images, sigma, torch.randn(images.shape, generator=source)), sigma)
 
     class ExactScore(nn.Module):
         """The score model of a perfect generator: the posterior mean given both views."""
@@ -371,11 +380,13 @@ def test_energy_tells_misplaced_detail_at_every_scale(wave):
 
 
 def test_energy_teaches_the_generator(tmp_path):
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher").averaged(
+        "teacher"
+    )
     ends = []
     for weight in (0.0, 4.0):
         config = distill_config(energy_weight=weight)
-        run = DistillRun(config, small_images(), tmp_path / str(weight), teacher)
+        run = DistillationTrainer(config, small_images(), tmp_path / str(weight), teacher)
         run.run()
         ends.append(parameters(run))
     changed = {
@@ -385,9 +396,11 @@ def test_energy_teaches_the_generator(tmp_path):
 
 
 def test_a_start_by_the_energy_score_leaves_the_other_networks_alone(tmp_path):
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher").averaged(
+        "teacher"
+    )
     config = distill_config(images=24, energy_images=16, energy_rate=0.25, adversarial_images=0)
-    run = DistillRun(config, small_images(), tmp_path / "run", teacher)
+    run = DistillationTrainer(config, small_images(), tmp_path / "run", teacher)
     states, lines = [parameters(run)], []
     run.run(log_every=1, on_log=lambda line: (lines.append(line), states.append(parameters(run))))
     moved = [
@@ -399,11 +412,13 @@ def test_a_start_by_the_energy_score_leaves_the_other_networks_alone(tmp_path):
 
 
 def test_the_energy_score_has_a_learning_rate_of_its_own(tmp_path):
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher").averaged("teacher")
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher").averaged(
+        "teacher"
+    )
     rates = []
     for energy_images in (8, 0):
         config = distill_config(images=8, energy_images=energy_images, energy_rate=0.25)
-        run = DistillRun(config, small_images(), tmp_path / str(energy_images), teacher)
+        run = DistillationTrainer(config, small_images(), tmp_path / str(energy_images), teacher)
         highest = run.learning_rate()
         run.run()
         rates.append(run.optimizers["generator"].param_groups[0]["lr"] / highest)
@@ -413,9 +428,11 @@ def test_the_energy_score_has_a_learning_rate_of_its_own(tmp_path):
 @pytest.mark.parametrize("gamma", [0.414, 0.0])
 def test_pictures_of_a_run_can_be_drawn_at_any_time(tmp_path, gamma):
     images = small_images().images(torch.arange(4))
-    teacher = TeacherRun(teacher_config(), small_images(), tmp_path / "teacher")
+    teacher = TeacherTrainer(teacher_config(), small_images(), tmp_path / "teacher")
     config = distill_config(gamma=gamma)
-    student = DistillRun(config, small_images(), tmp_path / "student", teacher.averaged("teacher"))
+    student = DistillationTrainer(
+        config, small_images(), tmp_path / "student", teacher.averaged("teacher")
+    )
     before = parameters(student)
     for run, rows in ((teacher, 1 + 2 * 4 + 1), (student, 1 + 3 * 4 + 3)):
         grid = picture_grid(run, images)

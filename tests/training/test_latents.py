@@ -21,10 +21,10 @@ from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import Denoise
 from ncvsd_inverse.priors import LatentPrior, NCVSDPrior, load_prior
 from ncvsd_inverse.priors.latent import decode_latents, load_vae
-from ncvsd_inverse.training import TeacherConfig, TeacherRun
-from ncvsd_inverse.training.data.image_data import ImageData, LatentData, StreamedData, read_data
+from ncvsd_inverse.training import TeacherConfig, TeacherTrainer
+from ncvsd_inverse.training.data import ImageData, LatentData, StreamedData, read_data
 from ncvsd_inverse.training.data.latents import draw_latents, encode_images
-from ncvsd_inverse.training.watch import LATENT_SIDE, Watcher
+from ncvsd_inverse.training.progress import LATENT_SIDE, ProgressReport
 
 # Of raw latents of ImageNet-512, from EDM2.
 MEANS = torch.tensor([5.81, 3.25, 0.12, -2.15]).view(4, 1, 1)
@@ -397,11 +397,11 @@ def test_latents_are_shown_as_pictures(tmp_path, vae, monkeypatch):
         asked.append(download)
         return load_vae(vae, device=device, download=download)
 
-    monkeypatch.setattr("ncvsd_inverse.training.watch.load_vae", load_tiny)
+    monkeypatch.setattr("ncvsd_inverse.training.progress.load_vae", load_tiny)
     shape = UNetShape(resolution=8, image_channels=4, channels=(16, 16), blocks=1, attention=())
     config = TeacherConfig(network=shape, images=8, batch_size=4, flip=False, precision="float32")
-    run = TeacherRun(config, LatentData(make_moments(4)), tmp_path)
-    watcher = Watcher(run, next(run.data.batches(0, 2, seed=0)).images)
+    run = TeacherTrainer(config, LatentData(make_moments(4)), tmp_path)
+    watcher = ProgressReport(run, next(run.data.batches(0, 2, seed=0)).images)
     assert asked == [False], "a picture is not worth a download"
     watcher.on_checkpoint()
     with Image.open(next((tmp_path / "pictures").iterdir())) as grid:

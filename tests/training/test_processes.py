@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ncvsd_inverse.training import DistillConfig, DistillRun, ImageData, TeacherConfig, TeacherRun
 from ncvsd_inverse.networks import Denoiser, UNetShape
 from ncvsd_inverse.numerics import local_part
+from ncvsd_inverse.training import DistillationTrainer, DistillConfig, ImageData
+from ncvsd_inverse.training import TeacherConfig, TeacherTrainer
 
 folder, kinds, steps, every, shard = sys.argv[1:]
 torch.set_num_threads(1)
@@ -40,10 +41,10 @@ for kind in kinds.split(","):
     network = Denoiser(shape)
     if kind == "teacher":
         config = TeacherConfig(**common)
-        run = TeacherRun(config, data, place, network=network, shard=shard == "shard")
+        run = TeacherTrainer(config, data, place, network=network, shard=shard == "shard")
     else:
         config = DistillConfig(**common, adversarial_images=16, energy_weight=0.5, kind=kind)
-        run = DistillRun(config, data, place, network, shard=shard == "shard")
+        run = DistillationTrainer(config, data, place, network, shard=shard == "shard")
     if run.accelerator.is_main_process:
         print("processes", run.accelerator.num_processes, flush=True)
     run.run(checkpoint_every=int(every), log_every=1)

@@ -1,5 +1,8 @@
-"""Images to train on: pictures, data sets and latents, whole or streamed."""
+"""Images to train on: pictures, data sets and latents, in memory or streamed."""
 
-from ncvsd_inverse.training.data.image_data import ImageData, read_data
+from ncvsd_inverse.training.data.in_memory import ImageData, LatentData
+from ncvsd_inverse.training.data.reading import read_data
+from ncvsd_inverse.training.data.sampler import Batch, TrainingData
+from ncvsd_inverse.training.data.streamed import StreamedData
 
-__all__ = ["ImageData", "read_data"]
+__all__ = ["Batch", "ImageData", "LatentData", "StreamedData", "TrainingData", "read_data"]

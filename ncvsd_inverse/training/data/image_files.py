@@ -20,6 +20,20 @@ from torch import Tensor
 from ncvsd_inverse.images import MAX_PIXELS, SUFFIXES, read_image
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 
+__all__ = [
+    "LABELS_FILE",
+    "LATENT_SUFFIX",
+    "DatasetImages",
+    "Faults",
+    "FolderImages",
+    "ImageFiles",
+    "ZipImages",
+    "open_images",
+    "read_moments",
+    "read_pixels",
+    "read_size",
+]
+
 LABELS_FILE = "dataset.json"
 LATENT_SUFFIX = ".npy"
 

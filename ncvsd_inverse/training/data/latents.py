@@ -9,7 +9,7 @@ Source: Karras et al., arXiv 2312.02696, whose VAE, pixel range and constants th
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ncvsd_inverse.checks import check_count, check_finite
 from ncvsd_inverse.files import whole_files
 from ncvsd_inverse.images import resize_cover
+from ncvsd_inverse.machine import track
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors.latent import SD_VAE, latent_constants, load_vae
 from ncvsd_inverse.training.data.image_files import (
@@ -35,6 +36,12 @@ from ncvsd_inverse.training.data.image_files import (
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+__all__ = [
+    "Encoded",
+    "draw_latents",
+    "encode_images",
+]
 
 _FOLDER_LENGTH = 1000
 
@@ -135,7 +142,7 @@ def encode_images(
 
     described = []
     with whole_files(target) as (part,), zipfile.ZipFile(part, "w") as archive:
-        for items in _shown(loader, progress):
+        for items in track(loader, "batches encoded", shown=progress):
             faults.add({index: x for index, x in items if isinstance(x, str)})
             squares = {index: x for index, x in items if isinstance(x, Tensor)}
             for index, moments in _encode(model, squares, dtype).items():
@@ -191,14 +198,3 @@ def _read_labels(files: ImageFiles) -> tuple[list[int], int]:
         return files.read_labels()
     except ValueError as error:
         raise ValueError(f"{error}; labels=False (--no-labels) does without labels") from error
-
-
-def _shown(
-    loader: DataLoader[tuple[int, Tensor | str]], progress: bool
-) -> Iterable[list[tuple[int, Tensor | str]]]:
-    """Return the batches of a loader, with a bar on standard error if `progress`."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(loader, "batches encoded", console=console, disable=not progress)

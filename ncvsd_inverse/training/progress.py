@@ -1,7 +1,4 @@
-"""What a person sees of a run: a progress bar, TensorBoard, picture grids.
-
-It must not change what the run computes.
-"""
+"""What is shown of a run while it goes on: a progress bar, TensorBoard, picture grids."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -11,15 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
-from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
-from ncvsd_inverse.priors.own_statistics import num_images, own_statistics
-from ncvsd_inverse.training.config import DistillConfig, TrainConfig
-from ncvsd_inverse.training.distillation import DistillRun
-from ncvsd_inverse.training.teacher import TeacherRun
+from ncvsd_inverse.training.config import TrainConfig
+from ncvsd_inverse.training.distillation import DistillationTrainer
+from ncvsd_inverse.training.teacher import TeacherTrainer
+
+__all__ = ["COLUMNS", "LATENT_SIDE", "PICTURES", "SIGMAS", "ProgressReport", "picture_grid"]
 
 PICTURES = "pictures"
 SIGMAS = (0.2, 0.5, 1.0, 2.0)
@@ -28,18 +24,18 @@ LATENT_SIDE = 128
 """Longest side of a picture that a latent stands for, as it is shown, pixels."""
 
 
-class Watcher:
+class ProgressReport:
     """Callbacks of a run that show how it goes.
 
     Latents are shown as the pictures that they stand for if diffusers and its VAE are on this
     machine; else there are no pictures, which is said once.
 
     Args:
-        run: the run to watch; its folder gets `tensorboard/` and `pictures/`.
+        run: the run; its folder gets `tensorboard/` and `pictures/`.
         images: a few training images to add noise to, shape (N, C, H, W), as trained on.
     """
 
-    def __init__(self, run: TeacherRun | DistillRun, images: Tensor) -> None:
+    def __init__(self, run: TeacherTrainer | DistillationTrainer, images: Tensor) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run = run
@@ -69,7 +65,7 @@ class Watcher:
         self._writer.flush()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def showing(self) -> Iterator[None]:
         """Show a progress bar on standard error for as long as the context lasts."""
         from rich.console import Console
         from rich.progress import (
@@ -126,7 +122,10 @@ def _latent_decoder(device: torch.device) -> Callable[[Tensor], Tensor] | None:
 
 @torch.no_grad()
 def picture_grid(
-    run: TeacherRun | DistillRun, images: Tensor, *, decode: Callable[[Tensor], Tensor] = _keep
+    run: TeacherTrainer | DistillationTrainer,
+    images: Tensor,
+    *,
+    decode: Callable[[Tensor], Tensor] = _keep,
 ) -> Tensor:
     """Return the pictures of a run, shape (C, height, width), in [-1, 1].
 
@@ -147,7 +146,7 @@ def picture_grid(
     eps = torch.stack([torch.randn(shape, generator=g, device=run.device) for g in sources])
     size = (shape[1], shape[2])
     rows = [images]
-    if isinstance(run, DistillRun):
+    if isinstance(run, DistillationTrainer):
         student = NCVSDPrior(
             copy.deepcopy(run.averaged("generator")),
             image_shape=None if run.config.any_size else shape,
@@ -169,60 +168,6 @@ def picture_grid(
     pictures = decode(torch.cat(rows)).clamp(-1, 1)
     grid: Tensor = make_grid(pictures, nrow=len(images), padding=2, pad_value=1.0)
     return grid.cpu()
-
-
-def save_run_prior(run: TeacherRun | DistillRun, data: str) -> Path:
-    """Write the averaged network of a run as a prior in its folder; return its path's stem.
-
-    Args:
-        run: a run, finished or not.
-        data: name of the training images, for the card.
-    """
-    config = run.config
-    distilled = isinstance(run, DistillRun)
-    network = run.averaged("generator" if distilled else "teacher").cpu()
-    if not isinstance(network, ConcatDenoiser | ControlledDenoiser | Denoiser):
-        raise TypeError(f"only the built-in networks can be saved, got {type(network).__name__}")
-    side = config.network.resolution
-    stem = run.folder / "prior"
-    save_prior(
-        stem,
-        network,
-        {
-            "name": run.folder.name,
-            "kind": "ncvsd" if distilled else "diffusion",
-            "image_shape": None if config.any_size else (config.network.image_channels, side, side),
-            "gamma": run.config.gamma if isinstance(run, DistillRun) else None,
-            "sigma_min": config.sigma_min if isinstance(config, DistillConfig) else SIGMA_MIN,
-            "sigma_max": config.sigma_max if isinstance(config, DistillConfig) else SIGMA_MAX,
-            "licence": "that of the training images; not stated",
-            "data": data,
-            "training": {"config": run.describe(), "images_seen": run.images_seen},
-            "evaluation": {},
-            "weaknesses": "not judged; see `ncvsd evaluate`",
-            "intended_use": "not stated",
-        },
-    )
-    return stem
-
-
-def keep_run_statistics(run: TeacherRun | DistillRun, stem: Path) -> None:
-    """Measure the statistics of a run's prior on training images and put them into its card.
-
-    Latents, which no measurement is of, are left alone.
-
-    Args:
-        run: the run.
-        stem: path of its prior, as `save_run_prior` returned it.
-    """
-    config = run.config
-    if config.network.image_channels == LATENT_CHANNELS:
-        return
-    num = num_images((config.network.resolution, config.network.resolution))
-    images = next(run.data.batches(0, num, seed=config.seed)).images.to(run.device)
-    prior = load_prior(stem, run.device)
-    assert prior.statistics_store is not None
-    prior.statistics_store.write(own_statistics(prior, data=images))
 
 
 def _write_picture(path: Path, picture: Tensor) -> None:

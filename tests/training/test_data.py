@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ncvsd_inverse.images import read_image
-from ncvsd_inverse.training.data.image_data import ImageData, StreamedData, read_data
+from ncvsd_inverse.training.data import ImageData, StreamedData, read_data
 
 
 def noise(seed, height=8, width=8):
