@@ -3,7 +3,7 @@ r"""Read damaged and hostile checkpoint files, and count what comes of it.
     python experiments/security/fuzz_unpickle.py --inputs 100000
 
 Valid files of every format, and hostile ones, are mutated (flipped bits, splices, cuts, extreme
-numbers, opcodes that call) and read by `ncvsd_inverse.checkpoints.unpickle` while an audit hook
+numbers, opcodes that call) and read by `ncvsd_inverse.checkpoints` while an audit hook
 watches what Python does. Allowed is a value or a CheckpointError. Everything else is a failure:
 another error, a command, an import, a file opened otherwise than to be read, a second of computing,
 or more memory than a limit of the system allows. Exits with 1 if there is one.
@@ -33,12 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checkpoints.unpickle import (
-    Inert,
-    arguments_of,
-    read_checkpoint_file,
-    state_dict_of,
-)
+from ncvsd_inverse.checkpoints.pickles import Inert
+from ncvsd_inverse.checkpoints.state_dicts import arguments_of, state_dict_of
+from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
 from ncvsd_inverse.errors import CheckpointError
 
 MEMORY_LIMIT = 1 << 30

@@ -19,7 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checkpoints.unpickle import Inert, read_checkpoint_file, state_dict_of
+from ncvsd_inverse.checkpoints.pickles import Inert
+from ncvsd_inverse.checkpoints.state_dicts import state_dict_of
+from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
 from ncvsd_inverse.checks import check_choice, check_count
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import file_sha256

@@ -26,14 +26,9 @@ from experiments.security.fuzz_unpickle import (
     saved,
     text,
 )
-from ncvsd_inverse.checkpoints.unpickle import (
-    MAX_DEPTH,
-    Inert,
-    InertName,
-    arguments_of,
-    read_checkpoint_file,
-    state_dict_of,
-)
+from ncvsd_inverse.checkpoints.pickles import Inert, InertName
+from ncvsd_inverse.checkpoints.state_dicts import arguments_of, state_dict_of
+from ncvsd_inverse.checkpoints.torch_files import MAX_DEPTH, read_checkpoint_file
 from ncvsd_inverse.errors import CheckpointError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -312,7 +307,7 @@ ODD = {
     "torch.nn that is not": (b"ctorch.nnx\nLinear\n", "torch.nnx.Linear, which is refused"),
     "name with line": (text("torch.nn") + text("a\nb") + b"\x93", r"torch\.nn\.a\\nb, which"),
     "calls a value": (b"])R", "calls a list"),
-    "calls a storage kind": (b"ctorch\nFloatStorage\n)R", "calls a _StorageKind"),
+    "calls a storage kind": (b"ctorch\nFloatStorage\n)R", "calls a StorageKind"),
     "calls a result": (NN_LINEAR + b")R", "calls <inert torch.nn.modules.linear.Linear>"),
     "arguments that are no tuple": (b"ccollections\nOrderedDict\n]R", "must be a tuple"),
     "attributes of a tuple": (b")}b", "sets attributes of a tuple"),
@@ -325,7 +320,7 @@ ODD = {
     "keys that collide": (b"}\x8a\x09" + b"\xff" * 8 + b"\x00K\x01s", "at most 64 bits"),
     "set of stand-ins": (b"\x8f(" + NN_LINEAR + b"\x90", "key must be text or a number"),
     "function as a value": (b"ccollections\nOrderedDict\n", "holds a _Known"),
-    "storage kind as a value": (b"ctorch\nFloatStorage\n", "holds a _StorageKind"),
+    "storage kind as a value": (b"ctorch\nFloatStorage\n", "holds a StorageKind"),
     "value that holds itself": (b"]\x94h\x00a", "holds itself"),
     "dict that holds itself": (b"}\x94K\x01h\x00s", "holds itself"),
     "stand-in that holds itself": (NN_LINEAR + b"\x94}" + text("a") + b"h\x00sb", "holds itself"),
@@ -371,7 +366,7 @@ def test_odd_opcodes_are_refused(read, name):
 
 
 def test_opcodes_are_counted(read, monkeypatch):
-    monkeypatch.setattr("ncvsd_inverse.checkpoints.unpickle.MAX_OBJECTS", 1000)
+    monkeypatch.setattr("ncvsd_inverse.checkpoints.pickles.MAX_OBJECTS", 1000)
     assert read(HEAD + b"N0" * 490 + b"N.") is None
     refused(read, HEAD + b"N0" * 500 + b"N.", "more than 1000 steps")
     refused(read, HEAD + nested(b"\x80\x02" + b"N0" * 500 + b"N.") + b".", "more than 1000 steps")
@@ -508,7 +503,7 @@ COPIES = {
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_of_what_is_there_once_are_counted(read, monkeypatch, name):
     # A few bytes each would cost as much as what they copy.
-    monkeypatch.setattr("ncvsd_inverse.checkpoints.unpickle.MAX_OBJECTS", 100_000)
+    monkeypatch.setattr("ncvsd_inverse.checkpoints.pickles.MAX_OBJECTS", 100_000)
     first, again, match = COPIES[name]
     refused(read, HEAD + first + b"\x940(" + again * 50 + b"t.", match)
 
@@ -609,7 +604,7 @@ def test_what_no_check_foresaw_is_still_one_error(read, monkeypatch):
     def broken(value):
         raise RecursionError("too deep")
 
-    monkeypatch.setattr("ncvsd_inverse.checkpoints.unpickle._check_value", broken)
+    monkeypatch.setattr("ncvsd_inverse.checkpoints.torch_files._check_value", broken)
     with pytest.raises(CheckpointError, match="is damaged: RecursionError: too deep"):
         read(pickle.dumps(1))
 
