@@ -503,7 +503,8 @@ COPIES = {
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_of_what_is_there_once_are_counted(read, monkeypatch, name):
     # A few bytes each would cost as much as what they copy.
-    monkeypatch.setattr("ncvsd_inverse.checkpoints.pickles.MAX_OBJECTS", 100_000)
+    for module in ("pickles", "torch_files"):
+        monkeypatch.setattr(f"ncvsd_inverse.checkpoints.{module}.MAX_OBJECTS", 100_000)
     first, again, match = COPIES[name]
     refused(read, HEAD + first + b"\x940(" + again * 50 + b"t.", match)
 
