@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ncvsd_inverse.networks import ConcatDenoiser, UNetShape
+from ncvsd_inverse.networks.library import build_converted
 from ncvsd_inverse.priors import PriorCard, load_prior, save_prior
-from ncvsd_inverse.priors.convert import build_converted
 from ncvsd_inverse.priors.files import write_tensors
 from ncvsd_inverse.priors.registry import load_network
 

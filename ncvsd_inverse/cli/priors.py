@@ -6,7 +6,8 @@ import typer
 
 from ncvsd_inverse import CheckpointError, list_priors
 from ncvsd_inverse.priors import PriorCard, PublishedPrior, describe_prior
-from ncvsd_inverse.priors.registry import kept_file, search_folders
+from ncvsd_inverse.priors.files import search_folders
+from ncvsd_inverse.priors.published import kept_file
 
 __all__ = [
     "priors",

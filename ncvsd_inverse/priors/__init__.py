@@ -18,11 +18,11 @@ from ncvsd_inverse.priors.registry import (
     list_priors,
     load_card,
     load_prior,
-    save_prior,
 )
+from ncvsd_inverse.priors.stored import save_prior
 
 if TYPE_CHECKING:
-    from ncvsd_inverse.priors.hub import HubPrior
+    from ncvsd_inverse.priors.hub_prior import HubPrior
 
 __all__ = [
     "DiffusionPrior",
@@ -59,7 +59,7 @@ ncvsd_natural_teacher = PriorHandle("ncvsd_natural_teacher")
 def __getattr__(name: str) -> object:
     if name == "HubPrior":
         # Loaded when first used: huggingface_hub is slow to import.
-        from ncvsd_inverse.priors.hub import HubPrior
+        from ncvsd_inverse.priors.hub_prior import HubPrior
 
         return HubPrior
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

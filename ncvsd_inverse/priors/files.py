@@ -1,19 +1,26 @@
-"""Files of tensors read and written one tensor at a time.
+"""Where priors lie on this machine and in which files, and files of tensors.
 
-The format is that of safetensors: the length of a JSON header in eight bytes, the header, the bytes
-of the tensors.
+A prior is NAME.safetensors, its weights, beside NAME.json, its card. Tensors are read and written
+one at a time. The format of safetensors is the length of a JSON header in eight bytes, the header,
+the bytes of the tensors.
 """
 
 import hashlib
 import json
+import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from ncvsd_inverse.errors import CheckpointError
+from ncvsd_inverse.files import cache_folder
+from ncvsd_inverse.priors.card import PriorCard
 
 DTYPES = {
     "F64": torch.float64,
@@ -23,7 +30,67 @@ DTYPES = {
 }
 """Dtypes of weights, by the names that safetensors gives them."""
 
+PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS_VARIABLE = "NCVSD_WEIGHTS"
+HUB_PREFIX = "hf:"
+"""With what a name begins that is one of the hub, whatever paths there are."""
+WEIGHTS_SUFFIXES = (".pkl", ".pt", ".pth", ".safetensors")
+"""What files of weights end in."""
+SUFFIXES = (*WEIGHTS_SUFFIXES, ".json")
+"""What paths of priors end in; a name that ends so is a path."""
+
 _LENGTH = struct.Struct("<Q")
+
+
+def search_folders() -> list[Path]:
+    """Return where priors are looked for by name, first come first served."""
+    own = os.environ.get(WEIGHTS_VARIABLE)
+    return [PACKAGE_WEIGHTS, *([Path(own)] if own else []), cache_folder()]
+
+
+def weights_path(stem: Path) -> Path:
+    """Return the path of the weights of a prior whose path without suffix is `stem`."""
+    return stem.with_name(stem.name + ".safetensors")
+
+
+def card_path(stem: Path) -> Path:
+    """Return the path of the card of a prior whose path without suffix is `stem`."""
+    return stem.with_name(stem.name + ".json")
+
+
+def converted_stem(sha256: str, name: str) -> Path:
+    """Return where a published file of this SHA-256 is kept once converted, without suffix."""
+    return cache_folder() / "converted" / sha256 / name
+
+
+def record_path(name: str) -> Path:
+    """Return where it is recorded which published file was accepted under a name."""
+    return cache_folder() / f"{name}.sha256"
+
+
+def accepted_file(name: str) -> tuple[str, str | None] | None:
+    """Return SHA-256 and revision (if known) of the published file first used under a name."""
+    try:
+        digest, *revision = record_path(name).read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return None
+    return digest, next(iter(revision), None)
+
+
+def read_card(stem: Path) -> PriorCard:
+    """Read the card of a prior whose path without suffix is `stem`; CheckpointError if unfit."""
+    path = card_path(stem)
+    try:
+        return PriorCard.from_json(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"a prior needs its weights and its card, but there is no {path}; "
+            "`ncvsd convert` makes both of a foreign checkpoint"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} must be readable: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} must be the card of a prior: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -34,30 +101,47 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: if a tensor is of another dtype.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
     # As the library orders them, which keeps every tensor at a multiple of its element's size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    layout = {name: (value.dtype, value.shape) for name, value in ordered.items()}
+    return write_stream(path, layout, ordered.values())
+
+
+def write_stream(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    values: Iterable[Tensor],
+) -> str:
+    """Write tensors as safetensors while they are made; return the file's SHA-256.
+
+    Args:
+        path: the file.
+        layout: dtype and shape of each tensor by name, in the order of `values`.
+        values: the tensors, one at a time in memory.
+
+    Raises:
+        ValueError: if a tensor is not floating-point.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {}, 0
-    for name, value in ordered:
-        if value.dtype not in names:
-            raise ValueError(f"the tensor {name} must be floating-point, got {value.dtype}")
-        start, end = end, end + value.numel() * value.element_size()
-        header[name] = {
-            "dtype": names[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [start, end],
-        }
+    for name, (dtype, shape) in layout.items():
+        if dtype not in names:
+            raise ValueError(f"the tensor {name} must be floating-point, got {dtype}")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH.size)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for part in (_LENGTH.pack(len(text)), text):
-            file.write(part)
-            digest.update(part)
-        for _, value in ordered:
-            content = _bytes_of(value.detach().cpu().contiguous())
+
+        def write(content: bytes | memoryview) -> None:
             file.write(content)
             digest.update(content)
+
+        write(_LENGTH.pack(len(text)))
+        write(text)
+        for value in values:
+            write(_bytes_of(value.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 

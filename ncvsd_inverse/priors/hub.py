@@ -1,24 +1,16 @@
-"""Priors from and to Hugging Face: weights and card as files, published checkpoints converted.
-
-No code from a file runs: a repository's two files are safetensors and JSON, checked as all priors
-are, and a pickle goes through `ncvsd_inverse.priors.convert`.
-"""
+"""What Hugging Face keeps: names of repositories, and their files fetched."""
 
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeAlias, TypeVar
+from typing import Self, TypeVar
 
 from huggingface_hub import (
     HfApi,
-    ModelCard,
-    ModelCardData,
-    ModelHubMixin,
     constants,
     hf_hub_download,
     hf_hub_url,
@@ -26,9 +18,7 @@ from huggingface_hub import (
 )
 
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.files import file_sha256, whole_files
-from ncvsd_inverse.priors import registry
-from ncvsd_inverse.priors.published import PUBLISHED, PublishedPrior
+from ncvsd_inverse.priors.files import HUB_PREFIX, SUFFIXES, WEIGHTS_SUFFIXES
 
 T = TypeVar("T")
 
@@ -42,108 +32,6 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 """Name of the weights in a repository of diffusers, without suffix."""
 DIFFUSERS_SUFFIXES = (".safetensors", ".bin")
 """Suffixes of these, the one to prefer first."""
-
-Converter: TypeAlias = Callable[[Path, Path], object]
-"""Writes a foreign checkpoint (its path) as a prior (the path of both files without suffix)."""
-
-
-class HubPrior(registry.PriorHandle, ModelHubMixin):
-    """A trained prior that comes from, or goes to, a repository at Hugging Face.
-
-    `save_pretrained(folder)` writes model.safetensors, model.json (the card) and README.md (the
-    card for readers), `push_to_hub("owner/name")` uploads the three, and `from_pretrained` takes
-    such a folder or repository. Everywhere else it is the prior: it loads when it is first used.
-
-    Args:
-        name_or_path: a prior that `load_prior` accepts.
-    """
-
-    def __init__(self, name_or_path: str | Path) -> None:
-        super().__init__(str(name_or_path))
-        self._hub_mixin_config = None  # the mixin would publish the path
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> Self:
-        """Return the prior of a folder that `save_pretrained` wrote, or of a repository.
-
-        Args:
-            pretrained_model_name_or_path: the folder, or "owner/name".
-            revision: branch, tag or commit of the repository; None: main.
-            token: for private repositories; None: the one that is logged in.
-            cache_dir: where downloads are kept; None: Hugging Face's own folder.
-            force_download: download although it is kept.
-            local_files_only: ask no server.
-
-        Raises:
-            CheckpointError: if the files cannot be had; it says where they can be fetched.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            own = registry.card_path(folder / STEM).exists()
-            return cls(folder / STEM if own else folder.absolute())
-        place = fetch(
-            Address.of_hub(str(pretrained_model_name_or_path)),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        return cls(place)
-
-    def generate_model_card(self, *args: object, **kwargs: object) -> ModelCard:
-        """Return the card of the prior as the README.md of a repository."""
-        card = registry.load_card(self.name)
-        data = ModelCardData(
-            license="other",
-            license_name="see-below",
-            library_name="ncvsd-inverse",
-            pipeline_tag="image-to-image",
-            tags=["inverse-problems", "image-restoration", f"{card.kind}-prior"],
-        )
-        size = "any" if card.image_shape is None else " x ".join(map(str, card.image_shape))
-        lines = [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {card.name}",
-            card.intended_use,
-            "```python\nfrom ncvsd_inverse import load_prior\n\n"
-            'prior = load_prior("OWNER/NAME")  # of this repository\n```',
-            f"- Kind: {card.kind}\n- Images (C x H x W): {size}\n"
-            f"- Noise std: {card.sigma_min:g} to {card.sigma_max:g}, for images in [-1, 1]\n"
-            f"- SHA-256 of {STEM}.safetensors: `{card.sha256}`",
-            f"## Data\n\n{card.data}",
-            f"## Licence\n\n{card.licence}",
-            f"## Weaknesses\n\n{card.weaknesses}",
-        ]
-        for title, entries in (("Evaluation", card.evaluation), ("Training", card.training)):
-            text = json.dumps(entries, indent=2, ensure_ascii=False)
-            lines.append(f"## {title}\n\n```json\n{text}\n```")
-        return ModelCard("\n\n".join(lines) + "\n")
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Write weights, card and README.md, each whole, once the prior is known to be sound."""
-        stem = registry.locate(self.name)
-        card = registry.read_card(stem)
-        registry.check_files(stem, card)
-        target = save_directory / STEM
-        paths = (
-            registry.weights_path(target),
-            registry.card_path(target),
-            save_directory / "README.md",
-        )
-        with whole_files(*paths) as (weights, text, readme):
-            shutil.copyfile(registry.weights_path(stem), weights)
-            text.write_bytes(card.to_json().encode())
-            readme.write_bytes(str(self.generate_model_card()).encode())
 
 
 @dataclass(frozen=True)
@@ -172,10 +60,10 @@ class Address:
             r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/[\w.-]+/[\w.-]+|\w[\w.-]*))?((?:/\w[\w.-]*)*)", name
         )
         file = match[3][1:] if match else ""
-        if match is None or (file and not file.endswith(registry.WEIGHTS_SUFFIXES)):
+        if match is None or (file and not file.endswith(WEIGHTS_SUFFIXES)):
             raise CheckpointError(
                 "a name of the hub must be owner/name[@revision][/FILE], with a FILE that ends in "
-                f"one of {', '.join(registry.WEIGHTS_SUFFIXES)}, got {name!r}"
+                f"one of {', '.join(WEIGHTS_SUFFIXES)}, got {name!r}"
             )
         return cls(match[1], match[2], file or None)
 
@@ -190,15 +78,15 @@ class Address:
         Raises:
             CheckpointError: if a name after "hf:" is not of these forms.
         """
-        if name.startswith(registry.HUB_PREFIX):
-            return cls.of_hub(name.removeprefix(registry.HUB_PREFIX))
+        if name.startswith(HUB_PREFIX):
+            return cls.of_hub(name.removeprefix(HUB_PREFIX))
         if Path(name.partition("/")[0]).is_dir():
             return None
         try:
             address = cls.of_hub(name)
         except CheckpointError:
             return None
-        like_a_file = name == address.repository and name.endswith(registry.SUFFIXES)
+        like_a_file = name == address.repository and name.endswith(SUFFIXES)
         return None if like_a_file else address
 
 
@@ -369,11 +257,11 @@ def fetch(
     named = {name.rpartition("/")[2] for name in repository.files}
     if named & {"model_index.json", *(DIFFUSERS_WEIGHTS + end for end in DIFFUSERS_SUFFIXES)}:
         return _fetch_diffusers(repository)
-    found = sorted(name for name in repository.files if name.endswith(registry.WEIGHTS_SUFFIXES))
+    found = sorted(name for name in repository.files if name.endswith(WEIGHTS_SUFFIXES))
     if len(found) != 1:
         raise CheckpointError(
             f"{repository} must hold {STEM}.safetensors with {STEM}.json, a UNet2DModel of "
-            f"diffusers, or one file that ends in {', '.join(registry.WEIGHTS_SUFFIXES)}; got "
+            f"diffusers, or one file that ends in {', '.join(WEIGHTS_SUFFIXES)}; got "
             + (f"{', '.join(found[:10])}: name one as {repository}/FILE" if found else "none")
         )
     return _fetch_file(repository, found[0])
@@ -417,107 +305,6 @@ def _fetch_diffusers(repository: Repository) -> Path:
             repository.get(name)
     repository.get(weights[0])
     return config.parents[folder.count("/")]
-
-
-def fetch_published(name: str, convert: Converter | None = None) -> Path:
-    """Return the path, without suffix, of a prior that its authors publish as a pickle.
-
-    The first time the pickle is looked for in the folders of priors, then downloaded, and
-    converted once for its content; later nothing but the result is needed. SHA-256 and, of a
-    download, the commit are recorded then: a file of another SHA-256 is refused from there on.
-
-    Args:
-        name: a key of `PUBLISHED`.
-        convert: what converts it; None: `ncvsd_inverse.priors.convert.convert`.
-
-    Raises:
-        CheckpointError: if the file cannot be had or converted, which says what to fetch; if it is
-            not the one that is known, or a prior of another kind.
-    """
-    entry = PUBLISHED[name]
-    record, accepted = registry.record_path(name), registry.accepted_file(name)
-    digest, revision = accepted or (None, None)
-    source = registry.kept_file(entry)
-    if source is None and digest is not None:
-        stem = registry.converted_stem(digest, name)
-        if registry.card_path(stem).is_file():
-            registry.check_published_kind(name, stem)
-            return stem
-    if source is None:
-        source = _download(entry, entry.revision or revision)
-        commit = source.parent.name
-        revision = commit if re.fullmatch("[0-9a-f]{40}", commit) else None
-    came, wanted = _checked_sha256(source), entry.sha256 or digest
-    if wanted is not None and came != wanted:
-        way_out = f"delete {source} to stay with that one"
-        if entry.sha256 is None:
-            way_out += f", or {record} to accept this one from now on"
-        raise CheckpointError(
-            f"{source} must have the SHA-256 of the {entry.file} that is known as {name}, "
-            f"{wanted}, got {came}; {way_out}"
-        )
-    stem = _converted(source, came, name, convert)
-    try:
-        registry.check_published_kind(name, stem, source)
-    except CheckpointError:
-        for path in (registry.card_path(stem), registry.weights_path(stem)):
-            path.unlink(missing_ok=True)
-        raise
-    if accepted is None:
-        with whole_files(record) as (text,):
-            text.write_text(f"{came} {revision or ''}".strip() + "\n", encoding="utf-8")
-    return stem
-
-
-def convert_once(source: Path, name: str, convert: Converter | None = None) -> Path:
-    """Convert a foreign checkpoint, unless its content was before; return where, without suffix.
-
-    Args:
-        source: the checkpoint, one file.
-        name: what the prior is called.
-        convert: what converts it; None: `ncvsd_inverse.priors.convert.convert`.
-
-    Raises:
-        CheckpointError: if the file is damaged or cannot be converted.
-    """
-    return _converted(source, _checked_sha256(source), name, convert)
-
-
-def _converted(source: Path, sha256: str, name: str, convert: Converter | None) -> Path:
-    stem = registry.converted_stem(sha256, name)
-    if not registry.card_path(stem).is_file():
-        if convert is None:
-            from ncvsd_inverse.priors import convert as own
-
-            convert = own.convert
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        convert(source, stem)
-        registry.read_card(stem)
-    return stem
-
-
-def _checked_sha256(source: Path) -> str:
-    """Return the SHA-256 of a file; CheckpointError if it is kept under another one."""
-    digest = file_sha256(source)
-    # Hugging Face keeps large files under their own SHA-256.
-    expected = source.resolve().name
-    if re.fullmatch("[0-9a-f]{64}", expected) and digest != expected:
-        raise CheckpointError(f"{source} is damaged: its SHA-256 is {digest}; delete it to retry")
-    return digest
-
-
-def _download(entry: PublishedPrior, revision: str | None) -> Path:
-    try:
-        return Repository(entry.repository, revision).get(entry.file)
-    except CheckpointError as error:
-        url = hf_hub_url(entry.repository, entry.file, revision=revision)
-        raise CheckpointError(
-            f"{entry.name} is not here and cannot be downloaded: {error}; where there is a "
-            f"network, fetch {url} and put it, as it is, into one of "
-            f"{', '.join(str(folder) for folder in registry.search_folders())} "
-            f"(${registry.WEIGHTS_VARIABLE} may name another folder); it is a pickle, which is "
-            "never unpickled but converted, once, when the prior is next used"
-        ) from error
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

@@ -1,40 +1,52 @@
-"""Trained priors by name or path: a safetensors file of weights beside a JSON card, checked."""
+"""Trained priors by name or path: those of the package, of this machine, and of the hub."""
 
 import hashlib
-import os
 import threading
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from ncvsd_inverse.checks import check_choice, check_image_size
+from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.files import cache_folder, file_sha256, whole_files
-from ncvsd_inverse.networks import (
-    ConcatDenoiser,
-    ControlledDenoiser,
-    Denoiser,
-    inference_dtype,
-    network_config,
-)
-from ncvsd_inverse.networks.edm2_layers import MPConv
+from ncvsd_inverse.files import file_sha256
+from ncvsd_inverse.networks import inference_dtype
+from ncvsd_inverse.networks.library import LibraryDenoiser
 from ncvsd_inverse.priors.cache import StatisticsStore
 from ncvsd_inverse.priors.card import PriorCard
-from ncvsd_inverse.priors.convert import LibraryDenoiser, build_converted, load_foreign
+from ncvsd_inverse.priors.convert import load_foreign
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
-from ncvsd_inverse.priors.files import TensorFile, write_tensors
+from ncvsd_inverse.priors.files import (
+    HUB_PREFIX,
+    SUFFIXES,
+    WEIGHTS_SUFFIXES,
+    WEIGHTS_VARIABLE,
+    accepted_file,
+    card_path,
+    converted_stem,
+    read_card,
+    search_folders,
+)
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
-from ncvsd_inverse.priors.published import PUBLISHED, PublishedPrior
+from ncvsd_inverse.priors.published import (
+    PUBLISHED,
+    PublishedPrior,
+    check_published_kind,
+    fetch_published,
+)
+from ncvsd_inverse.priors.stored import TrainedNetwork, read_network
 from ncvsd_inverse.protocols import Generators
 
-PACKAGE_WEIGHTS = Path(__file__).parent / "weights"
-WEIGHTS_VARIABLE = "NCVSD_WEIGHTS"
+__all__ = [
+    "PriorHandle",
+    "describe_prior",
+    "list_priors",
+    "load_card",
+    "load_network",
+    "load_prior",
+    "locate",
+]
 
 SHIPPED = (
     "ncvsd_faces64",
@@ -46,19 +58,6 @@ FOLDER_STEMS = ("prior", "model")
 """What a run and `HubPrior.save_pretrained` call the prior of a folder."""
 RUN_FILES = ("state.safetensors", "log.jsonl")
 """Files by which the folder of a training run is known before it holds a prior."""
-HUB_PREFIX = "hf:"
-"""With what a name begins that is one of the hub, whatever paths there are."""
-WEIGHTS_SUFFIXES = (".pkl", ".pt", ".pth", ".safetensors")
-"""What files of weights end in."""
-SUFFIXES = (*WEIGHTS_SUFFIXES, ".json")
-"""What paths of priors end in; a name that ends so is a path."""
-
-TrainedNetwork: TypeAlias = ConcatDenoiser | ControlledDenoiser | Denoiser
-NETWORKS: dict[str, tuple[type[TrainedNetwork | LibraryDenoiser], ...]] = {
-    "ncvsd": (ConcatDenoiser, ControlledDenoiser),
-    "diffusion": (Denoiser, LibraryDenoiser),
-}
-"""The networks that each kind of prior can have."""
 
 
 def load_prior(
@@ -104,7 +103,7 @@ def load_prior(
     card = read_card(place)
     where = torch.get_default_device() if device is None else torch.device(device)
     dtype = dtype or inference_dtype(where)
-    network = _read_network(place, card, where, dtype).to_inference(dtype)
+    network = read_network(place, card, where, dtype).to_inference(dtype)
     store = _statistics_store(name_or_path, place, card)
     statistics = card.statistics if store is None else card.statistics or store.read()
     prior: NCVSDPrior | DiffusionPrior
@@ -139,7 +138,7 @@ def _statistics_store(
 
     A prior that ships with the package leaves the package alone, unless its path is given.
     """
-    shipped = place.parent == PACKAGE_WEIGHTS and place.name == str(name_or_path)
+    shipped = place.parent == search_folders()[0] and place.name == str(name_or_path)
     if not shipped:
         return StatisticsStore(card.sha256, card_path(place))
     return StatisticsStore(card.sha256) if card.statistics is None else None
@@ -159,7 +158,7 @@ def load_network(name_or_path: str | Path) -> TrainedNetwork:
     Arguments and errors as for `load_prior`.
     """
     place = locate(name_or_path)
-    network = _read_network(place, read_card(place), torch.device("cpu"))
+    network = read_network(place, read_card(place), torch.device("cpu"))
     if isinstance(network, LibraryDenoiser):
         raise CheckpointError(f"{place} holds a network of another library, which does not train")
     return network
@@ -205,42 +204,6 @@ def list_priors() -> list[str]:
     """
     found = {card.stem for folder in search_folders() for card in folder.glob("*.json")}
     return sorted(found | PUBLISHED.keys())
-
-
-def save_prior(
-    path_without_suffix: str | Path, network: TrainedNetwork, card: Mapping[str, object]
-) -> PriorCard:
-    """Write the weights of a prior to NAME.safetensors and its card to NAME.json.
-
-    Nothing is written unless both are valid, and each file appears whole, weights first: after a
-    crash between the two, loading reports that they do not belong together.
-
-    Args:
-        path_without_suffix: FOLDER/NAME; the folder must exist.
-        network: as trained, not changed by `to_inference`.
-        card: the fields of `PriorCard`; `network` and `sha256` are filled in.
-
-    Returns:
-        The card as written.
-
-    Raises:
-        ValueError: if the card is not valid, or the network is not as trained or not finite.
-        TypeError: if `network` is of no kind that a prior can have.
-    """
-    if not isinstance(network, TrainedNetwork):
-        raise TypeError(f"network must be one of {TrainedNetwork}, got {type(network).__name__}")
-    filled = {**card, "network": network_config(network), "sha256": "0" * 64}
-    full = PriorCard.from_json(PriorCard.from_dict(filled).to_json())
-    _build(full)
-    if any(layer.is_folded for layer in network.modules() if isinstance(layer, MPConv)):
-        raise ValueError("network must be as trained, not changed by to_inference")
-    state = network.state_dict()
-    _check_weights({"not finite": {name for name in state if not _is_finite(state[name])}})
-    stem = Path(path_without_suffix)
-    with whole_files(weights_path(stem), card_path(stem)) as (weights, text):
-        full = replace(full, sha256=write_tensors(weights, state))
-        text.write_bytes(full.to_json().encode())
-    return full
 
 
 class PriorHandle:
@@ -305,63 +268,6 @@ class PriorHandle:
         return f"<prior {self.name!r}, {'loaded' if self._priors else 'not loaded'}>"
 
 
-def search_folders() -> list[Path]:
-    """Return where priors are looked for by name, first come first served."""
-    own = os.environ.get(WEIGHTS_VARIABLE)
-    return [PACKAGE_WEIGHTS, *([Path(own)] if own else []), cache_folder()]
-
-
-def weights_path(stem: Path) -> Path:
-    """Return the path of the weights of a prior whose path without suffix is `stem`."""
-    return stem.with_name(stem.name + ".safetensors")
-
-
-def card_path(stem: Path) -> Path:
-    """Return the path of the card of a prior whose path without suffix is `stem`."""
-    return stem.with_name(stem.name + ".json")
-
-
-def converted_stem(sha256: str, name: str) -> Path:
-    """Return where a published file of this SHA-256 is kept once converted, without suffix."""
-    return cache_folder() / "converted" / sha256 / name
-
-
-def record_path(name: str) -> Path:
-    """Return where it is recorded which published file was accepted under a name."""
-    return cache_folder() / f"{name}.sha256"
-
-
-def accepted_file(name: str) -> tuple[str, str | None] | None:
-    """Return SHA-256 and revision (if known) of the published file first used under a name."""
-    try:
-        digest, *revision = record_path(name).read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
-        return None
-    return digest, next(iter(revision), None)
-
-
-def kept_file(entry: PublishedPrior) -> Path | None:
-    """Return where a published file lies that was fetched by hand, None without one."""
-    paths = (folder / entry.file for folder in search_folders())
-    return next((path for path in paths if path.is_file()), None)
-
-
-def check_published_kind(name: str, stem: Path, source: Path | None = None) -> None:
-    """CheckpointError unless the card at `stem` is of the kind that is published as `name`.
-
-    Args:
-        name: a key of `PUBLISHED`.
-        stem: path of the prior, without suffix.
-        source: the file that it was converted from, if that is what should go.
-    """
-    kind, came = PUBLISHED[name].kind, read_card(stem).kind
-    if came != kind:
-        raise CheckpointError(
-            f"{name} must be a prior of kind {kind!r}, got one of kind {came!r}: delete "
-            f"{source or card_path(stem)}, which came under the wrong name"
-        )
-
-
 def locate(name_or_path: str | Path) -> Path:
     """Return the path of the prior that a name or path means, fetching it if need be.
 
@@ -371,10 +277,9 @@ def locate(name_or_path: str | Path) -> Path:
     if place is not None:
         return place
     if name_or_path in PUBLISHED:
-        from ncvsd_inverse.priors import hub
-
-        return hub.fetch_published(str(name_or_path))
+        return fetch_published(str(name_or_path))
     if isinstance(name_or_path, str) and ("/" in name_or_path or _is_of_hub(name_or_path)):
+        # Loaded when a name may be one of the hub: huggingface_hub is slow to import.
         from ncvsd_inverse.priors import hub
 
         address = hub.Address.parse(name_or_path)
@@ -459,134 +364,3 @@ def _explain_absence(name_or_path: str | Path) -> Exception:
     return CheckpointError(
         f"there is no {path}, and no {card_path(stem)}: a prior needs its weights and its card"
     )
-
-
-def read_card(stem: Path) -> PriorCard:
-    """Read the card of a prior whose path without suffix is `stem`; CheckpointError if unfit."""
-    path = card_path(stem)
-    try:
-        return PriorCard.from_json(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"a prior needs its weights and its card, but there is no {path}; "
-            "`ncvsd convert` makes both of a foreign checkpoint"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} must be readable: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} must be the card of a prior: {error}") from error
-
-
-def _read_network(
-    stem: Path, card: PriorCard, device: torch.device, dtype: torch.dtype | None = None
-) -> TrainedNetwork | LibraryDenoiser:
-    """Build the network of a card and fill it with the weights beside it, all checked.
-
-    It is first built without memory, so that a card cannot ask for more than its weights hold, and
-    filled one tensor at a time: with a `dtype`, layers are at once stored ready for passes in it.
-    """
-    with _weights(stem, card) as (network, file):
-        bad = set()
-        stored = network.state_dict().keys()
-        for prefix, module in network.named_modules():
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, empty in own:
-                full = f"{prefix}.{name}".removeprefix(".")
-                if full not in stored:
-                    continue
-                value = file.read(full)
-                if not _is_finite(value):
-                    bad.add(full)
-                # The layout of the memory is the network's, channels last for some.
-                value = torch.empty_like(empty, device=device).copy_(value)
-                is_parameter = isinstance(empty, nn.Parameter)
-                setattr(module, name, nn.Parameter(value) if is_parameter else value)
-            if dtype is not None and isinstance(module, MPConv):
-                module.fold_(dtype)
-        _check_weights({"not finite": bad})
-    return network
-
-
-def check_files(stem: Path, card: PriorCard) -> None:
-    """CheckpointError unless the weights at `stem` are those of the card."""
-    with _weights(stem, card) as (_, file):
-        _check_weights(
-            {"not finite": {name for name in file.shapes if not _is_finite(file.read(name))}}
-        )
-
-
-@contextmanager
-def _weights(
-    stem: Path, card: PriorCard
-) -> Iterator[tuple[TrainedNetwork | LibraryDenoiser, TensorFile]]:
-    """Open the weights of a card; yield its network, without memory, and the file that fits it.
-
-    Within the context, too, what is wrong with the file becomes a CheckpointError that names it.
-    """
-    path = weights_path(stem)
-    try:
-        digest = file_sha256(path)
-        if digest != card.sha256:
-            raise CheckpointError(
-                f"{path} must have the SHA-256 of its card, {card.sha256}, got {digest}: "
-                "it is damaged or belongs to another card"
-            )
-        network = _build(card)
-        with TensorFile(path) as file:
-            expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-            came, both = file.shapes, expected.keys() & file.shapes.keys()
-            _check_weights(
-                {
-                    "missing": expected.keys() - came.keys(),
-                    "unexpected": came.keys() - expected.keys(),
-                    "of another shape": {name for name in both if expected[name] != came[name]},
-                }
-            )
-            yield network, file
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"a prior needs its weights and its card, but there is no {path}"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} must be readable: {error}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} must hold the network of its card: {error}") from error
-
-
-def _build(card: PriorCard) -> TrainedNetwork | LibraryDenoiser:
-    """Build the network that `card` describes, without memory; ValueError if the card is wrong."""
-    network = build_converted(card.network, "meta")
-    if not isinstance(network, NETWORKS[card.kind]):
-        raise ValueError(f"kind {card.kind!r} cannot have a {type(network).__name__}")
-    side = network.resolution
-    if side is not None and card.image_shape != (network.image_channels, side, side):
-        raise ValueError(
-            f"image_shape must be {(network.image_channels, side, side)}, got {card.image_shape}"
-        )
-    if card.image_shape is not None:
-        check_image_size(
-            "image_shape",
-            card.image_shape,
-            channels=network.image_channels,
-            multiple=network.size_multiple,
-        )
-    return network
-
-
-def _is_finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())
-
-
-def _check_weights(faults: Mapping[str, Set[str]]) -> None:
-    """ValueError that names the tensors at fault unless there are none."""
-    told = [f"{fault}: {_listed(names)}" for fault, names in faults.items() if names]
-    if told:
-        raise ValueError("weights " + "; ".join(told))
-
-
-def _listed(names: Set[str], most: int = 8) -> str:
-    ordered = sorted(names)
-    rest = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + rest

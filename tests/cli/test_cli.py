@@ -214,7 +214,7 @@ def only_published(tmp_path, monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-    monkeypatch.setattr("ncvsd_inverse.priors.registry.PACKAGE_WEIGHTS", tmp_path / "package")
+    monkeypatch.setattr("ncvsd_inverse.priors.files.PACKAGE_WEIGHTS", tmp_path / "package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path / "own"))
     (tmp_path / "own").mkdir()

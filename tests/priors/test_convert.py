@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from experiments.security.fuzz_unpickle import hostile_opcodes, persistent_pickle
+from ncvsd_inverse.checkpoints.parsed import ParsedCheckpoint
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import (
     ConcatDenoiser,
@@ -27,7 +28,7 @@ from ncvsd_inverse.networks import (
 )
 from ncvsd_inverse.networks.library import LIBRARY, build_converted
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior
-from ncvsd_inverse.priors.convert import Found, convert, load_foreign
+from ncvsd_inverse.priors.convert import convert, load_foreign
 from ncvsd_inverse.priors.registry import load_network
 
 RTOL = 1e-4  # the published code and ours order float32 sums differently
@@ -502,7 +503,7 @@ def test_kinds_are_a_fixed_table():
 
 def test_dtypes_are_read_from_the_file():
     values = {"a": torch.zeros(1).half(), "b": torch.zeros(1)}
-    found = Found(layout="x", config={}, tensors=values, image_shape=(1, 1, 1))
+    found = ParsedCheckpoint(layout="x", config={}, tensors=values, image_shape=(1, 1, 1))
     assert found.dtype == "float16, float32"
 
 

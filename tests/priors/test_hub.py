@@ -20,14 +20,16 @@ from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
 from ncvsd_inverse.priors import (
     DiffusionPrior,
     describe_prior,
+    files,
     load_card,
     load_prior,
     registry,
     save_prior,
 )
 from ncvsd_inverse.priors import hub as ours
-from ncvsd_inverse.priors.hub import Address, HubPrior, convert_once, fetch, fetch_published
-from ncvsd_inverse.priors.published import PUBLISHED
+from ncvsd_inverse.priors.hub import Address, fetch
+from ncvsd_inverse.priors.hub_prior import HubPrior
+from ncvsd_inverse.priors.published import PUBLISHED, convert_once, fetch_published
 
 CARD = {
     "name": "tiny",
@@ -155,7 +157,7 @@ def use(monkeypatch, url):
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     """Look for priors and downloads in this test's folders, and for a hub where there is none."""
-    monkeypatch.setattr(registry, "PACKAGE_WEIGHTS", tmp_path / "package")
+    monkeypatch.setattr(files, "PACKAGE_WEIGHTS", tmp_path / "package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path / "own"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "downloads"))
@@ -433,7 +435,7 @@ def test_load_prior_takes_repositories_and_published_names(hub, tmp_path, monkey
     assert load_prior("someone/faces").card.name == "tiny"
     assert load_card(f"someone/faces@{COMMITS[0]}").name == "tiny"
     hub.publish(REPOSITORY, {FILE: PICKLE})
-    monkeypatch.setattr("ncvsd_inverse.priors.convert.convert", Convert())
+    monkeypatch.setattr("ncvsd_inverse.priors.published.own_convert", Convert())
     assert load_prior("ncvsd_ffhq").card.name == "ncvsd_ffhq"
 
     assert load_card("ncvsd_ffhq").name == "ncvsd_ffhq"
@@ -601,7 +603,7 @@ def test_single_files_of_a_repository_are_taken(hub, loaded, tmp_path):
 
 
 def files_of_prior(stem):
-    paths = registry.card_path(stem), registry.weights_path(stem)
+    paths = files.card_path(stem), files.weights_path(stem)
     return {path.name: path.read_bytes() for path in paths}
 
 
@@ -609,7 +611,7 @@ def test_the_first_file_of_a_published_prior_is_recorded(hub, tmp_path):
     hub.publish(REPOSITORY, {FILE: PICKLE})
     fetch_published("ncvsd_ffhq", Convert())
     sha256 = hashlib.sha256(PICKLE).hexdigest()
-    assert registry.accepted_file("ncvsd_ffhq") == (sha256, COMMITS[0])
+    assert files.accepted_file("ncvsd_ffhq") == (sha256, COMMITS[0])
     # What was converted is gone: the commit that was recorded is fetched again, not a newer one.
     (tmp_path / "cache" / "ncvsd_inverse" / "converted").rename(tmp_path / "gone")
     hub.publish(REPOSITORY, {FILE: OTHER}, COMMITS[1])
@@ -623,7 +625,7 @@ def test_a_later_file_of_other_content_is_refused(tmp_path):
     source.write_bytes(PICKLE)
     stem = fetch_published("ncvsd_ffhq", Convert())
     source.write_bytes(OTHER)
-    record = registry.record_path("ncvsd_ffhq")
+    record = files.record_path("ncvsd_ffhq")
     convert = Convert()
     with pytest.raises(CheckpointError) as caught:
         fetch_published("ncvsd_ffhq", convert)
@@ -651,10 +653,10 @@ def test_the_teacher_under_the_name_of_the_student_is_refused(tmp_path, monkeypa
         source = tmp_path / "own" / PUBLISHED[name].file
         source.write_bytes(PICKLE)
         convert = Convert(kind=kind, gamma=None if kind == "diffusion" else 0.4)
-        monkeypatch.setattr("ncvsd_inverse.priors.convert.convert", convert)
+        monkeypatch.setattr("ncvsd_inverse.priors.published.own_convert", convert)
         for times in (1, 2):
             with pytest.raises(CheckpointError, match=f"of kind '{kind}': delete {source}, which"):
                 load_prior(name)
             assert len(convert.sources) == times
-        assert registry.accepted_file(name) is None
+        assert files.accepted_file(name) is None
         assert describe_prior(name) is PUBLISHED[name]

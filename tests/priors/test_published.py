@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from ncvsd_inverse.checkpoints.parsed import Options, ParsedCheckpoint
+from ncvsd_inverse.checkpoints.parsing import parse_checkpoint, recognise
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import ControlledDenoiser, Denoiser, UNetShape, constrain_weights_
 from ncvsd_inverse.networks.adm import ADMUNet
 from ncvsd_inverse.networks.library import ADMDenoiser, build_converted
-from ncvsd_inverse.priors import convert as module
 from ncvsd_inverse.priors import load_prior
-from ncvsd_inverse.priors.convert import NOTHING, Unsaid, _recognised, convert, load_foreign
+from ncvsd_inverse.priors.convert import convert, load_foreign
 from ncvsd_inverse.training.presets import load_distill_config, load_teacher_config
 
 PUBLISHED = json.loads(
@@ -52,7 +53,7 @@ def test_every_published_file_has_its_row():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_published_names_and_shapes(name):
-    found = _recognised(hollow(PUBLISHED[name]), None, NOTHING)
+    found = recognise(hollow(PUBLISHED[name]), None, Options())
     network = build_converted(found.config, "meta")
     came = {key.removeprefix("network."): shape for key, shape in shapes_of(network).items()}
     # The times of an ADM network are none of its own tensors.
@@ -75,7 +76,7 @@ def test_the_presets_have_the_networks_of_the_published_files():
         ("edm2-ffhq256-xs", load_teacher_config("ffhq256_xs")),
         ("edm2-img64-s", load_teacher_config("imagenet64_s")),
     ]:
-        found = _recognised(hollow(PUBLISHED[name]), None, NOTHING)
+        found = recognise(hollow(PUBLISHED[name]), None, Options())
         assert build_converted(found.config, "meta").shape == config.network
 
 
@@ -97,7 +98,7 @@ def test_sizes_of_edm2(size, channels, millions):
     with torch.device("meta"):
         network = Denoiser(shape)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
-    found = _recognised(network.state_dict(), None, NOTHING)
+    found = recognise(network.state_dict(), None, Options())
     assert build_converted(found.config, "meta").shape == shape
 
 
@@ -158,7 +159,7 @@ def test_networks_of_adm(changes, told, millions):
     told = dict(told)
     if arguments["heads"] == ["head_channels", 32]:
         told["head_channels"] = 32
-    found = _recognised(network.state_dict(), None, Unsaid(**told))
+    found = recognise(network.state_dict(), None, Options(**told))
     assert found.config["arguments"] == arguments
     assert found.image_shape == (3, arguments["resolution"], arguments["resolution"])
 
@@ -308,7 +309,7 @@ def test_the_schedule_is_found_by_trying(tmp_path, monkeypatch, trained):
     torch.save(small_adm(num_classes=0).state_dict(), tmp_path / "adm.pt")
     teacher = load_prior("ncvsd_faces64_teacher", dtype=torch.float32)
     told = {"size": 64, "schedule": trained}
-    found = module._read(tmp_path / "adm.pt", Unsaid(**told))
+    found = parse_checkpoint(tmp_path / "adm.pt", Options(**told))
     right = found.tensors["log_sigmas"].clone()
 
     class Ideal(ADMDenoiser):
@@ -324,7 +325,7 @@ def test_the_schedule_is_found_by_trying(tmp_path, monkeypatch, trained):
         network.log_sigmas.copy_(found.tensors["log_sigmas"])
         return network.to_inference(dtype)
 
-    monkeypatch.setattr(module, "_filled", filled)
+    monkeypatch.setattr(ParsedCheckpoint, "build", filled)
     card = convert(tmp_path / "adm.pt", tmp_path / "found", size=64)
     assert card.training["schedule"] == f"{trained}, by the self-check"
     assert (card.sigma_min, card.sigma_max) == (found.sigma_min, found.sigma_max)

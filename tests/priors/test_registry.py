@@ -19,6 +19,7 @@ import torch
 
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import ConcatDenoiser, ConcatDiscriminator, Denoiser, UNetShape
+from ncvsd_inverse.networks.library import build_converted
 from ncvsd_inverse.priors import (
     DiffusionPrior,
     NCVSDPrior,
@@ -31,7 +32,6 @@ from ncvsd_inverse.priors import (
     registry,
     save_prior,
 )
-from ncvsd_inverse.priors.convert import build_converted
 from ncvsd_inverse.priors.files import TensorFile, write_tensors
 from ncvsd_inverse.priors.registry import load_network
 
@@ -65,7 +65,7 @@ def make_network(cls=ConcatDenoiser, **changes):
 @pytest.fixture
 def no_other_priors(tmp_path, monkeypatch):
     """Look for names in an empty package, an empty cache and a folder $NCVSD_WEIGHTS."""
-    monkeypatch.setattr(registry, "PACKAGE_WEIGHTS", tmp_path / "package")
+    monkeypatch.setattr("ncvsd_inverse.priors.files.PACKAGE_WEIGHTS", tmp_path / "package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -525,7 +525,7 @@ def no_hub(monkeypatch):
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr("ncvsd_inverse.priors.hub.fetch", asked)
-    monkeypatch.setattr("ncvsd_inverse.priors.hub.fetch_published", asked)
+    monkeypatch.setattr("ncvsd_inverse.priors.registry.fetch_published", asked)
 
 
 def test_a_description_asks_nobody(saved, no_hub):
