@@ -119,8 +119,8 @@ def _unknown(state: Mapping[str, Tensor]) -> str:
     nearest = min(odd, key=lambda layout: len(odd[layout]))
     if len(odd[nearest]) == len(state):
         return (
-            f"its tensors are of no known network: {list_names(odd[nearest])}; not one has a name of "
-            f"the known layouts, {', '.join(LAYOUTS)}"
+            f"its tensors are of no known network: {list_names(odd[nearest])}; not one has a name "
+            f"of the known layouts, {', '.join(LAYOUTS)}"
         )
     if nearest == "diffusers":
         hint = "which are read as folders, with config.json and scheduler_config.json"
