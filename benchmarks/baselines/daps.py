@@ -28,7 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings, Teacher
+from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.sampling.likelihood import likelihood_step
@@ -55,7 +55,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     return u
 
 
-def follow_ode(teacher: Teacher, x: Tensor, sigma: float, steps: int) -> Tensor:
+def follow_ode(teacher: Denoiser, x: Tensor, sigma: float, steps: int) -> Tensor:
     """Return the end of the probability-flow ODE from x at level sigma, shape (B, C, H, W)."""
     levels = karras(steps, sigma, min(ODE_END, sigma / 10))
     for t, s in pairwise((*levels, 0.0)):

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.protocols import Operator, Prior
+from ncvsd_inverse.protocols import Denoiser, NetworkBacked, Operator, Prior
+
+__all__ = ["Grid", "Method", "Models", "Problem", "Run", "Settings"]
 
 Settings: TypeAlias = Mapping[str, float]
 """The free settings of a method by name; counts are whole numbers."""
@@ -17,32 +19,25 @@ Grid: TypeAlias = Mapping[str, tuple[float, ...]]
 """For each setting that is tuned, the values to try."""
 
 
-class Teacher(Protocol):
-    """A denoiser, analytic or a network; `ncvsd_inverse.priors.DiffusionPrior` is one."""
-
-    @property
-    def network(self) -> nn.Module:
-        """The module whose forward passes are counted."""
-        ...
-
-    def denoise(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return E[x0 | x] for images (B, C, H, W) with noise of std sigma; gradients pass."""
-        ...
-
-
 @dataclass(frozen=True)
 class Models:
     """The networks that all methods share.
 
     Attributes:
-        teacher: the denoiser.
+        teacher: the denoiser, a network or analytic; gradients pass through it.
         student: the generative denoiser distilled from it.
         sigma_max: largest noise std that both know, image units.
     """
 
-    teacher: Teacher
+    teacher: Denoiser
     student: Prior
     sigma_max: float = 80.0
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The modules whose passes are counted."""
+        models = (self.teacher, self.student)
+        return [model.network for model in models if isinstance(model, NetworkBacked)]
 
 
 @dataclass(frozen=True)

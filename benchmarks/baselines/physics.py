@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from baselines.interface import Problem, Teacher
+from baselines.interface import Problem
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.operators import Blur, Denoise, Inpaint, SuperResolution
@@ -242,7 +242,7 @@ class TeacherDenoiser(nn.Module):
         sigma_max: largest noise std it knows, image units.
     """
 
-    def __init__(self, teacher: Teacher, sigma_max: float) -> None:
+    def __init__(self, teacher: Denoiser, sigma_max: float) -> None:
         super().__init__()
         self.teacher = teacher
         self.sigma_max = sigma_max

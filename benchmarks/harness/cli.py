@@ -1,4 +1,4 @@
-"""The command lines of run.py and tune.py; they hold no mathematics."""
+"""The command lines of run.py, tune.py and report.py."""
 
 import argparse
 import hashlib
@@ -10,36 +10,43 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from baselines.interface import Method, Models
-from harness.cases import DATA_VARIABLE, Case, find_test_set, load_images, make_case
-from harness.records import METRICS, Record, read_records
+from harness.cache import Cache, describe_environment, make_key, make_record, narrow
+from harness.problems import (
+    DATA_VARIABLE,
+    KnownProblem,
+    find_test_set,
+    load_images,
+    make_problem,
+)
+from harness.records import METRICS, RECORDS, Record, read_records
 from harness.runner import Row, Setup, is_ours, plan_rows, run_row
 from harness.scores import applicable, choose_metrics
-from harness.store import Store, describe_environment, make_key, make_record, narrow
 from harness.tuning import open_tuning, read_tuned, tune
+from ncvsd_inverse import CheckpointError, list_tasks, load_prior, write_image
 from ncvsd_inverse.checks import check_choice, check_count
-from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.images import write_image
+from ncvsd_inverse.machine import find_device
 from ncvsd_inverse.metrics import SMALLEST_SIDE
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.protocols import SIGMA_Y
-from ncvsd_inverse.tasks import list_tasks
 
-PICTURES = 4
+__all__ = ["present", "run", "run_report", "run_tuning"]
+
+_PICTURES = 4
 """Images of each row whose estimates are kept as pictures."""
 
-TUNED = Path(__file__).parent.parent / "tuned"
+_TUNED = Path(__file__).parent.parent / "tuned"
 """Folder of the settings that tuning chose, one file a prior."""
 
-Methods = Mapping[str, Method]
+_Methods: TypeAlias = Mapping[str, Method]
 
 
-def run(methods: Methods, arguments: Sequence[str] | None = None) -> int:
+def run(methods: _Methods, arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark of a command line; return the exit status, 2 for bad input.
 
     Args:
@@ -48,22 +55,22 @@ def run(methods: Methods, arguments: Sequence[str] | None = None) -> int:
     """
     try:
         args = _run_parser().parse_args(arguments)
-        setup, cases, chosen, notices = _prepare(args, methods)
-        rows = _plan(args, methods, setup, cases, chosen)
-        store = Store(args.out)
-        store.claim(_shared_settings(setup), setup.images.hashes)
+        setup, problems, chosen, notices = _prepare(args, methods)
+        rows = _plan(args, methods, setup, problems, chosen)
+        cache = Cache(args.out)
+        cache.claim(_shared_settings(setup), setup.images.hashes)
     except (ValueError, TypeError, CheckpointError, OSError) as error:
         return _refuse(error)
     process, processes = _place()
     if process == 0:
         for notice in notices:
             print(notice)
-        _keep_cases(store, cases)
+        _keep_problems(cache, problems)
     environment = {**describe_environment(setup.device), "batch_size": str(setup.batch_size)}
     with _together(processes):
         for number in range(process, len(rows), processes):
             row = rows[number]
-            record, known = _measure(store, setup, cases[row.task], row, environment)
+            record, known = _measure(cache, setup, problems[row.task], row, environment)
             state = ", as recorded" if known else ""
             print(f"[{number + 1}/{len(rows)}] {_summary(record)}{state}", flush=True)
     if process == 0:
@@ -71,13 +78,13 @@ def run(methods: Methods, arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_tuning(methods: Methods, arguments: Sequence[str] | None = None) -> int:
+def run_tuning(methods: _Methods, arguments: Sequence[str] | None = None) -> int:
     """Tune the methods of a command line; return the exit status, 2 for bad input."""
     try:
         args = _tune_parser().parse_args(arguments)
         if args.out.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
             raise ValueError(f"--out must be a file in a writable folder, got {args.out}")
-        setup, cases, chosen, notices = _prepare(args, methods)
+        setup, problems, chosen, notices = _prepare(args, methods)
         small = min(setup.images.size) < SMALLEST_SIDE["lpips"]
         metrics, _ = choose_metrics(["psnr" if small else "lpips-alex"], setup.images.x0, 1)
         setup = replace(setup, metrics=metrics)
@@ -86,7 +93,22 @@ def run_tuning(methods: Methods, arguments: Sequence[str] | None = None) -> int:
         return _refuse(error)
     for notice in notices:
         print(notice)
-    tune(setup, cases, chosen, args.out, content, lambda line: print(line, flush=True))
+    tune(setup, problems, chosen, args.out, content, lambda line: print(line, flush=True))
+    return 0
+
+
+def run_report(arguments: Sequence[str] | None = None) -> int:
+    """Present the records of a folder once more; return the exit status, 2 for bad input."""
+    parser = _Parser(description="Write tables, plots, picture grids and the report of a run.")
+    parser.add_argument("folder", type=Path, help="results that run.py wrote")
+    try:
+        folder = parser.parse_args(arguments).folder
+        records = read_records(folder)
+        if not records:
+            raise ValueError(f"folder must hold {RECORDS}, got {folder}")
+        present(records, folder)
+    except (ValueError, OSError) as error:
+        return _refuse(error)
     return 0
 
 
@@ -167,9 +189,9 @@ def _tune_parser() -> argparse.ArgumentParser:
 
 
 def _prepare(
-    args: argparse.Namespace, methods: Methods
-) -> tuple[Setup, dict[str, Case], list[Method], list[str]]:
-    """Check what was asked for and load it: setup, cases, methods, and lines to print."""
+    args: argparse.Namespace, methods: _Methods
+) -> tuple[Setup, dict[str, KnownProblem], list[Method], list[str]]:
+    """Check what was asked for and load it: setup, problems, methods, and lines to print."""
     for task in args.task:
         check_choice("--task", task, [*list_tasks(), "all"])
     for name in args.methods or ():
@@ -177,7 +199,7 @@ def _prepare(
     for name in ("images", "size", "batch_size", "draws"):
         check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     check_count("--seed", args.seed, least=0)
-    device = _find_device(args.device)
+    device = find_device(args.device)
     student = load_prior(args.prior, device=device)
     if not isinstance(student, NCVSDPrior):
         raise ValueError(f"--prior must be a distilled prior, got {args.prior}, a teacher")
@@ -208,16 +230,16 @@ def _prepare(
         device=device,
     )
     tasks = list_tasks() if "all" in args.task else list(dict.fromkeys(args.task))
-    cases = {name: make_case(name, images, seed=args.seed, device=device) for name in tasks}
+    problems = {name: make_problem(name, images, seed=args.seed, device=device) for name in tasks}
     chosen = [methods[name] for name in dict.fromkeys(args.methods or methods)]
-    return setup, cases, chosen, notices + without
+    return setup, problems, chosen, notices + without
 
 
 def _plan(
     args: argparse.Namespace,
-    methods: Methods,
+    methods: _Methods,
     setup: Setup,
-    cases: Mapping[str, Case],
+    problems: Mapping[str, KnownProblem],
     chosen: Sequence[Method],
 ) -> list[Row]:
     """Return the rows that were asked for."""
@@ -230,10 +252,10 @@ def _plan(
         asked = args.nfe and method.network != "none" and (is_ours(method) or method.name in named)
         return args.nfe if asked else method.calls
 
-    own = TUNED / f"{setup.prior.removeprefix('ncvsd_')}.json"
+    own = _TUNED / f"{setup.prior.removeprefix('ncvsd_')}.json"
     tuned = args.tuned or (own if own.exists() else None)
     rows = plan_rows(
-        cases,
+        problems,
         chosen,
         calls={method.name: calls(method) for method in chosen},
         images=len(setup.images.x0),
@@ -244,7 +266,7 @@ def _plan(
     if not rows:
         raise ValueError(
             "--methods must have one that takes the operator of --task, got "
-            f"{', '.join(named)} for {', '.join(cases)}"
+            f"{', '.join(named)} for {', '.join(problems)}"
         )
     return rows
 
@@ -261,24 +283,29 @@ def _shared_settings(setup: Setup) -> dict[str, object]:
 
 
 def _measure(
-    store: Store, setup: Setup, case: Case, row: Row, environment: Mapping[str, str]
+    cache: Cache,
+    setup: Setup,
+    problem: KnownProblem,
+    row: Row,
+    environment: Mapping[str, str],
 ) -> tuple[Record, bool]:
     """Return the record of a row, and whether it was there; a new one is kept with its pictures."""
-    record = store.find(row, make_key(setup, row, case.task), applicable(setup.metrics, row.draws))
+    task = problem.task
+    record = cache.find(make_key(setup, row, task), applicable(setup.metrics, row.draws))
     known = record is not None
     if record is None:
 
         def keep(number: int, x0: Tensor) -> None:
-            if number < PICTURES:
+            if number < _PICTURES:
                 name = f"{row.method.name}-{row.nfe}"
-                write_image(store.picture(row.task, name, number), x0)
+                write_image(cache.picture(row.task, name, number), x0)
 
-        outcome = run_row(setup, case, row, keep)
-        record = make_record(setup, row, case.task, outcome, environment)
-        store.save(record)
+        outcome = run_row(setup, problem, row, keep)
+        record = make_record(setup, row, task, outcome, environment)
+        cache.save(record)
     if row.also is not None:
         fewer = replace(row, images=row.also, also=None)
-        store.save(narrow(record, setup, fewer, case.task))
+        cache.save(narrow(record, setup, fewer, task))
     return record, known
 
 
@@ -293,15 +320,15 @@ def _summary(record: Record) -> str:
     )
 
 
-def _keep_cases(store: Store, cases: Mapping[str, Case]) -> None:
+def _keep_problems(cache: Cache, problems: Mapping[str, KnownProblem]) -> None:
     """Write the first images of each task and their measurements as pictures."""
-    for name, case in cases.items():
-        for number in range(min(PICTURES, len(case.x0))):
+    for name, problem in problems.items():
+        for number in range(min(_PICTURES, len(problem.x0))):
             image = slice(number, number + 1)
-            write_image(store.picture(name, "truth", number), case.x0[image])
-            seen = case.task.picture(case.y[image])
-            assert seen is not None
-            write_image(store.picture(name, "measurement", number), seen)
+            write_image(cache.picture(name, "truth", number), problem.x0[image])
+            seen = problem.task.picture(problem.y[image])
+            if seen is not None:
+                write_image(cache.picture(name, "measurement", number), seen)
 
 
 def _sha256(prior: NCVSDPrior | DiffusionPrior) -> str:
@@ -317,16 +344,6 @@ def _statistics_sha256(prior: NCVSDPrior) -> str:
     if prior.card is None or prior.card.statistics is None:
         return ""
     return hashlib.sha256(json.dumps(prior.card.statistics.to_dict()).encode()).hexdigest()
-
-
-def _find_device(name: str | None) -> torch.device:
-    """Return the device that was asked for, else this process's own; ValueError if unusable."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name or own).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be usable here, got {name!r}: {reason}") from None
 
 
 def _place() -> tuple[int, int]:

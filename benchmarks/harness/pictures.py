@@ -1,4 +1,4 @@
-"""Grids of restored pictures."""
+"""Restored pictures: which a run left, and grids of them."""
 
 import io
 import textwrap
@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from harness.records import Record
-from harness.tables import TASK_TITLES, show_calls, split_by_task, write_file
+from harness.tables import show_calls, split_by_task, write_file
+from ncvsd_inverse.tasks import task_title
+
+__all__ = ["CELL", "GAP", "Estimates", "Shown", "find_pictures", "open_picture", "write_grids"]
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,10 +22,10 @@ if TYPE_CHECKING:
 CELL = 128
 """Least width of a picture in a grid, pixels; smaller pictures are enlarged without smoothing."""
 
-GAP, TITLE = 4, 24
+GAP, _TITLE = 4, 24
 """Pixels between pictures, and above all of them for the title."""
 
-PER_BAND = 10
+_PER_BAND = 10
 """Most columns beside one another; the others follow below."""
 
 
@@ -143,8 +146,8 @@ def _draw_grid(shown: Shown) -> "Figure":
     head = 12 + 16 * (1 + max(name.count("\n") for name in names))
     band = head + len(shown.truth) * (height + GAP)
     total = (
-        TITLE + band * -(-len(columns) // PER_BAND),
-        min(len(columns), PER_BAND) * (width + GAP) - GAP,
+        _TITLE + band * -(-len(columns) // _PER_BAND),
+        min(len(columns), _PER_BAND) * (width + GAP) - GAP,
     )
     canvas = np.full((*total, 3), 255, dtype=np.uint8)
     figure = Figure(figsize=(total[1] / 100, total[0] / 100), dpi=100)
@@ -154,8 +157,8 @@ def _draw_grid(shown: Shown) -> "Figure":
         figure.text(x / total[1], 1 - y / total[0], text, fontsize=9, ha=ha, va=va)
 
     for column, (_, _, files) in enumerate(columns):
-        left = column % PER_BAND * (width + GAP)
-        first = TITLE + column // PER_BAND * band + head
+        left = column % _PER_BAND * (width + GAP)
+        first = _TITLE + column // _PER_BAND * band + head
         write(names[column], left + width / 2, first - 6, va="bottom")
         for row, file in enumerate(files):
             top = first + row * (height + GAP)
@@ -166,7 +169,7 @@ def _draw_grid(shown: Shown) -> "Figure":
             else:
                 enlarged = open_picture(file).resize((width, height), Resampling.NEAREST)
                 cell[:] = np.asarray(enlarged)
-    write(TASK_TITLES[shown.task], 6, 6, ha="left", va="top")
+    write(task_title(shown.task), 6, 6, ha="left", va="top")
     figure.figimage(canvas, zorder=-1)
     return figure
 

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.records import METRICS, Record
-from harness.tables import COLUMNS, TASK_TITLES, ImageSet, split_by_task, write_file
+from harness.tables import COLUMNS, ImageSet, split_by_task, write_file
+from ncvsd_inverse.tasks import task_title
+
+__all__ = ["Point", "draw_tasks", "pareto_front", "svg_plots", "write_plots"]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOTTED = ("lpips-alex", "psnr")
+_PLOTTED = ("lpips-alex", "psnr")
 """Metrics with a panel each."""
 
-COLOURS = (
+_COLOURS = (
     "#000000",
     "#cc3311",
     "#0077bb",
@@ -32,19 +35,19 @@ COLOURS = (
 )
 """For methods with a network; their order keeps neighbours apart for colour-blind eyes too."""
 
-MARKERS = "osD^vPX<>pd"
+_MARKERS = "osD^vPX<>pd"
 
-GREYS = ("#777777", "#aaaaaa", "#555555", "#999999", "#bbbbbb")
-DASHES = ((0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 2)), (0, (4, 1, 1, 1, 1, 1)))
-GREY_MARKERS = "h*+8H"
+_GREYS = ("#777777", "#aaaaaa", "#555555", "#999999", "#bbbbbb")
+_DASHES = ((0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 2)), (0, (4, 1, 1, 1, 1, 1)))
+_GREY_MARKERS = "h*+8H"
 """For methods without network."""
 
-FRONT = "#ffd24d"
+_FRONT = "#ffd24d"
 """Colour of the Pareto front."""
 
 
 @dataclass(frozen=True)
-class Style:
+class _Style:
     """How a method is drawn in every plot of a results folder."""
 
     title: str
@@ -128,11 +131,11 @@ def draw_tasks(records: Sequence[Record]) -> "dict[str, Figure]":
     return {
         task: _draw_task(task, sets, styles)
         for task, sets in split_by_task(records).items()
-        if any(_points(rows, metric) for rows in sets.values() for metric in PLOTTED)
+        if any(_points(rows, metric) for rows in sets.values() for metric in _PLOTTED)
     }
 
 
-def _choose_styles(records: Sequence[Record]) -> dict[str, Style]:
+def _choose_styles(records: Sequence[Record]) -> dict[str, _Style]:
     """Return the style of each method: colours with a network, greys without."""
     networks = ("student", "teacher", "none")
     titles = {
@@ -140,13 +143,13 @@ def _choose_styles(records: Sequence[Record]) -> dict[str, Style]:
         for record in sorted(records, key=lambda each: (networks.index(each.network), each.method))
     }
     without = {record.method for record in records if record.network == "none"}
-    styles: dict[str, Style] = {}
+    styles: dict[str, _Style] = {}
     for place, method in enumerate(each for each in titles if each not in without):
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        styles[method] = Style(titles[method], colour, marker, "-")
+        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        styles[method] = _Style(titles[method], colour, marker, "-")
     for place, method in enumerate(each for each in titles if each in without):
-        at = place % len(GREYS)
-        styles[method] = Style(titles[method], GREYS[at], GREY_MARKERS[at], DASHES[at])
+        at = place % len(_GREYS)
+        styles[method] = _Style(titles[method], _GREYS[at], _GREY_MARKERS[at], _DASHES[at])
     return styles
 
 
@@ -161,13 +164,13 @@ def _points(rows: Sequence[Record], metric: str) -> list[Point]:
 
 
 def _draw_task(
-    task: str, sets: Mapping[ImageSet, Sequence[Record]], styles: Mapping[str, Style]
+    task: str, sets: Mapping[ImageSet, Sequence[Record]], styles: Mapping[str, _Style]
 ) -> "Figure":
     """Draw a row of panels for each image set, a panel for each metric, and one legend."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    shown = [metric for metric in PLOTTED if any(_points(rows, metric) for rows in sets.values())]
+    shown = [metric for metric in _PLOTTED if any(_points(rows, metric) for rows in sets.values())]
     used = {record.method for rows in sets.values() for record in rows}
     height = 3.5 * len(sets) + 0.35 + 0.24 * (len(used) // 5 + 1)
     figure = Figure(figsize=(10, height), layout="constrained")
@@ -186,7 +189,7 @@ def _draw_task(
         line[0].set_title(where.title, fontsize=9, loc="left", color="0.3")
     for axis in panels[-1]:
         axis.set_xlabel("network passes an image, forward and backward")
-    figure.suptitle(TASK_TITLES[task], fontsize=12, fontweight="bold")
+    figure.suptitle(task_title(task), fontsize=12, fontweight="bold")
     handles = [
         Line2D(
             [],
@@ -200,7 +203,7 @@ def _draw_task(
         for method, style in styles.items()
         if method in used
     ]
-    handles.append(Line2D([], [], color=FRONT, linewidth=5, alpha=0.7, label="Pareto front"))
+    handles.append(Line2D([], [], color=_FRONT, linewidth=5, alpha=0.7, label="Pareto front"))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=5, frameon=False, handlelength=3.2
     )
@@ -211,7 +214,7 @@ def _draw_panel(
     axis: "Axes",
     rows: Sequence[Record],
     metric: str,
-    styles: Mapping[str, Style],
+    styles: Mapping[str, _Style],
     span: tuple[float, float],
 ) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator
@@ -244,7 +247,7 @@ def _draw_panel(
             [*(place[point] for point in front), span[1]],
             [*(point.value for point in front), front[-1].value],
             where="post",
-            color=FRONT,
+            color=_FRONT,
             linewidth=5,
             alpha=0.7,
             zorder=1,

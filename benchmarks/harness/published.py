@@ -6,6 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+__all__ = [
+    "ABSENT",
+    "CAPTION",
+    "NOTES",
+    "PUBLISHED",
+    "REFERENCES",
+    "SCORE_NAMES",
+    "PublishedRow",
+    "Reference",
+    "Scores",
+    "published_rows",
+    "read_references",
+    "show_scores",
+]
+
+ABSENT = "\N{EN DASH}"
+"""What stands in tables where there is no number."""
+
 REFERENCES = Path(__file__).parent.parent / "references.bib"
 """The works that methods, metrics and published rows name by key."""
 
@@ -13,9 +31,6 @@ Scores: TypeAlias = tuple[float | None, float | None, float | None]
 """LPIPS (VGG), PSNR in dB, SSIM; None where nothing was reported."""
 
 SCORE_NAMES = ("LPIPS-VGG", "PSNR", "SSIM")
-
-SOURCE = "peng2025ncvsd"
-"""Key of the paper whose Tables 2 and 5 hold the published rows."""
 
 CAPTION = (
     "Published results on other images: FFHQ at 256x256, 100 images, sigma_y 0.05, LPIPS of VGG "
@@ -159,6 +174,14 @@ PUBLISHED = (
 def published_rows(task: str) -> list[tuple[PublishedRow, Scores]]:
     """Return the rows that report a task, with their scores there."""
     return [(row, row.scores[task]) for row in PUBLISHED if task in row.scores]
+
+
+def show_scores(scores: Scores) -> list[str]:
+    """Return scores as text, with as many digits as are published."""
+    return [
+        ABSENT if score is None else f"{score:.{decimals}f}"
+        for score, decimals in zip(scores, (3, 2, 3), strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
-"""One measured row of the benchmark as plain data."""
+"""Measured rows of the benchmark as plain data, and the file that holds them."""
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Self
+
+__all__ = ["METRICS", "RECORDS", "Record", "read_records"]
+
+RECORDS = "records.jsonl"
+"""The file of a results folder that holds its records, one a line."""
 
 METRICS = {
     "psnr": "higher",
@@ -87,6 +93,11 @@ class Record:
     failures: Mapping[str, str]
     environment: Mapping[str, str]
 
+    @property
+    def row(self) -> tuple[str, str, int, int]:
+        """Task, method, network passes and images: a results folder holds one record of each."""
+        return self.task, self.method, self.nfe, self.images
+
     def mean(self, metric: str) -> float | None:
         """Return a metric's mean over the images that did not fail; None without any."""
         known = self._known(metric)
@@ -101,11 +112,11 @@ class Record:
         return [value for value in self.values.get(metric, ()) if value is not None]
 
     def to_json(self) -> str:
-        """Return the record as JSON text."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the record as one line of JSON, without the line end."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Read a record; ValueError if it is none."""
         try:
             entries = json.loads(text)
@@ -121,6 +132,28 @@ class Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read every record of a results folder, `records/**/*.json`, in the order of their paths."""
-    paths = sorted((folder / "records").rglob("*.json"))
-    return [Record.from_json(path.read_text(encoding="utf-8")) for path in paths]
+    """Read the records of a results folder, in the order of their lines; none if it has no file.
+
+    A last line that was cut off is left out with a warning: its row is measured anew.
+
+    Raises:
+        ValueError: if another line is damaged.
+    """
+    path = folder / RECORDS
+    if not path.exists():
+        return []
+    records = []
+    *whole, rest = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, start=1):
+        try:
+            records.append(Record.from_json(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: line {number} is damaged, delete it to measure it anew: {error}"
+            ) from None
+    if rest:
+        try:
+            records.append(Record.from_json(rest))
+        except ValueError:
+            warnings.warn(f"{path}: the last line was cut off and is left out", stacklevel=2)
+    return records

@@ -1,32 +1,29 @@
-"""One self-contained HTML page with all results."""
+"""One self-contained HTML page with all results of a run, from the template `report.html`."""
 
 import base64
 import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from harness.pictures import Shown, find_pictures, open_picture
 from harness.plots import svg_plots
 from harness.published import (
+    ABSENT,
     CAPTION,
     NOTES,
     PUBLISHED,
     SCORE_NAMES,
-    Reference,
     published_rows,
     read_references,
+    show_scores,
 )
 from harness.records import Record
 from harness.tables import (
-    ABSENT,
     CALLS_MEANING,
     COLUMNS,
     GOALS,
     KIND_MEANING,
-    TASK_TITLES,
     Column,
     ImageSet,
     best_rows,
@@ -38,27 +35,31 @@ from harness.tables import (
     used_columns,
     write_file,
 )
+from ncvsd_inverse import list_tasks
+from ncvsd_inverse.tasks import task_title
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from jinja2 import Template
+
+__all__ = ["CITE_FIRST", "MAX_BYTES", "write_report"]
 
 MAX_BYTES = 2_000_000
 """Largest report."""
 
-QUALITIES = (None, 90, 75, 50)
+_QUALITIES = (None, 90, 75, 50)
 """Ways to encode pictures, tried in turn until the report is small enough; None is lossless."""
 
-CHOSEN = 4
+_CHOSEN = 4
 """Estimates that the viewer shows at first."""
 
-MOST_VALUES = 8
+_MOST_VALUES = 8
 """Most values of one fact, such as the dates of the rows, that are all named."""
 
 CITE_FIRST = ("ncvsd_inverse", "peng2025ncvsd")
 """Keys of what to cite for this benchmark."""
 
-Coded: TypeAlias = dict[Path, str]
-"""Pictures as data addresses."""
+_Content: TypeAlias = dict[str, object]
+"""What the template fills in, by the names that it uses."""
 
 
 def write_report(records: Sequence[Record], out: Path) -> list[Path]:
@@ -81,43 +82,52 @@ def write_report(records: Sequence[Record], out: Path) -> list[Path]:
     """
     path = out / "report.html"
     shown = find_pictures(records, out)
-    sections = [_what_was_run(records), _results(records)]
-    ending = [_published(), _definitions(records), _citations(records)]
+    template, content = _load_template(), _content(records)
     for note, pictures in _encodings(shown):
-        body = "\n".join([_head(records), *sections, _viewer(note, bool(pictures)), *ending])
-        page = _fill_template(body, pictures)
+        page = template.render(content, note=note, pictures=pictures).encode()
         if len(page) <= MAX_BYTES:
             return [write_file(path, page)]
     raise ValueError(f"{path.name} must have at most {MAX_BYTES} bytes, got {len(page)}")
 
 
-def _fill_template(body: str, pictures: list[dict[str, object]]) -> bytes:
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    start, rest = template.split("<!--BODY-->")
-    middle, end = rest.split("<!--PICTURES-->")
-    # Nothing inside a script element can end it once "<" is spelled as an escape of JSON.
-    data = json.dumps(pictures, ensure_ascii=False).replace("<", "\\u003c")
-    return "".join((start, f"{body}\n</main>", middle, data, end)).encode()
+def _load_template() -> "Template":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    ).get_template("report.html")
 
 
-def _head(records: Sequence[Record]) -> str:
-    links = [
-        ("run", "What was run"),
-        *((task, TASK_TITLES[task]) for task in split_by_task(records)),
+def _content(records: Sequence[Record]) -> _Content:
+    """Return everything on the page but its pictures."""
+    known, columns = read_references(), used_columns(records)
+    named = {record.reference for record in records} | {row.reference for row in PUBLISHED}
+    meanings = " ".join(column.meaning for column in columns)
+    cited = [
+        work for key, work in known.items() if key in named or key in CITE_FIRST or key in meanings
     ]
-    links += [("viewer", "Pictures"), ("published", "Published"), ("metrics", "Definitions")]
-    links.append(("cite", "Cite"))
-    entries = "".join(f'<li><a href="#{place}">{escape(name)}</a></li>' for place, name in links)
-    return (
-        "<header><h1>ncvsd-inverse benchmark</h1>"
-        '<p class="soft">Image restoration with a generative denoiser and its peers: quality for '
-        f"each number of network passes. {len(records)} rows.</p></header>"
-        f"<nav><ul>{entries}</ul></nav><main>"
-    )
+    plots = svg_plots(records)
+    return {
+        "absent": ABSENT,
+        "count": len(records),
+        "facts": _facts(records),
+        "tasks": [
+            _task(task, sets, plots.get(task)) for task, sets in split_by_task(records).items()
+        ],
+        "published": _published(),
+        "definitions": {"kind": KIND_MEANING, "calls": CALLS_MEANING}
+        | {_heading(column): column.meaning for column in columns},
+        "cited": cited,
+        "cited_first": [known[key] for key in CITE_FIRST],
+        "cited_too": [work for work in cited if work.key not in CITE_FIRST],
+    }
 
 
-def _what_was_run(records: Sequence[Record]) -> str:
-    """List what determines the rows and where they were made; of many values the ends."""
+def _facts(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Return what determines the rows and where they were made; of many values the ends."""
     facts: dict[str, set[str]] = {}
     for record in records:
         facts.setdefault("images", set()).add(ImageSet.of(record).title)
@@ -126,129 +136,129 @@ def _what_was_run(records: Sequence[Record]) -> str:
             facts.setdefault(f"weights of the {name}", set()).add(digest)
         for name, value in record.environment.items():
             facts.setdefault(name, set()).add(value)
-    entries = []
-    for name, values in facts.items():
-        ordered = sorted(values)
-        if len(ordered) > MOST_VALUES:
-            ordered = [f"{ordered[0]} to {ordered[-1]} ({len(ordered)} different)"]
-        shown = "<br>".join(escape(value) for value in ordered)
-        entries.append(f"<dt>{escape(name)}</dt><dd>{shown}</dd>")
-    return f'<h2 id="run">What was run</h2><dl>{"".join(entries)}</dl>'
+    return {
+        name: sorted(values)
+        if len(values) <= _MOST_VALUES
+        else [f"{min(values)} to {max(values)} ({len(values)} different)"]
+        for name, values in facts.items()
+    }
 
 
-def _results(records: Sequence[Record]) -> str:
-    plots, parts = svg_plots(records), []
-    for task, sets in split_by_task(records).items():
-        rows = [record for of_set in sets.values() for record in of_set]
-        parts.append(f'<h2 id="{task}">{TASK_TITLES[task]}</h2>')
-        parts.append(_table(sets, used_columns(rows)))
-        parts += [f'<p class="soft">{escape(note)}</p>' for note in caption_notes(rows)]
-        if task in plots:
-            source = f"data:image/svg+xml;base64,{base64.b64encode(plots[task].encode()).decode()}"
-            words = f"LPIPS and PSNR against network passes, {TASK_TITLES[task]}"
-            parts.append(f'<figure><img class="plot" src="{source}" alt="{words}"></figure>')
-        parts.append(_details(rows))
-    return "\n".join(parts)
+def _heading(column: Column) -> str:
+    return f"{column.title} {GOALS[column.better]}"
 
 
-def _table(sets: dict[ImageSet, list[Record]], columns: Sequence[Column]) -> str:
-    heads = [_sort_button("method", "ascending", left=True)]
-    heads += [_sort_button(name, "ascending") for name in ("kind", "calls", "n")]
-    for column in columns:
-        first = "descending" if column.better == "higher" else "ascending"
-        heads.append(_sort_button(f"{column.title} {GOALS[column.better]}", first))
-    heads.append(_sort_button("failed", "descending"))
-    bodies = []
-    for where, rows in sets.items():
-        title = f'<th colspan="{len(heads)}">{escape(where.title)}</th>'
-        best = {column.name: best_rows(rows, column) for column in columns}
-        lines = []
-        for record in rows:
-            calls = record.forward + record.backward
-            cells = [
-                _cell(record.title, escape(record.title)),
-                _cell(show_kind(record), f'<span class="tag">{show_kind(record)}</span>'),
-                _cell(calls, show_calls(record)),
-                _cell(record.images, str(record.images)),
-            ]
-            for column in columns:
-                value, error = column.value(record), column.error(record)
-                text = column.show(value)
-                text += "" if error is None else f" <small>±{column.show(error)}</small>"
-                cells.append(_cell(value, text, best=record.key in best[column.name]))
-            cells.append(_cell(len(record.failures), str(len(record.failures))))
-            lines.append(f"<tr>{''.join(cells)}</tr>")
-        bodies.append(f'<tbody><tr class="set">{title}</tr>{"".join(lines)}</tbody>')
-    head = f"<thead><tr>{''.join(heads)}</tr></thead>"
-    return f'<div class="scroll"><table class="sortable">{head}{"".join(bodies)}</table></div>'
+def _task(task: str, sets: Mapping[ImageSet, Sequence[Record]], plot: str | None) -> _Content:
+    """Return the section of a task.
+
+    Args:
+        task: its name.
+        sets: its rows by image set.
+        plot: its plot as SVG.
+    """
+    records = [record for rows in sets.values() for record in rows]
+    columns = used_columns(records)
+    code = base64.b64encode(plot.encode()).decode() if plot else ""
+    return {
+        "name": task,
+        "title": task_title(task),
+        "heads": [
+            *({"name": name, "first": "ascending"} for name in ("method", "kind", "calls", "n")),
+            *(
+                {
+                    "name": _heading(column),
+                    "first": "descending" if column.better == "higher" else "ascending",
+                }
+                for column in columns
+            ),
+            {"name": "failed", "first": "descending"},
+        ],
+        "sets": [
+            {"title": where.title, "rows": _rows(rows, columns)} for where, rows in sets.items()
+        ],
+        "notes": caption_notes(records),
+        "plot": code and f"data:image/svg+xml;base64,{code}",
+        "details": [
+            {
+                "title": record.title,
+                "calls": show_calls(record),
+                "images": record.images,
+                "draws": record.draws,
+                "settings": show_settings(record),
+                "tuned": record.tuned,
+                "failures": "; ".join(
+                    f"image {name}: {what}" for name, what in record.failures.items()
+                ),
+                "key": record.key[:12],
+            }
+            for record in records
+        ],
+    }
 
 
-def _sort_button(name: str, first: str, *, left: bool = False) -> str:
-    kind = ' class="left"' if left else ""
-    return f'<th{kind} data-first="{first}"><button>{escape(name)}</button></th>'
+def _rows(records: Sequence[Record], columns: Sequence[Column]) -> list[list[_Content]]:
+    """Return the cells of an image set's rows."""
+    best = {column.name: best_rows(records, column) for column in columns}
+    return [
+        [
+            _cell(record.title, record.title),
+            _cell(show_kind(record), show_kind(record), tag=True),
+            _cell(record.forward + record.backward, show_calls(record)),
+            _cell(record.images, str(record.images)),
+            *(
+                _cell(
+                    value := column.value(record),
+                    column.show(value),
+                    error="" if (error := column.error(record)) is None else column.show(error),
+                    best=record.key in best[column.name],
+                )
+                for column in columns
+            ),
+            _cell(len(record.failures), str(len(record.failures))),
+        ]
+        for record in records
+    ]
 
 
-def _cell(value: float | str | None, text: str, *, best: bool = False) -> str:
-    """Return a cell that shows `text`, which is HTML, and is sorted by `value`."""
-    kind = ' class="best"' if best else ""
-    return f'<td{kind} data-value="{"" if value is None else escape(str(value))}">{text}</td>'
+def _cell(
+    value: float | str | None,
+    text: str,
+    *,
+    error: str = "",
+    tag: bool = False,
+    best: bool = False,
+) -> _Content:
+    """Return a cell that is sorted by `value` and shows `text`."""
+    shown = "" if value is None else str(value)
+    return {"value": shown, "text": text, "error": error, "tag": tag, "best": best}
 
 
-def _details(rows: Sequence[Record]) -> str:
-    """Return the settings, hashes and failures of a task's rows."""
-    heads = ("method", "calls", "n", "draws", "settings", "tuned", "failures", "key")
-    lines = []
-    for record in rows:
-        failures = "; ".join(f"image {name}: {what}" for name, what in record.failures.items())
-        cells = [escape(record.title), show_calls(record), str(record.images), str(record.draws)]
-        cells = [f"<td>{cell}</td>" for cell in cells]
-        cells.append(f'<td class="wrap">{escape(show_settings(record)) or ABSENT}</td>')
-        cells.append(f"<td>{'yes' if record.tuned else 'no'}</td>")
-        cells.append(f'<td class="wrap">{escape(failures) or ABSENT}</td>')
-        cells.append(f'<td class="left">{escape(record.key[:12])}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    table = _plain_table(heads, lines)
-    return f"<details><summary>Settings and failures of each row</summary>{table}</details>"
+def _published() -> _Content:
+    tasks = [task for task in list_tasks() if published_rows(task)]
+    nothing = (None, None, None)
+    return {
+        "caption": CAPTION,
+        "scores": SCORE_NAMES,
+        "tasks": [task_title(task) for task in tasks],
+        "rows": [
+            {
+                "title": row.title,
+                "nfe": row.nfe,
+                "scores": [show_scores(row.scores.get(task, nothing)) for task in tasks],
+                "reference": row.reference,
+                "measured_by": row.measured_by,
+            }
+            for row in PUBLISHED
+        ],
+        "notes": NOTES,
+    }
 
 
-def _plain_table(heads: Iterable[str], lines: Iterable[str]) -> str:
-    words = ("settings", "failures", "key", "cite", "measured by")
-    kinds = ((name, ' class="left"' if name in words else "") for name in heads)
-    head = "".join(f"<th{kind}><span>{escape(name)}</span></th>" for name, kind in kinds)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _viewer(note: str, some: bool) -> str:
-    title = '<h2 id="viewer">Truth, measurement, estimates</h2>'
-    warning = f'<p class="warn">{escape(note)}</p>' if note else ""
-    if not some:
-        return title + (warning or "<p>This run left no pictures.</p>")
-    return f"""{title}{warning}
-<noscript><p class="warn">The viewer needs JavaScript.</p></noscript>
-<div class="controls">
-<label>Task <select id="task"></select></label> <label>Image <select id="image"></select></label>
-</div>
-<div id="methods" role="group" aria-label="Methods to show"></div>
-<div id="panels"></div>
-<h3>Compare</h3>
-<div class="slider">
-<div class="lens" id="lens"></div>
-<div>
-<label>Left <select id="left"></select></label>
-<label>Right <select id="right"></select></label>
-<label>Divide at <input type="range" id="split" min="0" max="100" value="50"></label>
-</div>
-</div>"""
-
-
-def _encodings(shown: Sequence[Shown]) -> Iterator[tuple[str, list[dict[str, object]]]]:
+def _encodings(shown: Sequence[Shown]) -> Iterator[tuple[str, list[_Content]]]:
     """Yield ever smaller sets of pictures for the viewer, with what was lost in words."""
     count = max((len(each.truth) for each in shown), default=0)
-    coded: Coded = {}
-    for quality in QUALITIES if count else ():
+    coded: dict[Path, str] = {}
+    for quality in _QUALITIES if count else ():
         coded = {path: _data_address(path, quality) for path in _files(shown)}
         lossy = "" if quality is None else f"Pictures are WebP of quality {quality}. "
         yield lossy.strip(), [_task_pictures(each, coded, count) for each in shown]
@@ -269,18 +279,25 @@ def _files(shown: Sequence[Shown]) -> list[Path]:
 
 
 def _data_address(path: Path, quality: int | None) -> str:
+    """Return a picture as a data address, lossless without a quality."""
     buffer = io.BytesIO()
-    picture: Image = open_picture(path)
+    picture = open_picture(path)
     picture.save(buffer, "WEBP", lossless=quality is None, quality=quality or 100, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _task_pictures(shown: Shown, coded: Coded, kept: int) -> dict[str, object]:
-    """Return the first `kept` images of a task as the viewer takes them."""
+def _task_pictures(shown: Shown, coded: Mapping[Path, str], kept: int) -> _Content:
+    """Return the first `kept` images of a task for the viewer.
+
+    Args:
+        shown: the pictures.
+        coded: them as data addresses.
+        kept: images to show.
+    """
 
     def column(
         title: str, files: Sequence[Path | None], notes: Sequence[str], chosen: bool = False
-    ) -> dict[str, object]:
+    ) -> _Content:
         images = [None if path is None else coded[path] for path in files[:kept]]
         return {"title": title, "images": images, "notes": notes[:kept], "chosen": chosen}
 
@@ -290,7 +307,7 @@ def _task_pictures(shown: Shown, coded: Coded, kept: int) -> dict[str, object]:
         notes = [_figures(row.record, number) for number in range(len(row.files))]
         columns.append(column(row.title, row.files, notes, place in first))
     names = [path.stem for path in shown.truth[:kept]]
-    return {"title": TASK_TITLES[shown.task], "names": names, "columns": columns}
+    return {"title": task_title(shown.task), "names": names, "columns": columns}
 
 
 def _first_chosen(shown: Shown) -> set[int]:
@@ -300,7 +317,7 @@ def _first_chosen(shown: Shown) -> set[int]:
         mean = row.record.mean("lpips-alex")
         score = (float("inf") if mean is None else mean, place)
         best[row.record.method] = min(best.get(row.record.method, score), score)
-    return {place for _, place in sorted(best.values())[:CHOSEN]}
+    return {place for _, place in sorted(best.values())[:_CHOSEN]}
 
 
 def _figures(record: Record, number: int) -> str:
@@ -312,68 +329,3 @@ def _figures(record: Record, number: int) -> str:
         if column.name in ("psnr", "lpips-alex") and value is not None:
             parts.append(f"{column.title} {column.show(value)}")
     return ", ".join(parts)
-
-
-def _published() -> str:
-    tasks = {task: title for task, title in TASK_TITLES.items() if published_rows(task)}
-    heads = ["method", "calls", *tasks.values(), "cite", "measured by"]
-    lines = []
-    for row in PUBLISHED:
-        cells = [f"<td>{escape(row.title)}</td><td>{row.nfe}</td>"]
-        for task in tasks:
-            scores = row.scores.get(task, (None, None, None))
-            texts = [
-                ABSENT if score is None else f"{score:.{decimals}f}"
-                for score, decimals in zip(scores, (3, 2, 3), strict=True)
-            ]
-            cells.append(f"<td>{' / '.join(texts)}</td>")
-        cells.append(f'<td class="left">{row.reference}</td>')
-        cells.append(f'<td class="left">{row.measured_by or ABSENT}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in NOTES)
-    return (
-        '<h2 id="published">Published, not comparable</h2>'
-        f'<p class="warn">{escape(CAPTION)}</p><p>{" / ".join(SCORE_NAMES)}</p>'
-        f"{_plain_table(heads, lines)}<ul>{notes}</ul>"
-    )
-
-
-def _definitions(records: Sequence[Record]) -> str:
-    meanings = {"kind": KIND_MEANING, "calls": CALLS_MEANING}
-    meanings |= {
-        f"{column.title} {GOALS[column.better]}": column.meaning for column in used_columns(records)
-    }
-    entries = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(what)}</dd>" for name, what in meanings.items()
-    )
-    return (
-        f'<h2 id="metrics">Definitions</h2><dl>{entries}</dl>'
-        '<p class="soft">↑ higher is better, ↓ lower is better, → the value that is right. '
-        "± is the standard error of the mean over images.</p>"
-    )
-
-
-def _citations(records: Sequence[Record]) -> str:
-    known = read_references()
-    named = {record.reference for record in records} | {row.reference for row in PUBLISHED}
-    meanings = " ".join(column.meaning for column in used_columns(records))
-    used = [
-        work for key, work in known.items() if key in named or key in CITE_FIRST or key in meanings
-    ]
-    works = "".join(
-        f"<li>{escape(work.plain())} <span class='tag'>{escape(work.key)}</span></li>"
-        for work in used
-    )
-    first = _bibtex([known[key] for key in CITE_FIRST])
-    rest = _bibtex([work for work in used if work.key not in CITE_FIRST])
-    return (
-        '<h2 id="cite">How to cite</h2><p>Cite this software and the method that it implements, '
-        f"and each method whose row you use.</p>{first}"
-        f"<details><summary>BibTeX of all works named on this page</summary>{rest}</details>"
-        f"<h3>Works</h3><ul>{works}</ul>"
-    )
-
-
-def _bibtex(works: Iterable[Reference]) -> str:
-    text = "\n\n".join(work.text for work in works)
-    return f"<pre>{escape(text)}</pre>"

@@ -9,12 +9,24 @@ import torch
 from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
-from harness.cases import Case, Images
-from harness.counting import Cost, measure_call
+from harness.problems import Images, KnownProblem
 from harness.scores import applicable, score
+from ncvsd_inverse import DivergenceError
 from ncvsd_inverse.checks import check_shape
-from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse.machine import PeakMemory, count_passes, time_now
 from ncvsd_inverse.protocols import LinearOperator
+
+__all__ = [
+    "Cost",
+    "Outcome",
+    "Row",
+    "Setup",
+    "applies",
+    "is_ours",
+    "measure_call",
+    "plan_rows",
+    "run_row",
+]
 
 MANY_CALLS = 100
 """Methods of more network passes than this are run on fewer images."""
@@ -75,6 +87,35 @@ class Row:
     also: int | None = None
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What calls took. The sum of two is that of both.
+
+    Attributes:
+        images: images restored.
+        forward: images that went through a network.
+        backward: gradients of images that went back through a network.
+        seconds: wall time.
+        peak: most bytes held at any time.
+    """
+
+    images: int = 0
+    forward: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+    peak: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Return the cost of both."""
+        return Cost(
+            self.images + other.images,
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.seconds + other.seconds,
+            max(self.peak, other.peak),
+        )
+
+
 class Outcome(NamedTuple):
     """What a method achieved.
 
@@ -94,13 +135,13 @@ def is_ours(method: Method) -> bool:
     return method.name.startswith(OURS)
 
 
-def applies(method: Method, case: Case) -> bool:
+def applies(method: Method, problem: KnownProblem) -> bool:
     """Return whether a method takes the operator of a task."""
-    return not method.linear_only or isinstance(case.task.operator, LinearOperator)
+    return not method.linear_only or isinstance(problem.task.operator, LinearOperator)
 
 
 def plan_rows(
-    cases: Mapping[str, Case],
+    problems: Mapping[str, KnownProblem],
     methods: Sequence[Method],
     *,
     calls: Mapping[str, Sequence[int]],
@@ -112,7 +153,7 @@ def plan_rows(
     """Return the rows of a run, task by task; methods that do not apply to a task have none.
 
     Args:
-        cases: the tasks by name.
+        problems: the tasks by name.
         methods: the methods.
         calls: by method name, the numbers of network passes to run it at.
         images: images for methods of up to 100 passes.
@@ -122,9 +163,9 @@ def plan_rows(
     """
     rows = []
     few = min(slow_images, images)
-    for task, case in cases.items():
+    for task, problem in problems.items():
         for method in methods:
-            if not applies(method, case):
+            if not applies(method, problem):
                 continue
             better = tuned.get(task, {}).get(method.name)
             for nfe in dict.fromkeys(calls[method.name]):
@@ -145,7 +186,10 @@ def plan_rows(
 
 
 def run_row(
-    setup: Setup, case: Case, row: Row, keep: Callable[[int, Tensor], None] | None = None
+    setup: Setup,
+    problem: KnownProblem,
+    row: Row,
+    keep: Callable[[int, Tensor], None] | None = None,
 ) -> Outcome:
     """Restore and judge the images of a row, batch by batch.
 
@@ -154,7 +198,7 @@ def run_row(
 
     Args:
         setup: what all rows share.
-        case: the row's task.
+        problem: the row's task on all images.
         row: the row.
         keep: called with the number of each restored image and its first estimate (1, C, H, W).
     """
@@ -172,7 +216,7 @@ def run_row(
         batch = pending.pop(0)
         part = slice(batch.start, batch.stop)
         try:
-            draws, spent = _restore(setup, case, row, batch)
+            draws, spent = _restore(setup, problem, row, batch)
         except DivergenceError as error:
             if len(batch) > 1:
                 pending[:0] = [range(i, i + 1) for i in batch]
@@ -180,9 +224,8 @@ def run_row(
                 failures[str(batch.start)] = " ".join(str(error).split())
             continue
         cost += spent
-        for name, found in score(
-            setup.metrics, draws, case.x0[part], case.y[part], case.task
-        ).items():
+        scores = score(setup.metrics, draws, problem.x0[part], problem.y[part], problem.task)
+        for name, found in scores.items():
             values[name][part] = found
         for number, x0 in zip(batch, draws[0], strict=True):
             if keep is not None:
@@ -190,26 +233,46 @@ def run_row(
     return Outcome({name: tuple(entries) for name, entries in values.items()}, failures, cost)
 
 
-def _restore(setup: Setup, case: Case, row: Row, batch: range) -> tuple[Tensor, Cost]:
+def _restore(setup: Setup, problem: KnownProblem, row: Row, batch: range) -> tuple[Tensor, Cost]:
     """Return draws of the images of a batch, (S, B, C, H, W); DivergenceError if one fails."""
     part = slice(batch.start, batch.stop)
-    shape = case.x0[part].shape
     draws, cost = [], Cost()
     for draw in range(row.draws):
-        problem = Problem(
-            case.y[part],
-            case.task.operator,
-            case.task.sigma_y,
+        given = Problem(
+            problem.y[part],
+            problem.task.operator,
+            problem.task.sigma_y,
             keys=tuple((setup.seed, image, draw) for image in batch),
         )
         x0, spent = measure_call(
-            partial(row.method.run, problem, setup.models, row.nfe, row.settings),
+            partial(row.method.run, given, setup.models, row.nfe, row.settings),
             setup.models,
             setup.device,
         )
-        check_shape(f"the images restored by {row.method.name}", x0, shape)
+        check_shape(f"the images restored by {row.method.name}", x0, problem.x0[part].shape)
         if not bool(x0.isfinite().all()):
             raise DivergenceError("the restored image must be finite, got NaN or infinity")
         draws.append(x0)
         cost += spent
     return torch.stack(draws), cost
+
+
+def measure_call(
+    call: Callable[[], Tensor], models: Models, device: torch.device
+) -> tuple[Tensor, Cost]:
+    """Return the images (B, C, H, W) that a call restores, and what it took.
+
+    Args:
+        call: restores a batch by the networks of `models`.
+        models: the networks whose passes are counted.
+        device: where it computes, and whose peak memory is measured during the call; see
+            `PeakMemory`.
+    """
+    memory = PeakMemory(device)
+    with count_passes(models.networks) as passes:
+        memory.reset()
+        started = time_now(device)
+        restored = call()
+        seconds = time_now(device) - started
+    peak = memory.peak()
+    return restored, Cost(len(restored), passes.forward, passes.backward, seconds, peak)

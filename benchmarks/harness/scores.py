@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from harness.records import METRICS
+from ncvsd_inverse import CheckpointError, Task
 from ncvsd_inverse.checks import check_choice
-from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.metrics import COVERAGE_DRAWS, coverage, crps, lpips, psnr, ssim
-from ncvsd_inverse.tasks import Task
 
-Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["applicable", "choose_metrics", "score"]
 
-SINGLE: dict[str, Distance] = {
+_Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+_SINGLE: dict[str, _Distance] = {
     "psnr": psnr,
     "ssim": ssim,
     "lpips-alex": partial(lpips, net="alex"),
@@ -24,14 +25,14 @@ SINGLE: dict[str, Distance] = {
 }
 """Metrics of one image (B, C, H, W) and its truth -> (B,)."""
 
-SEVERAL: dict[str, Distance] = {
+_SEVERAL: dict[str, _Distance] = {
     "psnr-mean": lambda draws, x0: psnr(draws.mean(0), x0),
     "crps": crps,
     "coverage": coverage,
 }
 """Metrics of draws (S, B, C, H, W) and the truth -> (B,)."""
 
-LEAST_DRAWS = {"psnr-mean": 2, "crps": 2, "coverage": COVERAGE_DRAWS}
+_LEAST_DRAWS = {"psnr-mean": 2, "crps": 2, "coverage": COVERAGE_DRAWS}
 """Draws an image that the metrics of several draws need."""
 
 
@@ -52,14 +53,14 @@ def choose_metrics(
     chosen, notices = [], []
     for name in METRICS if asked is None else dict.fromkeys(asked):
         check_choice("--metrics", name, METRICS)
-        least = LEAST_DRAWS.get(name, 1)
+        least = _LEAST_DRAWS.get(name, 1)
         if draws < least:
             if asked is not None:
                 raise ValueError(f"--draws must be at least {least} for {name}, got {draws}")
             continue
         try:
-            if name in SINGLE:
-                SINGLE[name](x0[:1], x0[:1])
+            if name in _SINGLE:
+                _SINGLE[name](x0[:1], x0[:1])
         except (CheckpointError, ValueError) as error:
             if asked is not None:
                 raise
@@ -71,7 +72,7 @@ def choose_metrics(
 
 def applicable(metrics: Sequence[str], draws: int) -> tuple[str, ...]:
     """Return those of `metrics` that so many draws an image allow."""
-    return tuple(name for name in metrics if draws >= LEAST_DRAWS.get(name, 1))
+    return tuple(name for name in metrics if draws >= _LEAST_DRAWS.get(name, 1))
 
 
 def score(
@@ -88,10 +89,10 @@ def score(
     """
     values = {}
     for name in applicable(metrics, len(draws)):
-        if name in SINGLE:
-            value = SINGLE[name](draws[0], x0)
-        elif name in SEVERAL:
-            value = SEVERAL[name](draws, x0)
+        if name in _SINGLE:
+            value = _SINGLE[name](draws[0], x0)
+        elif name in _SEVERAL:
+            value = _SEVERAL[name](draws, x0)
         else:
             value = _residual(draws[0], y, task)
         values[name] = [float(entry) for entry in value]

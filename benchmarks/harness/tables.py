@@ -9,27 +9,42 @@ from pathlib import Path
 from typing import Self
 
 from harness.published import (
+    ABSENT,
     CAPTION,
     NOTES,
     REFERENCES,
     SCORE_NAMES,
     published_rows,
     read_references,
+    show_scores,
 )
 from harness.records import METRICS, Record
+from ncvsd_inverse import list_tasks
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.files import write_whole
-from ncvsd_inverse.tasks import list_tasks
+from ncvsd_inverse.tasks import task_title
 
-TASK_TITLES = {
-    "inpaint_box": "Box inpainting",
-    "inpaint_random": "Random inpainting",
-    "sr4x": "Super-resolution x4",
-    "deblur_gaussian": "Gaussian deblurring",
-    "deblur_motion": "Motion deblurring",
-    "phase_retrieval": "Phase retrieval",
-}
-"""Names of tasks for readers."""
+__all__ = [
+    "CALLS_MEANING",
+    "COLUMNS",
+    "GOALS",
+    "KIND_MEANING",
+    "Column",
+    "ImageSet",
+    "best_rows",
+    "caption_notes",
+    "csv_table",
+    "latex",
+    "latex_table",
+    "markdown_table",
+    "show_calls",
+    "show_kind",
+    "show_settings",
+    "split_by_task",
+    "used_columns",
+    "write_file",
+    "write_tables",
+]
 
 GOALS = {
     "higher": "↑",
@@ -38,8 +53,6 @@ GOALS = {
     "nominal": "→ 0.9",
 }
 """How a table shows which way is better."""
-
-ABSENT = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -252,7 +265,7 @@ def best_rows(records: Sequence[Record], column: Column) -> frozenset[str]:
 
 
 def write_tables(records: Sequence[Record], out: Path) -> list[Path]:
-    """Write `tables/TASK.md`, `.tex` and `.csv` for each task, and the works that they cite.
+    """Write `tables.md`, `tables.tex` and `tables.csv`, and the works that they cite.
 
     Args:
         records: rows of any tasks.
@@ -265,13 +278,22 @@ def write_tables(records: Sequence[Record], out: Path) -> list[Path]:
         ValueError: if a task is unknown.
         OSError: if a file cannot be written.
     """
-    folder, texts = out / "tables", {}
-    for task, sets in split_by_task(records).items():
-        texts[f"{task}.md"] = markdown_table(task, sets)
-        texts[f"{task}.tex"] = latex_table(task, sets)
-        texts[f"{task}.csv"] = csv_table([record for rows in sets.values() for record in rows])
-    texts["references.bib"] = REFERENCES.read_text(encoding="utf-8")
-    return [write_file(folder / name, text.encode()) for name, text in texts.items()]
+    tasks = split_by_task(records)
+    ordered = [record for sets in tasks.values() for rows in sets.values() for record in rows]
+    notes = caption_notes(records)
+    if any(published_rows(task) for task in tasks):
+        notes += [*NOTES, f"Keys of citations are those of `{REFERENCES.name}`."]
+    sections = [markdown_table(task, sets) for task, sets in tasks.items()]
+    sections.append("\n".join(["## Notes", "", *(f"- {note}" for note in notes), ""]))
+    floats = [latex_table(task, sets) for task, sets in tasks.items()]
+    head = f"% Needs \\usepackage{{booktabs}}; the works are in {REFERENCES.name}.\n"
+    texts = {
+        "tables.md": "\n".join(["# Results by task", "", *sections]),
+        "tables.tex": head + "\n".join(floats),
+        "tables.csv": csv_table(ordered),
+        REFERENCES.name: REFERENCES.read_text(encoding="utf-8"),
+    }
+    return [write_file(out / name, text.encode()) for name, text in texts.items()]
 
 
 def write_file(path: Path, content: bytes) -> Path:
@@ -299,10 +321,10 @@ def caption_notes(records: Iterable[Record]) -> list[str]:
 
 
 def markdown_table(task: str, sets: dict[ImageSet, list[Record]]) -> str:
-    """Return a task's table in Markdown, one block an image set, then the published rows."""
+    """Return a task's section in Markdown, one table an image set, then the published rows."""
     rows_of_all = [record for rows in sets.values() for record in rows]
     columns = used_columns(rows_of_all)
-    lines = [f"# {TASK_TITLES[task]} (`{task}`)", ""]
+    lines = [f"## {task_title(task)} (`{task}`)", ""]
     heads = [f"{column.title} {GOALS[column.better]}" for column in columns]
     for where, rows in sets.items():
         best = {column.name: best_rows(rows, column) for column in columns}
@@ -317,20 +339,14 @@ def markdown_table(task: str, sets: dict[ImageSet, list[Record]]) -> str:
             first = [_markdown(record.title), show_kind(record), show_calls(record)]
             lines.append(_markdown_row([*first, str(record.images), *cells, _failures(record)]))
         lines.append("")
-    lines += [*(f"- {note}" for note in caption_notes(rows_of_all)), ""]
     if published_rows(task):
-        lines += ["## Published, not comparable", "", CAPTION, ""]
+        lines += ["### Published, not comparable", "", CAPTION, ""]
         heads = ["method", "calls", *SCORE_NAMES, "cite", "measured by"]
         lines += _markdown_head(heads, left=1)
         for row, scores in published_rows(task):
-            values = [
-                ABSENT if score is None else f"{score:.{decimals}f}"
-                for score, decimals in zip(scores, (3, 2, 3), strict=True)
-            ]
             cites = [f"`{row.reference}`", f"`{row.measured_by}`" if row.measured_by else ABSENT]
-            lines.append(_markdown_row([row.title, str(row.nfe), *values, *cites]))
-        lines += ["", *(f"- {note}" for note in NOTES), ""]
-        lines += ["Keys of citations are those of `references.bib`.", ""]
+            lines.append(_markdown_row([row.title, str(row.nfe), *show_scores(scores), *cites]))
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -382,7 +398,7 @@ def latex(text: str) -> str:
 
 
 def latex_table(task: str, sets: dict[ImageSet, list[Record]]) -> str:
-    """Return a task's table in LaTeX, for a document that loads booktabs."""
+    """Return a task's tables in LaTeX, for a document that loads booktabs."""
     rows_of_all = [record for rows in sets.values() for record in rows]
     columns, known = used_columns(rows_of_all), read_references()
     heads = [f"{column.title} {GOALS[column.better]}" for column in columns]
@@ -400,22 +416,19 @@ def latex_table(task: str, sets: dict[ImageSet, list[Record]]) -> str:
                 text = latex(column.show(column.value(record)))
                 cells.append(rf"\textbf{{{text}}}" if record.key in best[column.name] else text)
             lines.append(_latex_row([*cells, _failures(record)]))
-    caption = " ".join([f"{TASK_TITLES[task]}.", *caption_notes(rows_of_all)])
+    caption = " ".join([f"{task_title(task)}.", *caption_notes(rows_of_all)])
     tables = [_latex_float(caption, task, heads, "ll", lines)]
     if published_rows(task):
         lines = [r"\midrule"]
         for row, scores in published_rows(task):
-            values = [
-                "--" if score is None else f"{score:.{decimals}f}"
-                for score, decimals in zip(scores, (3, 2, 3), strict=True)
-            ]
+            values = [latex(text) for text in show_scores(scores)]
             by = rf"\cite{{{row.measured_by}}}" if row.measured_by else "--"
             title = rf"{latex(row.title)}~\cite{{{row.reference}}}"
             lines.append(_latex_row([title, str(row.nfe), *values, by]))
         heads = ["method", "calls", *SCORE_NAMES, "measured by"]
-        caption = " ".join([f"{TASK_TITLES[task]}.", CAPTION, *NOTES])
+        caption = " ".join([f"{task_title(task)}.", CAPTION, *NOTES])
         tables.append(_latex_float(caption, f"{task}-published", heads, "l", lines))
-    return "\n".join(["% Needs \\usepackage{booktabs}; the works are in references.bib.", *tables])
+    return "\n".join(tables)
 
 
 def _latex_float(

@@ -8,15 +8,17 @@ from statistics import fmean
 from typing import Any
 
 from baselines.interface import Grid, Method, Settings
-from harness.cases import Case
+from harness.cache import hash_code, write_json
+from harness.problems import KnownProblem
 from harness.runner import Row, Setup, applies, run_row
-from harness.store import hash_code, write_json
 from ncvsd_inverse.checks import check_choice
 
-MOST_TRIALS = 9
+__all__ = ["open_tuning", "read_tuned", "tune"]
+
+_MOST_TRIALS = 9
 """Combinations of settings that any method may try."""
 
-CALLS = 10
+_CALLS = 10
 """Network calls at which methods are tuned that have rows at so many."""
 
 
@@ -39,9 +41,9 @@ def open_tuning(setup: Setup, methods: Sequence[Method], path: Path) -> dict[str
     }
     for method in methods:
         count = len(list(_combinations(method.grid)))
-        if count > MOST_TRIALS:
+        if count > _MOST_TRIALS:
             raise ValueError(
-                f"the grid of {method.name} must have at most {MOST_TRIALS} combinations, "
+                f"the grid of {method.name} must have at most {_MOST_TRIALS} combinations, "
                 f"got {count}"
             )
     content = _read(path) if path.exists() else {**header, "tasks": {}}
@@ -56,7 +58,7 @@ def open_tuning(setup: Setup, methods: Sequence[Method], path: Path) -> dict[str
 
 def tune(
     setup: Setup,
-    cases: Mapping[str, Case],
+    problems: Mapping[str, KnownProblem],
     methods: Sequence[Method],
     path: Path,
     content: dict[str, Any],
@@ -64,25 +66,25 @@ def tune(
 ) -> None:
     """Try every combination of each method's grid and keep the best, task by task.
 
-    All methods see the same images and measurements and are run at `CALLS`, if they have it, else
-    at the smallest number of calls they have. The score is the mean of the one metric of `setup`
+    All methods see the same images and measurements and are run at ten calls, if they have
+    such a row, else at the smallest number of calls they have. The score is the mean of the one metric of `setup`
     over the images. A combination with which an image fails has none and is never chosen; if all
     fail, nothing is. Trials that `content` holds of the same grid and code are kept, so that a
     stopped run goes on.
 
     Args:
         setup: images, networks and one metric.
-        cases: the tasks by name.
+        problems: the tasks by name.
         methods: the methods; those without a grid are left out.
         path: the JSON file, written after every combination.
         content: what it holds; filled in place.
         report: called with a line on each combination.
     """
-    for case in cases.values():
+    for problem in problems.values():
         for method in methods:
-            if not method.grid or not applies(method, case):
+            if not method.grid or not applies(method, problem):
                 continue
-            for line in _Search(setup, case, method, content).trials():
+            for line in _Search(setup, problem, method, content).trials():
                 write_json(path, content)
                 report(line)
 
@@ -92,21 +94,23 @@ class _Search:
 
     Args:
         setup: images, networks and metric.
-        case: the task.
+        problem: the task.
         method: the method.
         content: the file's content, filled in place.
     """
 
-    def __init__(self, setup: Setup, case: Case, method: Method, content: dict[str, Any]) -> None:
+    def __init__(
+        self, setup: Setup, problem: KnownProblem, method: Method, content: dict[str, Any]
+    ) -> None:
         self.setup = setup
-        self.case = case
+        self.problem = problem
         self.method = method
         known = {
             "nfe": _calls(method),
             "code": hash_code(method.run),
             "grid": {name: list(values) for name, values in method.grid.items()},
         }
-        tried = content["tasks"].setdefault(case.task.name, {})
+        tried = content["tasks"].setdefault(problem.task.name, {})
         before = tried.get(method.name, {})
         same = all(before.get(name) == value for name, value in known.items())
         new: dict[str, Any] = {**known, "trials": [], "settings": None}
@@ -128,19 +132,19 @@ class _Search:
             self.entry["settings"] = best and best["settings"]
             shown = ", ".join(f"{name} {value:g}" for name, value in settings.items())
             outcome = "failed" if score is None else f"{metric} {score:.4f}"
-            yield f"{self.case.task.name} {self.method.name}: {shown}: {outcome}"
+            yield f"{self.problem.task.name} {self.method.name}: {shown}: {outcome}"
 
     def _score(self, settings: Settings) -> float | None:
         row = Row(
-            task=self.case.task.name,
+            task=self.problem.task.name,
             method=self.method,
             nfe=_calls(self.method),
             settings={**self.method.settings, **settings},
             tuned=False,
             draws=1,
-            images=len(self.case.x0),
+            images=len(self.problem.x0),
         )
-        (entries,) = run_row(self.setup, self.case, row).values.values()
+        (entries,) = run_row(self.setup, self.problem, row).values.values()
         numbers = [entry for entry in entries if entry is not None]
         return fmean(numbers) if len(numbers) == len(entries) else None
 
@@ -178,4 +182,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _calls(method: Method) -> int:
-    return CALLS if CALLS in method.calls else min(method.calls)
+    return _CALLS if _CALLS in method.calls else min(method.calls)

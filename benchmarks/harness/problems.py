@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 
 import ncvsd_inverse
+from ncvsd_inverse import Task, make_task, read_image
 from ncvsd_inverse.checks import check_image_size
-from ncvsd_inverse.images import centre_crop, read_image, read_images, resize_cover
+from ncvsd_inverse.images import centre_crop, read_images, resize_cover
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import NCVSDPrior
-from ncvsd_inverse.tasks import Task, make_task
+from ncvsd_inverse.protocols import NetworkTraits
+
+__all__ = [
+    "DATA_VARIABLE",
+    "Images",
+    "KnownProblem",
+    "find_test_set",
+    "load_images",
+    "make_problem",
+]
 
 DATA_VARIABLE = "NCVSD_DATA"
 """Environment variable that names the folder of the priors' test sets."""
 
-ASSETS = Path(ncvsd_inverse.__file__).parent / "assets"
+_ASSETS = Path(ncvsd_inverse.__file__).parent / "assets"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +57,8 @@ class Images:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """A task on images.
+class KnownProblem:
+    """A task on images whose truth is known.
 
     Attributes:
         task: the operator and its noise level.
@@ -75,13 +85,13 @@ def load_images(
     prior: NCVSDPrior,
     size: int,
 ) -> Images:
-    """Read the first images of a folder or archive as a prior takes them.
+    """Read the first images of a folder or archive in the shape that a prior takes.
 
     Args:
         source: folder or zip archive; None: the pictures that ship with the package, resized to
             fit: portraits, or photographs where any size works.
         num: most images to read, >= 1.
-        prior: what takes them.
+        prior: the prior that restores them.
         size: side of the centre crops for a prior that takes any size, pixels.
 
     Raises:
@@ -89,13 +99,13 @@ def load_images(
     """
     fixed = prior.image_shape
     if fixed is None:
-        multiple = getattr(prior.network, "size_multiple", 1)
-        check_image_size("--size", (3, size, size), multiple=multiple)
+        network = NetworkTraits.of(prior.network)
+        check_image_size("--size", (3, size, size), multiple=network.size_multiple)
     channels, *sides = fixed or (3, size, size)
     wanted = "of" if fixed else "of at least"
     found = []
     if source is None:
-        folder = ASSETS / "photographs" if fixed is None else ASSETS
+        folder = _ASSETS / "photographs" if fixed is None else _ASSETS
         pictures: Iterable[Tensor] = map(read_image, sorted(folder.glob("*.png"))[:num])
     else:
         pictures = read_images(source, num)
@@ -119,7 +129,7 @@ def load_images(
     )
 
 
-def make_case(name: str, images: Images, *, seed: int, device: torch.device) -> Case:
+def make_problem(name: str, images: Images, *, seed: int, device: torch.device) -> KnownProblem:
     """Return a named task on images with their measurements.
 
     The noise of image i follows from (seed, i), and is drawn on the CPU whatever the device.
@@ -127,4 +137,4 @@ def make_case(name: str, images: Images, *, seed: int, device: torch.device) -> 
     task = make_task(name, images.size, seed=seed)
     generators = make_generators([(seed, i) for i in range(len(images.x0))])
     y = task.operator.measure(images.x0, task.sigma_y, generator=generators)
-    return Case(task, images.x0.to(device), y.to(device))
+    return KnownProblem(task, images.x0.to(device), y.to(device))

@@ -1,4 +1,4 @@
-"""Records on disk, found again by what determines them."""
+"""Records on disk, found again by what determines their values."""
 
 import ast
 import hashlib
@@ -8,8 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -21,12 +21,22 @@ import torch
 
 import ncvsd_inverse
 from baselines.interface import Run
-from harness.records import Record
+from harness.records import RECORDS, Record, read_records
 from harness.runner import Outcome, Row, Setup
+from ncvsd_inverse import Task
 from ncvsd_inverse.files import write_whole
-from ncvsd_inverse.tasks import Task
 
-SCHEMA = 1
+__all__ = [
+    "Cache",
+    "describe_environment",
+    "hash_code",
+    "make_key",
+    "make_record",
+    "narrow",
+    "write_json",
+]
+
+_SCHEMA = 1
 """Changes when records of before can no longer be used."""
 
 OWN_CODE = (
@@ -38,14 +48,18 @@ OWN_CODE = (
 )
 """Modules whose code is part of the methods that use it: a change of it measures them anew."""
 
-PACKAGES = ("torch", "numpy", "deepinv", "lpips", "piq")
+OWN_PACKAGES = ("baselines", "ncvsd_inverse")
+
+_LIBRARIES = ("torch", "numpy", "deepinv", "lpips", "piq")
 
 
 @cache
 def hash_code(run: Run) -> str:
-    """Return the SHA-256 of a method's code, comments and docstrings left out.
+    """Return the SHA-256 of a method's code.
 
-    That is the module of `run` and, of `OWN_CODE`, what this uses, and so on.
+    That is the module of `run` and, of `OWN_CODE`, what this uses, and so on. What changes no
+    value is left out: comments, docstrings, annotations, `__all__`, the names of modules, and from
+    where in this repository something is imported.
     """
     function: object = run
     while isinstance(function, partial):
@@ -59,9 +73,9 @@ def hash_code(run: Run) -> str:
         found[module.__name__] = _bare_code(inspect.getsource(module))
         for value in vars(module).values():
             used = value.__name__ if isinstance(value, ModuleType) else _home(value)
-            if used in sys.modules and any(f"{used}.".startswith(f"{own}.") for own in OWN_CODE):
+            if used in sys.modules and _is_in(used, OWN_CODE):
                 waiting.append(sys.modules[used])
-    return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()
+    return hashlib.sha256("".join(sorted(found.values())).encode()).hexdigest()
 
 
 def _home(value: object) -> str:
@@ -69,23 +83,44 @@ def _home(value: object) -> str:
     return home if isinstance(home, str) else ""
 
 
+def _is_in(module: str, packages: Iterable[str]) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
+
+
 def _bare_code(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [  # type: ignore[attr-defined]
-                part
-                for part in body
-                if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
-            ]
-    return ast.dump(tree)
+    return ast.dump(_Barer().visit(ast.parse(source)))
+
+
+class _Barer(ast.NodeTransformer):
+    """Takes out of a module's tree what changes no value."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
+        return None if _is_in(node.module or "", OWN_PACKAGES) else node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        return None if names == ["__all__"] else self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
 
 
 def make_key(setup: Setup, row: Row, task: Task) -> str:
     """Return the SHA-256 of all that determines the values of a row."""
     known = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "task": row.task,
         "prior_sha256": dict(setup.prior_sha256),
         "method": row.method.name,
@@ -155,8 +190,8 @@ def narrow(record: Record, setup: Setup, row: Row, task: Task) -> Record:
     )
 
 
-class Store:
-    """The folder of a run's results.
+class Cache:
+    """The folder of a run's results, which several processes may fill at the same time.
 
     Args:
         folder: where it is or will be.
@@ -176,63 +211,65 @@ class Store:
             ValueError: if the folder cannot be written, or holds results of other settings.
         """
         path = self.folder / "settings.json"
-        images = list(hashes)
-        if path.exists():
-            try:
-                held = json.loads(path.read_text(encoding="utf-8"))
-                before = held.pop("images")
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path} must be the settings of a results folder: {error}") from (
-                    None
-                )
-            wanted = json.loads(json.dumps(settings))
-            differing = [
-                f"{name} is {held.get(name)} there and {wanted.get(name)} here"
-                for name in sorted(held.keys() | wanted.keys())
-                if held.get(name) != wanted.get(name)
-            ]
-            shared = min(len(before), len(images))
-            if before[:shared] != images[:shared]:
-                differing.append("the images of --data are others")
-            if differing:
-                raise ValueError(
-                    f"--out must be a folder of the same settings, got {self.folder}: "
-                    + "; ".join(differing)
-                )
-            images = max(before, images, key=len)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-            write_json(path, {**settings, "images": images})
+            with self._locked():
+                images = self._check_settings(path, settings, hashes) if path.exists() else hashes
+                write_json(path, {**settings, "images": images})
         except OSError as error:
             raise ValueError(
                 f"--out must be a writable folder, got {self.folder}: {error}"
             ) from None
 
-    def find(self, row: Row, key: str, metrics: tuple[str, ...]) -> Record | None:
-        """Return the record of a key if it is there with all of `metrics`."""
-        path = self._path(row.task, row.method.name, row.nfe, key)
-        if not path.exists():
-            return None
+    def _check_settings(
+        self, path: Path, settings: Mapping[str, object], hashes: Sequence[str]
+    ) -> Sequence[str]:
+        """Return the hashes of all images known; ValueError if the folder is of other settings."""
         try:
-            record = Record.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged, delete it to measure it anew: {error}") from None
-        return record if record.key == key and set(metrics) <= set(record.values) else None
+            held = json.loads(path.read_text(encoding="utf-8"))
+            before = held.pop("images")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} must be the settings of a results folder: {error}") from None
+        wanted = json.loads(json.dumps(settings))
+        differing = [
+            f"{name} is {held.get(name)} there and {wanted.get(name)} here"
+            for name in sorted(held.keys() | wanted.keys())
+            if held.get(name) != wanted.get(name)
+        ]
+        shared = min(len(before), len(hashes))
+        if before[:shared] != list(hashes[:shared]):
+            differing.append("the images of --data are others")
+        if differing:
+            raise ValueError(
+                f"--out must be a folder of the same settings, got {self.folder}: "
+                + "; ".join(differing)
+            )
+        return max(before, hashes, key=len)
+
+    def find(self, key: str, metrics: Iterable[str]) -> Record | None:
+        """Return the record of a key if it is there with all of `metrics`."""
+        for record in read_records(self.folder):
+            if record.key == key and set(metrics) <= set(record.values):
+                return record
+        return None
 
     def save(self, record: Record) -> None:
-        """Write a record in place of older ones of the same row and number of images."""
-        path = self._path(record.task, record.method, record.nfe, record.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        older = [
-            other
-            for other in path.parent.glob(f"{record.method}-{record.nfe}-*.json")
-            if other != path
-            and Record.from_json(other.read_text(encoding="utf-8")).images == record.images
-        ]
-        write_whole(path, record.to_json())
-        for other in older:
-            other.unlink()
+        """Write a record in place of an older one of the same row and number of images."""
+        with self._locked():
+            records = {each.row: each for each in read_records(self.folder)}
+            if records.get(record.row) != record:
+                records[record.row] = record
+                lines = [f"{records[row].to_json()}\n" for row in sorted(records)]
+                write_whole(self.folder / RECORDS, "".join(lines))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes from writing; the system lets go of the lock of one that ends."""
+        import fcntl  # Unix alone has it
+
+        with (self.folder / ".lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def picture(self, task: str, folder: str, image: int) -> Path:
         """Return where a picture is kept; its folder is made.
@@ -246,9 +283,6 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _path(self, task: str, method: str, nfe: int, key: str) -> Path:
-        return self.folder / "records" / task / f"{method}-{nfe}-{key[:8]}.json"
-
 
 def describe_environment(device: torch.device) -> dict[str, str]:
     """Return what does not determine the values: commit, versions, hardware and date."""
@@ -256,7 +290,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "commit": _commit(),
         "python": platform.python_version(),
         "ncvsd-inverse": ncvsd_inverse.__version__,
-        **{package: version(package) for package in PACKAGES},
+        **{package: version(package) for package in _LIBRARIES},
         "hardware": _hardware(device),
         "threads": str(torch.get_num_threads()),
         "processes": os.environ.get("WORLD_SIZE", "1"),
