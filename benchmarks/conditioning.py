@@ -11,42 +11,46 @@ the smallest, on the first images of the data.
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ncvsd_inverse import solve
+from ncvsd_inverse import load_prior, make_task, solve
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import psnr
-from ncvsd_inverse.priors import load_prior
 from ncvsd_inverse.protocols import SIGMA_Y, Covariance, Generators
 from ncvsd_inverse.sampling.matheron import Matheron
-from ncvsd_inverse.tasks import make_task
 
 TASKS = ("inpaint_box", "inpaint_random", "sr4x", "deblur_gaussian", "deblur_motion")
 TOLERANCES = (0.01, 0.001, 0.0001)
 CALLS = 10
 
 
-class Watched(Matheron):
-    """A conditioning step that keeps its times and iterations."""
+@contextmanager
+def watched() -> Iterator[list[tuple[float, int]]]:
+    """Yield a list that grows by seconds and iterations of every conditioning step."""
+    kept: list[tuple[float, int]] = []
+    draw = Matheron.draw
 
-    kept: list[tuple[float, int]] = []  # noqa: RUF012 - shared by all on purpose
-
-    def draw(
-        self,
+    def timed(
+        step: Matheron,
         x: Tensor,
         covariance: Covariance,
         *,
         generator: Generators = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Draw, and keep seconds and iterations."""
         started = time.perf_counter()
-        out = super().draw(x, covariance, generator=generator, temperature=temperature)
-        self.kept.append((time.perf_counter() - started, self.iterations))
+        out = draw(step, x, covariance, generator=generator, temperature=temperature)
+        kept.append((time.perf_counter() - started, step.iterations))
         return out
+
+    with mock.patch.object(Matheron, "draw", timed):
+        yield kept
 
 
 def main() -> None:
@@ -64,9 +68,6 @@ def main() -> None:
     pictures = (x for x in read_images(args.data) if min(x.shape[-2:]) >= args.size)
     crops = [centre_crop(next(pictures), (args.size, args.size)) for _ in range(args.images)]
     images = torch.cat(crops)
-    import ncvsd_inverse.sampling.chains as chains
-
-    setattr(chains, "Matheron", Watched)  # noqa: B010 - what solve calls is watched
     print(f"{args.prior}, {args.size} x {args.size}, {torch.get_num_threads()} threads")
     lost_at = ", ".join(f"{t:g}" for t in TOLERANCES)
     print(f"task               ms   most  start   iterations   dB lost at {lost_at}")
@@ -75,24 +76,21 @@ def main() -> None:
         y = operator.measure(images, SIGMA_Y, generator=torch.Generator().manual_seed(0))
         quality = {}
         for tolerance in TOLERANCES:
-            Matheron.tolerance = tolerance
-            drawn = solve(y, operator=operator, prior=prior, nfe=CALLS, num_samples=args.draws)
+            with mock.patch.object(Matheron, "tolerance", tolerance):
+                drawn = solve(y, operator=operator, prior=prior, nfe=CALLS, num_samples=args.draws)
             quality[tolerance] = float(
                 torch.stack([psnr(x0, images).mean() for x0 in drawn.samples]).mean()
             )
-        Matheron.tolerance = DEFAULT
         solve(y[:1], operator=operator, prior=prior, nfe=1)
-        Watched.kept.clear()
-        solve(y[:1], operator=operator, prior=prior, nfe=CALLS)
-        seconds, iterations = zip(*Watched.kept, strict=True)
+        with watched() as steps:
+            solve(y[:1], operator=operator, prior=prior, nfe=CALLS)
+        seconds, iterations = zip(*steps, strict=True)
         lost = [f"{quality[TOLERANCES[-1]] - quality[t]:+.3f}" for t in TOLERANCES]
         median, most = 1e3 * statistics.median(seconds[1:]), 1e3 * max(seconds[1:])
         count = f"{min(iterations)} to {max(iterations)}"
         times = f"{median:5.0f} {most:6.0f} {1e3 * seconds[0]:6.0f}"
         print(f"{name:15} {times}   {count:10}  ", *lost, flush=True)
 
-
-DEFAULT = Matheron.tolerance
 
 if __name__ == "__main__":
     main()

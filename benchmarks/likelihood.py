@@ -11,14 +11,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from deepinv.physics import BlurFFT, Downsampling, Inpainting, LinearPhysics
 
 from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
+from ncvsd_inverse.protocols import SIGMA_Y
 from ncvsd_inverse.sampling.likelihood import ExactGaussian
 
-SIGMA_Y, RHO = 0.05, 0.5
+if TYPE_CHECKING:
+    from deepinv.physics import LinearPhysics
+
+RHO = 0.5
 HEADER = ("images", "operator", "draw", "solve", "deepinv prox_l2", "target")
 
 
@@ -28,12 +32,14 @@ class Row:
 
     name: str
     ours: Inpaint | GaussianBlur | SuperResolution
-    theirs: LinearPhysics
+    theirs: "LinearPhysics"
     target: str
 
 
 def make_rows(shape: tuple[int, int, int, int], targets: tuple[str, str, str]) -> Iterator[Row]:
     """Yield the three operators of the targets for images of `shape`, (B, C, H, W)."""
+    from deepinv.physics import BlurFFT, Downsampling, Inpainting
+
     _, channels, height, width = shape
     image = (channels, height, width)
     size, std = (61, 3.0) if height >= 256 else (15, 1.5)

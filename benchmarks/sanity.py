@@ -9,14 +9,13 @@ exact. Each method restores many replicas of one measurement, each with its own 
   posterior mean in posterior stds. Draws that are exact have 1 / sqrt(replicas).
 - spread: root mean square, over the pixels, of the replicas' std in posterior stds. Draws that are
   exact have 1; point estimates are not asked for it.
-- calls: forward passes of a network for each image, as counted by a hook.
+- calls: forward passes of a network for each image, as counted.
 """
 
 import argparse
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +23,10 @@ from torch import Tensor, nn
 
 from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_choice
-from ncvsd_inverse.operators import GaussianBlur, Inpaint, SuperResolution
-from ncvsd_inverse.operators.base import LinearBase
+from ncvsd_inverse.machine import count_passes
+from ncvsd_inverse.operators import Blur, GaussianBlur, Inpaint, SuperResolution
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
 from ncvsd_inverse.protocols import SIGMA_Y, Generators
-
-"""Noise std of the measurements."""
 
 MEAN, VARIANCE = 0.2, 0.25
 """Mean and variance of every pixel of the prior, image units."""
@@ -45,7 +42,7 @@ class Oracle:
 
 
 @dataclass(frozen=True)
-class Case:
+class KnownPosterior:
     """One measurement, many times over, and its posterior.
 
     Attributes:
@@ -74,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a method reached on a case; stds are those of the posterior."""
+    """What a method reached of a posterior; distances in posterior stds."""
 
     mean_error: float
     spread: float
@@ -83,7 +80,7 @@ class Reading:
 
 
 class ExactStudent:
-    """The exact sampler of a Gaussian prior with its draws made by a module, so that they count."""
+    """The exact sampler of a Gaussian prior, whose draws a module makes so that they count."""
 
     def __init__(self, prior: GaussianPrior) -> None:
         self.network: nn.Module = _Draw(prior)
@@ -128,15 +125,15 @@ def make_oracle(size: int) -> Oracle:
     return Oracle(prior, covariance, Models(teacher, ExactStudent(prior)))
 
 
-def make_case(
+def make_posterior(
     name: str,
     oracle: Oracle,
-    operator: LinearBase,
+    operator: Blur | Inpaint | SuperResolution,
     *,
     replicas: int,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Case:
+) -> KnownPosterior:
     """Measure an image drawn from the prior and work out its posterior by linear algebra."""
     generator = torch.Generator().manual_seed(seed)
     truth = oracle.prior.draw(1, generator=generator)
@@ -154,55 +151,40 @@ def make_case(
     exact = x + (y.flatten() + SIGMA_Y * eps - x @ matrix.T) @ gain.T
     keys = tuple((seed, replica) for replica in range(replicas))
     problem = Problem(y.to(dtype).repeat(replicas, 1, 1, 1), operator, SIGMA_Y, keys)
-    return Case(name, problem, mean.reshape(shape), std.reshape(shape), exact.reshape(-1, *shape))
+    return KnownPosterior(
+        name, problem, mean.reshape(shape), std.reshape(shape), exact.reshape(-1, *shape)
+    )
 
 
-def make_cases(oracle: Oracle, *, replicas: int, seed: int = 0) -> list[Case]:
-    """Return box inpainting, super-resolution and deblurring."""
+def make_posteriors(oracle: Oracle, *, replicas: int, seed: int = 0) -> list[KnownPosterior]:
+    """Return the posteriors of box inpainting, super-resolution and deblurring."""
     _, size, _ = oracle.prior.image_shape
-    operators = {
+    operators: dict[str, Blur | Inpaint | SuperResolution] = {
         "inpaint_box": Inpaint.box((size, size), size // 2),
         "sr4x": SuperResolution(4),
         "deblur": GaussianBlur(1.5, 2 * ((size - 1) // 2) + 1),
     }
     return [
-        make_case(name, oracle, operator, replicas=replicas, seed=seed)
+        make_posterior(name, oracle, operator, replicas=replicas, seed=seed)
         for name, operator in operators.items()
     ]
 
 
-@contextmanager
-def count_images(models: Models) -> Iterator[list[int]]:
-    """Yield a list that grows by the number of images of every forward pass of a network."""
-    passed: list[int] = []
-
-    def count(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
-        passed.append(args[0].shape[0])
-
-    networks = [models.teacher.network, getattr(models.student, "network", None)]
-    hooks = [
-        network.register_forward_hook(count)
-        for network in networks
-        if isinstance(network, nn.Module)
-    ]
-    try:
-        yield passed
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def read(
-    method: Method, case: Case, models: Models, nfe: int, settings: Settings | None = None
+    method: Method,
+    posterior: KnownPosterior,
+    models: Models,
+    nfe: int,
+    settings: Settings | None = None,
 ) -> Reading:
-    """Run a method on a case with its own settings or others in their place."""
+    """Run a method on a measurement with its own settings or others in their place."""
     started = time.perf_counter()
-    with count_images(models) as passed:
-        draws = method.run(case.problem, models, nfe, {**method.settings, **(settings or {})})
+    with count_passes(models.networks) as passes:
+        draws = method.run(posterior.problem, models, nfe, {**method.settings, **(settings or {})})
     return Reading(
-        mean_error=case.mean_error(draws),
-        spread=case.spread(draws),
-        calls=sum(passed) / len(draws),
+        mean_error=posterior.mean_error(draws),
+        spread=posterior.spread(draws),
+        calls=passes.forward / len(draws),
         seconds=time.perf_counter() - started,
     )
 
@@ -222,17 +204,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     oracle = make_oracle(options.size)
     print(f"{options.size} x {options.size} pixels, {options.replicas} replicas, stds of posterior")
     print(f"{'task':12} {'method':20} {'calls':>6} {'counted':>8} {'mean error':>11} {'spread':>7}")
-    for case in make_cases(oracle, replicas=options.replicas, seed=options.seed):
-        exact = (case.mean_error(case.exact), case.spread(case.exact))
-        print(f"{case.name:12} {'exact draws':20} {'':6} {'':8} {exact[0]:11.2f} {exact[1]:7.2f}")
+    for posterior in make_posteriors(oracle, replicas=options.replicas, seed=options.seed):
+        name, draws = posterior.name, posterior.exact
+        exact = f"{posterior.mean_error(draws):11.2f} {posterior.spread(draws):7.2f}"
+        print(f"{name:12} {'exact draws':20} {'':6} {'':8} {exact}")
         for method in methods:
             for nfe in method.calls:
                 if nfe > options.most_calls:
                     continue
-                found = read(method, case, oracle.models, nfe)
+                found = read(method, posterior, oracle.models, nfe)
                 spread = f"{found.spread:7.2f}" if method.samples else f"{'-':>7}"
                 print(
-                    f"{case.name:12} {method.name:20} {nfe:6} {found.calls:8.0f} "
+                    f"{name:12} {method.name:20} {nfe:6} {found.calls:8.0f} "
                     f"{found.mean_error:11.2f} {spread} {found.seconds:7.2f} s",
                     flush=True,
                 )

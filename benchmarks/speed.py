@@ -18,9 +18,8 @@ from functools import partial
 
 import torch
 
-from ncvsd_inverse import load_prior, solve
+from ncvsd_inverse import load_prior, make_task, solve
 from ncvsd_inverse.networks import inference_dtype
-from ncvsd_inverse.tasks import make_task
 
 
 def seconds(run: Callable[[], object]) -> float:

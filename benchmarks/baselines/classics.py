@@ -10,10 +10,12 @@ from baselines.interface import Method, Models, Problem, Settings
 from baselines.physics import finish, linear, make_physics, pseudo_inverse
 from ncvsd_inverse.numerics import conjugate_gradient
 
-TV_ITERATIONS, TV_INNER = 50, 10
+__all__ = ["METHODS", "run_pinv", "run_tv", "run_wiener"]
+
+_TV_ITERATIONS, _TV_INNER = 50, 10
 """Iterations of ADMM, and of the proximal step of total variation within each."""
 
-TV_THRESHOLD, TV_STEP = 0.3, 0.1
+_TV_THRESHOLD, _TV_STEP = 0.3, 0.1
 """Weight of total variation in a proximal step and that step's own step size; for speed alone."""
 
 
@@ -77,14 +79,14 @@ def run_tv(problem: Problem, models: Models, calls: int, settings: Settings) -> 
     from deepinv.optim.data_fidelity import L2
 
     operator, weight = linear(problem.operator), settings["weight"]
-    prior = TVPrior(def_crit=0.0, n_it_max=TV_INNER)
-    prior.TVModel.tau = TV_STEP
+    prior = TVPrior(def_crit=0.0, n_it_max=_TV_INNER)
+    prior.TVModel.tau = _TV_STEP
     solver = ADMM(
         data_fidelity=L2(sigma=problem.sigma_y),
         prior=prior,
         lambda_reg=weight,
-        stepsize=TV_THRESHOLD / weight,
-        max_iter=TV_ITERATIONS,
+        stepsize=_TV_THRESHOLD / weight,
+        max_iter=_TV_ITERATIONS,
     )
     physics = make_physics(operator, problem.y.device)
     start = operator.adjoint(problem.y)

@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
+from ncvsd_inverse import karras
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import draw_normal
+from ncvsd_inverse.protocols import Denoiser
 from ncvsd_inverse.sampling.likelihood import likelihood_step
-from ncvsd_inverse.schedules import karras
 
-ODE_END = 0.01
+__all__ = ["METHOD", "follow_ode", "run"]
+
+_ODE_END = 0.01
 """Level of the last call of an ODE that starts above ten times this; else a tenth of its start."""
 
 
@@ -56,8 +59,8 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
 
 
 def follow_ode(teacher: Denoiser, x: Tensor, sigma: float, steps: int) -> Tensor:
-    """Return the end of the probability-flow ODE from x at level sigma, shape (B, C, H, W)."""
-    levels = karras(steps, sigma, min(ODE_END, sigma / 10))
+    """Return the end of the probability-flow ODE from x at level sigma, both (B, C, H, W)."""
+    levels = karras(steps, sigma, min(_ODE_END, sigma / 10))
     for t, s in pairwise((*levels, 0.0)):
         mean = teacher.denoise(x, t)
         x = mean + s / t * (x - mean)

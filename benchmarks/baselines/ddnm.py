@@ -43,10 +43,12 @@ from ncvsd_inverse.operators import Blur, Inpaint, SuperResolution
 from ncvsd_inverse.protocols import Generators, LinearOperator, Operator, SolvableOperator
 from ncvsd_inverse.schedules import variance_preserving
 
-RANK_TOLERANCE = 1e-4
+__all__ = ["METHOD", "Basis", "run", "singular_basis"]
+
+_RANK_TOLERANCE = 1e-4
 """Singular values below this share of the largest of an image count as 0."""
 
-SOLVE_TOLERANCE = 1e-6
+_SOLVE_TOLERANCE = 1e-6
 """Relative residual of the solves for operators without `solve_normal`."""
 
 
@@ -56,7 +58,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     generators = problem.generators()
     like = problem.y.new_empty(problem.shape)
     levels = variance_preserving(nfe, models.sigma_max)
-    project = projection(problem, settings["eta"])
+    project = _projection(problem, settings["eta"])
     x = levels[0] * draw_normal(like, generators)
     for step, (sigma, following) in enumerate(pairwise(levels), start=1):
         x0 = models.teacher.denoise(x, sigma)
@@ -65,7 +67,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     return models.teacher.denoise(x, levels[-1])
 
 
-class Projection(Protocol):
+class _Projection(Protocol):
     """One step of the diffusion after the call of the network."""
 
     def __call__(self, x0: Tensor, eps_hat: Tensor, level: float, generators: Generators) -> Tensor:
@@ -73,15 +75,15 @@ class Projection(Protocol):
         ...
 
 
-def projection(problem: Problem, eta: float) -> Projection:
+def _projection(problem: Problem, eta: float) -> _Projection:
     """Return the step by singular values where their vectors are known, else by a solve."""
     operator = problem.operator
     if not isinstance(operator, LinearOperator):
         raise TypeError(f"operator must be linear for DDNM+, got {type(operator).__name__}")
     basis = singular_basis(operator, problem)
     if basis is None:
-        return RegularisedProjection(operator, problem, eta)
-    return SpectralProjection(operator, problem, eta, basis)
+        return _RegularisedProjection(operator, problem, eta)
+    return _SpectralProjection(operator, problem, eta, basis)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def singular_basis(operator: Operator, problem: Problem) -> Basis | None:
     return None
 
 
-class SpectralProjection:
+class _SpectralProjection:
     """The step of the paper, coordinate by coordinate."""
 
     def __init__(
@@ -118,7 +120,7 @@ class SpectralProjection:
         ones = problem.y.new_ones(problem.shape, dtype=torch.float64)
         squares = basis.analyse(operator.adjoint(operator(basis.synthesise(ones))))
         singular = squares.clamp(min=0).sqrt().to(problem.y)
-        least = RANK_TOLERANCE * singular.amax(dim=(1, 2, 3), keepdim=True)
+        least = _RANK_TOLERANCE * singular.amax(dim=(1, 2, 3), keepdim=True)
         inverse = torch.where(singular > least, 1 / singular, 0.0)
         self.basis = basis
         self.eta = eta
@@ -140,7 +142,7 @@ class SpectralProjection:
         return self.basis.synthesise(start + weight * (self.solution - start) + noise)
 
 
-class RegularisedProjection:
+class _RegularisedProjection:
     """The step by a regularised solve, for any linear operator."""
 
     def __init__(self, operator: LinearOperator, problem: Problem, eta: float) -> None:
@@ -165,7 +167,7 @@ class RegularisedProjection:
         return conjugate_gradient(
             lambda x: gain * self.operator.adjoint(self.operator(x)) + x,
             rhs,
-            rtol=SOLVE_TOLERANCE,
+            rtol=_SOLVE_TOLERANCE,
         )
 
 

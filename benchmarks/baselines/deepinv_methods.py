@@ -23,7 +23,9 @@ from baselines.physics import (
 )
 from ncvsd_inverse.checks import check_count
 
-FIRST_STEP = 1e-3
+__all__ = ["METHODS", "run_ddrm", "run_diffpir", "run_dps", "run_pigdm"]
+
+_FIRST_STEP = 1e-3
 """Time of the least noise that a schedule of 1000 training steps knows."""
 
 
@@ -124,7 +126,7 @@ def run_diffpir(problem: Problem, models: Models, calls: int, settings: Settings
 
 def _times(calls: int) -> Tensor:
     """Return one time for each call, from 1 to that of the least noise, float64."""
-    return torch.linspace(1, FIRST_STEP, check_count("calls", calls), dtype=torch.float64)
+    return torch.linspace(1, _FIRST_STEP, check_count("calls", calls), dtype=torch.float64)
 
 
 def _reverse_diffusion(

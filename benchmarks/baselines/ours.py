@@ -20,24 +20,25 @@ from typing import Literal
 from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
-from ncvsd_inverse import solve
+from ncvsd_inverse import karras, solve
 from ncvsd_inverse.protocols import LinearOperator
-from ncvsd_inverse.schedules import karras
+
+__all__ = ["OURS", "TEMPERED_LAST"]
 
 TEMPERED_LAST = 0.05
 """Last level of `ncvsd-tempered` where its first is set."""
 
-CHAINS, LEAST_CALLS = (5, 4), 4
+_CHAINS, _LEAST_CALLS = (5, 4), 4
 """How many chains are run if the operator is not linear, the first that leaves each at least so
 many calls, the same for all; else one."""
 
 
-def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
+def _run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Draw one posterior sample an image; exactly `nfe` calls of the student."""
     return _solve(problem, models, nfe)
 
 
-def run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
+def _run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Estimate an image at a temperature below 1; exactly `nfe` calls of the student.
 
     The settings are the temperature, the `noise` that the likelihood assumes over sigma_y, and the
@@ -53,7 +54,7 @@ def run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings)
     )
 
 
-def run_published(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
+def _run_published(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Estimate an image by the published loop and settings; exactly `nfe` calls of the student."""
     return _solve(problem, models, nfe, preset="ncvsd")
 
@@ -89,7 +90,7 @@ def _solve(
 def _chains(problem: Problem, nfe: int) -> int:
     if isinstance(problem.operator, LinearOperator):
         return 1
-    fits = (count for count in CHAINS if nfe % count == 0 and nfe // count >= LEAST_CALLS)
+    fits = (count for count in _CHAINS if nfe % count == 0 and nfe // count >= _LEAST_CALLS)
     return next(fits, 1)
 
 
@@ -97,7 +98,7 @@ OURS = (
     Method(
         name="ncvsd",
         title="NCVSD (ours)",
-        run=run,
+        run=_run,
         network="student",
         samples=True,
         linear_only=False,
@@ -107,7 +108,7 @@ OURS = (
     Method(
         name="ncvsd-tempered",
         title="NCVSD (ours), tempered",
-        run=run_tempered,
+        run=_run_tempered,
         network="student",
         samples=False,
         linear_only=False,
@@ -119,7 +120,7 @@ OURS = (
     Method(
         name="ncvsd-published",
         title="NCVSD, published loop",
-        run=run_published,
+        run=_run_published,
         network="student",
         samples=False,
         linear_only=False,

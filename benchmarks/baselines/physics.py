@@ -14,10 +14,25 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from baselines.interface import Problem
-from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse import DivergenceError
 from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.operators import Blur, Denoise, Inpaint, SuperResolution
-from ncvsd_inverse.protocols import Operator, SolvableOperator
+from ncvsd_inverse.protocols import Denoiser, Operator, SolvableOperator
+
+__all__ = [
+    "BLUR_FLOOR",
+    "OwnDraws",
+    "SingularSystem",
+    "TeacherDenoiser",
+    "UnitDenoiser",
+    "finish",
+    "linear",
+    "make_decomposed_physics",
+    "make_physics",
+    "pseudo_inverse",
+    "singular_system",
+    "unit_measurement",
+]
 
 BLUR_FLOOR = 1e-3
 """What `pseudo_inverse` adds to the squared singular values of a blur, whose smallest are 0."""
@@ -251,7 +266,8 @@ class TeacherDenoiser(nn.Module):
         """Return E[x0 | x], shape (B, C, H, W); sigma is a float or has one entry or B."""
         level = expand_level(sigma, x)
         known = level.clamp(max=self.sigma_max)
-        return self.teacher.denoise(x * (known / level), known.flatten())
+        mean: Tensor = self.teacher.denoise(x * (known / level), known.flatten())
+        return mean
 
 
 class UnitDenoiser(nn.Module):

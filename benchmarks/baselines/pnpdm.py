@@ -27,7 +27,9 @@ from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.sampling.likelihood import likelihood_step
 
-ANNEALED = 1 / 3
+__all__ = ["METHOD", "annealed", "run"]
+
+_ANNEALED = 1 / 3
 """Share of the sweeps in which rho falls."""
 
 
@@ -54,7 +56,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
 def annealed(num: int, largest: float, smallest: float) -> list[float]:
     """Return `num` levels of rho: a geometric fall in the first share, then `smallest`."""
     ratio = smallest / largest
-    return [max(largest * ratio ** (k / (ANNEALED * num)), smallest) for k in range(num)]
+    return [max(largest * ratio ** (k / (_ANNEALED * num)), smallest) for k in range(num)]
 
 
 METHOD = Method(

@@ -29,13 +29,15 @@ from ncvsd_inverse.protocols import LinearOperator
 from ncvsd_inverse.sampling.likelihood import likelihood_step
 from ncvsd_inverse.schedules import variance_preserving
 
-BETA_1, BETA_2 = 0.9, 0.99
+__all__ = ["METHOD", "misfit_gradient", "run"]
+
+_BETA_1, _BETA_2 = 0.9, 0.99
 """Weights that Adam keeps on the past of the gradient and of its square."""
 
-ADAM_EPS = 1e-8
+_ADAM_EPS = 1e-8
 """What Adam adds to the root of the mean square."""
 
-START_STD = 0.25
+_START_STD = 0.25
 """Std of the images around grey from which the start is drawn, image units."""
 
 
@@ -45,16 +47,16 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     generators = problem.generators()
     likelihood = likelihood_step(problem.operator, problem.y, problem.sigma_y)
     grey = problem.y.new_zeros(problem.shape)
-    mu = likelihood.sample(grey, START_STD, generator=generators)
+    mu = likelihood.sample(grey, _START_STD, generator=generators)
     first, second = torch.zeros_like(mu), torch.zeros_like(mu)
     for step, sigma in enumerate(variance_preserving(nfe, models.sigma_max), start=1):
         x = mu + sigma * draw_normal(mu, generators)
         residual = mu - models.teacher.denoise(x, sigma)
         gradient = misfit_gradient(problem, mu) + settings["lambda"] * residual
-        first = BETA_1 * first + (1 - BETA_1) * gradient
-        second = BETA_2 * second + (1 - BETA_2) * gradient**2
-        scale = (second / (1 - BETA_2**step)).sqrt() + ADAM_EPS
-        mu = mu - settings["rate"] * first / (1 - BETA_1**step) / scale
+        first = _BETA_1 * first + (1 - _BETA_1) * gradient
+        second = _BETA_2 * second + (1 - _BETA_2) * gradient**2
+        scale = (second / (1 - _BETA_2**step)).sqrt() + _ADAM_EPS
+        mu = mu - settings["rate"] * first / (1 - _BETA_1**step) / scale
         check_stays_finite("mu", mu, f"step {step} of {nfe} at sigma = {sigma:.4g}")
     return mu
 

@@ -4,6 +4,8 @@ from baselines import classics, daps, ddnm, deepinv_methods, pnpdm, reddiff
 from baselines.interface import Method
 from baselines.ours import OURS
 
+__all__ = ["METHODS"]
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

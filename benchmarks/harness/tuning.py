@@ -66,11 +66,11 @@ def tune(
 ) -> None:
     """Try every combination of each method's grid and keep the best, task by task.
 
-    All methods see the same images and measurements and are run at ten calls, if they have
-    such a row, else at the smallest number of calls they have. The score is the mean of the one metric of `setup`
-    over the images. A combination with which an image fails has none and is never chosen; if all
-    fail, nothing is. Trials that `content` holds of the same grid and code are kept, so that a
-    stopped run goes on.
+    All methods see the same images and measurements and are run at ten calls, if they have such a
+    row, else at the smallest number of calls they have. The score is the mean of the one metric of
+    `setup` over the images. A combination with which an image fails has none and is never chosen;
+    if all fail, nothing is. Trials that `content` holds of the same grid and code are kept, so that
+    a stopped run goes on.
 
     Args:
         setup: images, networks and one metric.

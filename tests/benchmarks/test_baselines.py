@@ -10,14 +10,16 @@ import sanity
 from baselines import daps, ddnm, ours, pnpdm, reddiff
 from baselines.interface import Models, Problem
 from ncvsd_inverse import DivergenceError, solve
+from ncvsd_inverse.machine import count_passes
+from ncvsd_inverse.numerics import hartley
 from ncvsd_inverse.operators import Blur, GaussianBlur, Inpaint, PhaseRetrieval, SuperResolution
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
+from ncvsd_inverse.protocols import SIGMA_Y
 from ncvsd_inverse.schedules import karras, variance_preserving
 from ncvsd_inverse.tasks import list_tasks, make_task
 
 METHODS = {m.name: m for m in (*ours.OURS, daps.METHOD, pnpdm.METHOD, reddiff.METHOD, ddnm.METHOD)}
 SIDE = 16
-SIGMA_Y = sanity.SIGMA_Y
 
 
 def small_models(channels=3):
@@ -43,9 +45,9 @@ def settings_of(method, **others):
 
 
 def run_counted(method, problem, models, nfe, **others):
-    with sanity.count_images(models) as passed:
+    with count_passes(models.networks) as passes:
         restored = method.run(problem, models, nfe, settings_of(method, **others))
-    return restored, sum(passed) / len(problem.keys)
+    return restored, passes.forward / len(problem.keys)
 
 
 # What every method must do.
@@ -146,11 +148,6 @@ def test_the_registry_names_every_method_once():
 # coordinate of the Hartley basis is a scalar chain of its own.
 
 
-def hartley(x):
-    spectrum = torch.fft.fft2(x, norm="ortho")
-    return spectrum.real - spectrum.imag
-
-
 class ScalarChains:
     """Mean and variance of every coordinate of a chain, shape (8, 8)."""
 
@@ -158,7 +155,7 @@ class ScalarChains:
         self.oracle = sanity.make_oracle(8)
         taps = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)  # none at the highest frequency
         self.operator = Blur(torch.outer(taps, taps))
-        self.case = sanity.make_case(
+        self.posterior = sanity.make_posterior(
             "deblur", self.oracle, self.operator, replicas=replicas, dtype=torch.float64
         )
         delta = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
@@ -167,7 +164,7 @@ class ScalarChains:
         self.squares = torch.fft.fft2(response)[0, 0].real.clamp(min=0)
         self.variances = torch.fft.fft2(self.oracle.covariance[0].reshape(8, 8)).real
         self.prior_mean = hartley(torch.full((8, 8), sanity.MEAN, dtype=torch.float64))
-        self.adjoint_y = hartley(self.operator.adjoint(self.case.problem.y[:1])[0, 0])
+        self.adjoint_y = hartley(self.operator.adjoint(self.posterior.problem.y[:1])[0, 0])
         self.mean = torch.zeros(8, 8, dtype=torch.float64)
         self.variance = torch.zeros(8, 8, dtype=torch.float64)
 
@@ -200,7 +197,7 @@ class ScalarChains:
 def test_daps_has_the_law_that_its_equations_give():
     chain = ScalarChains()
     models = Models(chain.oracle.models.teacher, chain.oracle.models.student, sigma_max=50.0)
-    restored, calls = run_counted(daps.METHOD, chain.case.problem, models, 20, ode_steps=4)
+    restored, calls = run_counted(daps.METHOD, chain.posterior.problem, models, 20, ode_steps=4)
     assert calls == 20
     for sigma in karras(5, 50.0, 0.02):
         chain.noise(sigma)
@@ -227,7 +224,7 @@ def test_daps_at_one_level_doubles_the_prior_variance_where_y_says_nothing():
 def test_pnpdm_has_the_law_that_its_equations_give():
     chain = ScalarChains()
     restored, calls = run_counted(
-        pnpdm.METHOD, chain.case.problem, chain.oracle.models, 48, prior_steps=8, rho_min=0.1
+        pnpdm.METHOD, chain.posterior.problem, chain.oracle.models, 48, prior_steps=8, rho_min=0.1
     )
     assert calls == 48
     for rho in (10.0, 1.0, 0.1, 0.1, 0.1, 0.1):  # a third of six sweeps to fall by 100
@@ -264,7 +261,9 @@ class UsersSolvableBlur(UsersBlur):
 @pytest.mark.parametrize("eta", [0.3, 0.85])
 def test_ddnm_has_the_law_that_its_equations_give(eta):
     chain = ScalarChains()
-    restored, calls = run_counted(ddnm.METHOD, chain.case.problem, chain.oracle.models, 20, eta=eta)
+    restored, calls = run_counted(
+        ddnm.METHOD, chain.posterior.problem, chain.oracle.models, 20, eta=eta
+    )
     assert calls == 20
     levels = variance_preserving(20, 80.0)
     kept = math.sqrt(1 - eta**2)
@@ -288,7 +287,7 @@ def test_ddnm_has_the_law_that_its_equations_give(eta):
 @pytest.mark.parametrize("kind", [UsersBlur, UsersSolvableBlur])
 def test_ddnm_by_solves_has_the_law_that_its_equations_give(kind):
     chain = ScalarChains(replicas=800)
-    problem = chain.case.problem
+    problem = chain.posterior.problem
     users = Problem(problem.y, kind(chain.operator), SIGMA_Y, problem.keys)
     restored, _ = run_counted(ddnm.METHOD, users, chain.oracle.models, 12, eta=0.5)
     levels = variance_preserving(12, 80.0)
@@ -341,19 +340,20 @@ def oracle():
 
 
 @pytest.fixture(scope="module")
-def cases(oracle):
-    return {case.name: case for case in sanity.make_cases(oracle, replicas=100)}
+def posteriors(oracle):
+    return {each.name: each for each in sanity.make_posteriors(oracle, replicas=100)}
 
 
-@pytest.mark.parametrize("case", ["inpaint_box", "sr4x", "deblur"])
-def test_exact_draws_pass_the_sanity_check(cases, case):
+@pytest.mark.parametrize("name", ["inpaint_box", "sr4x", "deblur"])
+def test_exact_draws_pass_the_sanity_check(posteriors, name):
     # A hundred draws: 0.1 for the mean on average over a few independent directions.
-    assert cases[case].mean_error(cases[case].exact) < 0.2
-    assert cases[case].spread(cases[case].exact) == pytest.approx(1, abs=0.05)
+    posterior = posteriors[name]
+    assert posterior.mean_error(posterior.exact) < 0.2
+    assert posterior.spread(posterior.exact) == pytest.approx(1, abs=0.05)
 
 
 READINGS = {
-    # name, case, calls, settings: largest mean error, range of the spread; posterior stds
+    # name, task, calls, settings: largest mean error, range of the spread; posterior stds
     ("ncvsd", "sr4x", 20): ({}, 0.2, (0.9, 1.1)),
     ("ncvsd-published", "sr4x", 50): ({}, 0.2, (0.7, 1.0)),
     ("pnpdm", "sr4x", 600): ({"prior_steps": 30, "rho_min": 0.1}, 0.25, (0.85, 1.15)),
@@ -367,10 +367,10 @@ READINGS = {
 
 
 @pytest.mark.parametrize("key", READINGS, ids=str)
-def test_methods_reach_the_posterior_as_far_as_they_can(oracle, cases, key):
-    name, case, nfe = key
+def test_methods_reach_the_posterior_as_far_as_they_can(oracle, posteriors, key):
+    name, task, nfe = key
     settings, most, (low, high) = READINGS[key]
-    found = sanity.read(METHODS[name], cases[case], oracle.models, nfe, settings)
+    found = sanity.read(METHODS[name], posteriors[task], oracle.models, nfe, settings)
     assert found.calls == nfe
     assert found.mean_error < most
     assert low < found.spread < high
@@ -437,7 +437,7 @@ def test_reddiff_balances_misfit_and_denoising_residual(monkeypatch):
     sigma, weight = 0.5, 0.1
     monkeypatch.setattr(reddiff, "variance_preserving", lambda num, largest: (sigma,) * num)
     restored = reddiff.METHOD.run(
-        chain.case.problem, chain.oracle.models, 400, {"rate": 0.01, "lambda": weight}
+        chain.posterior.problem, chain.oracle.models, 400, {"rate": 0.01, "lambda": weight}
     )
     pull = weight * (1 - chain.gain(sigma))
     expected = (chain.adjoint_y + pull * chain.prior_mean) / (chain.squares + pull)
@@ -484,11 +484,11 @@ def test_reddiff_never_asks_the_network_for_gradients():
     assert enabled == [False] * 5
 
 
-def test_reddiff_estimates_better_than_a_draw(oracle, cases):
-    case = cases["inpaint_box"]
-    restored = reddiff.METHOD.run(case.problem, oracle.models, 100, reddiff.METHOD.settings)
-    own = ((restored - case.mean) / case.std).square().mean().sqrt()
-    draw = ((case.exact - case.mean) / case.std).square().mean().sqrt()
+def test_reddiff_estimates_better_than_a_draw(oracle, posteriors):
+    posterior = posteriors["inpaint_box"]
+    restored = reddiff.METHOD.run(posterior.problem, oracle.models, 100, reddiff.METHOD.settings)
+    own = ((restored - posterior.mean) / posterior.std).square().mean().sqrt()
+    draw = ((posterior.exact - posterior.mean) / posterior.std).square().mean().sqrt()
     assert own < 0.9 * draw
 
 
@@ -518,7 +518,7 @@ def test_sanity_prints_each_method_beside_the_truth(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("exact draws" in line for line in lines) == 3
     assert [line.split()[:4] for line in lines if "ddnm" in line] == [
-        [case, "ddnm", "20", "20"] for case in ("inpaint_box", "sr4x", "deblur")
+        [task, "ddnm", "20", "20"] for task in ("inpaint_box", "sr4x", "deblur")
     ]
     assert not any("reddiff" in line for line in lines)
     with pytest.raises(ValueError, match=r"--methods must be one of .* did you mean ddnm"):

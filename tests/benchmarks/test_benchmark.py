@@ -18,10 +18,10 @@ import torch
 import typer
 
 from baselines.interface import Method
-from harness import cli, store
-from harness.cases import find_test_set, load_images
-from harness.counting import measure_call
-from harness.records import Record, read_records
+from harness import cache, cli
+from harness.problems import find_test_set, load_images
+from harness.records import RECORDS, Record, read_records
+from harness.runner import measure_call
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.metrics import psnr
@@ -293,7 +293,7 @@ def measure_nothing(number, problem, models, nfe, settings):
 
 def test_the_code_of_a_method_is_its_own_and_what_it_uses(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(store, "OWN_CODE", ("helper_of_test",))
+    monkeypatch.setattr(cache, "OWN_CODE", ("helper_of_test",))
 
     def hashed(own, helper):
         # Other lengths than before, as Python may miss changes within a second.
@@ -302,12 +302,16 @@ def test_the_code_of_a_method_is_its_own_and_what_it_uses(tmp_path, monkeypatch)
         for name in ("method_of_test", "helper_of_test"):
             sys.modules.pop(name, None)
         importlib.invalidate_caches()
-        return store.hash_code(importlib.import_module("method_of_test").run)
+        return cache.hash_code(importlib.import_module("method_of_test").run)
 
     own = "from helper_of_test import gain\ndef run():\n    return gain()\n"
     helper = "def gain():\n    return 1\n"
     first = hashed(own, helper)
     assert hashed(f'"""Documented."""\n{own}', f"# Commented.\n{helper}") == first
+    typed = own.replace("run():", "run() -> int:")
+    moved = f'from ncvsd_inverse.numerics import squared_norm\n\n__all__ = ["run"]\n{typed}'
+    assert hashed(moved, helper.replace("gain():", "gain() -> int:")) == first
+    assert hashed(f"from math import floor\n{own}", helper) != first
     assert hashed(own.replace("gain()\n", "gain() + 10\n"), helper) != first
     assert hashed(own, helper.replace("return 1", "return 100")) != first
 
@@ -539,7 +543,7 @@ def test_tuning_refuses_large_grids_and_skips_failures(run, tmp_path):
 
 
 def test_peak_memory_is_that_of_the_call():
-    models = SimpleNamespace(teacher=SimpleNamespace(network=None), student=None)
+    models = SimpleNamespace(networks=[])
     device = torch.device("cpu")
 
     def hold(mebibytes):
@@ -603,14 +607,57 @@ def test_two_processes_write_the_rows_of_one(run, place, tmp_path):
 
 
 def test_a_record_survives_its_file(run, tmp_path):
-    run("--methods", "noise")
-    (path,) = (tmp_path / "out" / "records" / "sr4x").iterdir()
-    record = Record.from_json(path.read_text())
-    assert path.name == f"noise-0-{record.key[:8]}.json"
-    assert Record.from_json(record.to_json()) == record
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is damaged, delete it to measure it anew"):
+    run("--methods", "noise", "adjoint")
+    path = tmp_path / "out" / RECORDS
+    records = read_records(tmp_path / "out")
+    assert "".join(f"{record.to_json()}\n" for record in records) == path.read_text()
+    path.write_text(f"{{\n{path.read_text()}")
+    with pytest.raises(ValueError, match="line 1 is damaged, delete it to measure it anew"):
         run("--methods", "noise")
+
+
+def test_a_last_line_that_was_cut_off_is_measured_anew(run, tmp_path):
+    run("--methods", "noise", "adjoint")
+    path = tmp_path / "out" / RECORDS
+    whole = read_records(tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="the last line was cut off"):
+        assert read_records(tmp_path / "out") == whole[:1]
+    CALLS.clear()
+    with pytest.warns(UserWarning, match="the last line was cut off"):
+        run("--methods", "noise", "adjoint")
+    assert [name for name, _ in CALLS] == ["noise"]
+    assert [record.values for record in read_records(tmp_path / "out")] == [
+        record.values for record in whole
+    ]
+
+
+WRITER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from harness.cache import Cache
+from harness.records import read_records
+
+first, folder = sys.argv[1:]
+record, = read_records(Path(folder) / "one")
+for nfe in range(int(first), 40, 2):
+    Cache(Path(folder)).save(replace(record, nfe=nfe, key=str(nfe)))
+"""
+
+
+def test_two_processes_lose_no_record_of_each_other(run, tmp_path):
+    run("--methods", "adjoint", "--out", tmp_path / "one")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    }
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(first), tmp_path], env=environment)
+        for first in (0, 1)
+    ]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [record.nfe for record in read_records(tmp_path)] == list(range(40))
 
 
 def test_time_is_that_of_the_method(run, tmp_path):

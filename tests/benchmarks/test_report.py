@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from harness import pictures, plots, report, tables
-from harness.published import PUBLISHED, published_rows, read_references
+from harness.published import ABSENT, PUBLISHED, published_rows, read_references
 from harness.records import METRICS, Record
 from ncvsd_inverse.tasks import list_tasks
 
@@ -128,38 +128,42 @@ def markdown_rows(text, head="| method | kind"):
     return rows
 
 
-def test_every_task_has_a_title():
-    assert list(tables.TASK_TITLES) == list_tasks()
-
-
 def test_every_metric_has_a_column():
     assert {column.name for column in tables.COLUMNS} == {*METRICS, "seconds", "peak_mib"}
 
 
-def test_tables_are_written_for_each_task(records, tmp_path):
-    names = [f"tables/{task}.{kind}" for task in ("inpaint_box", "sr4x") for kind in
-             ("csv", "md", "tex")]  # fmt: skip
+def test_tables_hold_every_task(records, tmp_path):
     found = written(tables.write_tables(records, tmp_path), tmp_path)
-    assert found == sorted([*names, "tables/references.bib"])
+    assert found == ["references.bib", "tables.csv", "tables.md", "tables.tex"]
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    titles = ["Box inpainting (`inpaint_box`)", "Super-resolution x4 (`sr4x`)", "Notes"]
+    assert re.findall(r"^## (.*)", text, re.MULTILINE) == titles
+    floats = (tmp_path / "tables.tex").read_text(encoding="utf-8")
+    labels = ["inpaint-box", "inpaint-box-published", "sr4x", "sr4x-published"]
+    assert re.findall(r"label\{tab:(.*)\}", floats) == labels
+    lines = csv.DictReader(io.StringIO((tmp_path / "tables.csv").read_text(encoding="utf-8")))
+    assert len(list(lines)) == len(records)
 
 
-def test_markdown_shows_means_errors_and_counts(records, tmp_path):
-    tables.write_tables(records, tmp_path)
-    rows = markdown_rows((tmp_path / "tables/sr4x.md").read_text(encoding="utf-8"))
+def markdown(records, task):
+    return tables.markdown_table(task, tables.split_by_task(records)[task])
+
+
+def test_markdown_shows_means_errors_and_counts(records):
+    rows = markdown_rows(markdown(records, "sr4x"))
     assert len(rows) == 8
     ours = rows["NCVSD (ours)", "4", "4"]
     assert ours["PSNR"] == "22.10 ± 0.06"
     assert (ours["kind"], ours["failures"], ours["coverage"]) == ("sample", "0", "0.700 ± 0.000")
     assert rows["Total variation", "0", "4"]["kind"] == "point"
-    assert rows["Total variation", "0", "4"]["coverage"] == tables.ABSENT
+    assert rows["Total variation", "0", "4"]["coverage"] == ABSENT
     assert rows["DPS", "1000+1000", "2"]["seconds"] == "20.0"
     assert rows["DAPS", "100", "4"]["failures"] == "1"
-    assert rows["Broken", "20", "4"]["PSNR"] == tables.ABSENT
+    assert rows["Broken", "20", "4"]["PSNR"] == ABSENT
 
 
-def test_best_of_each_image_set_is_bold(records, tmp_path):
-    tables.write_tables(records, tmp_path)
-    rows = markdown_rows((tmp_path / "tables/sr4x.md").read_text(encoding="utf-8"))
+def test_best_of_each_image_set_is_bold(records):
+    rows = markdown_rows(markdown(records, "sr4x"))
     bold = {
         name: {(key[0], key[1], key[2]) for key, row in rows.items() if row[name].startswith("**")}
         for name in ("PSNR", "LPIPS-alex", "coverage", "CRPS", "residual")
@@ -197,26 +201,22 @@ def test_tie_as_shown_is_a_tie():
 
 
 def test_markdown_escapes_titles(records):
-    text = tables.markdown_table("sr4x", tables.split_by_task(records)["sr4x"])
+    text = markdown(records, "sr4x")
     assert "<script" not in text
     assert r"&lt;script>alert(" in text
     assert r"50%\_$x$ \| \*\*b\*\*" in text
 
 
-def test_published_rows_stand_apart(records, tmp_path):
-    tables.write_tables(records, tmp_path)
-    text = (tmp_path / "tables/sr4x.md").read_text(encoding="utf-8")
-    ours, published = text.split("## Published, not comparable")
+def test_published_rows_stand_apart(records):
+    ours, published = markdown(records, "sr4x").split("### Published, not comparable")
     assert "27.93" not in ours
     assert "LPIPS of VGG" in published
     row = markdown_rows(published, "| method | calls")["PnP-GD (NCVSD)", "50", None]
     assert (row["LPIPS-VGG"], row["PSNR"], row["SSIM"]) == ("0.151", "27.93", "0.805")
     assert row["cite"] == "`peng2025ncvsd`"
-    assert "29.07" not in (tmp_path / "tables/inpaint_box.md").read_text(encoding="utf-8")
+    assert "29.07" not in markdown(records, "inpaint_box")
     none = replace(records[-1], task="inpaint_random")
-    assert "Published" not in tables.markdown_table(
-        "inpaint_random", tables.split_by_task([none])["inpaint_random"]
-    )
+    assert "Published" not in markdown([none], "inpaint_random")
 
 
 def test_csv_has_a_line_a_record(records):
@@ -261,12 +261,10 @@ def test_latex_escapes_and_cites(records):
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_compiles_with_booktabs_alone(records, tmp_path):
     tables.write_tables(records, tmp_path)
-    names = [path.stem for path in (tmp_path / "tables").glob("*.tex")]
-    inputs = "".join(rf"\input{{{name}}}" for name in names)
     head = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
-    (tmp_path / "tables/paper.tex").write_text(rf"{head}{inputs}\end{{document}}")
+    (tmp_path / "paper.tex").write_text(rf"{head}\input{{tables}}\end{{document}}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
-    done = subprocess.run(command, cwd=tmp_path / "tables", capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
 
 
