@@ -20,7 +20,7 @@ import typer
 from baselines.interface import Method
 from harness import cache, cli
 from harness.problems import find_test_set, load_images
-from harness.records import RECORDS, Record, read_records
+from harness.records import RECORDS, read_records
 from harness.runner import measure_call
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.images import read_image, write_image
