@@ -13,6 +13,21 @@ from torch import Tensor
 
 from ncvsd_inverse.errors import DivergenceError
 
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_finite",
+    "check_floating",
+    "check_image_size",
+    "check_images",
+    "check_level",
+    "check_noise_scale",
+    "check_non_negative",
+    "check_positive",
+    "check_shape",
+    "check_stays_finite",
+]
+
 
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float; ValueError unless it is a finite number > 0."""

@@ -21,6 +21,17 @@ from ncvsd_inverse.files import write_whole
 if TYPE_CHECKING:
     from PIL import Image
 
+__all__ = [
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "centre_crop",
+    "centre_crop_to_multiple",
+    "read_image",
+    "read_images",
+    "resize_cover",
+    "write_image",
+]
+
 MAX_PIXELS = 2**26
 """Largest picture that is read, 8192 x 8192 pixels: 0.8 GB as a tensor."""
 

@@ -23,6 +23,19 @@ from ncvsd_inverse.checks import (
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.numerics import Moments, ensemble_crps, frechet_distance
 
+__all__ = [
+    "COVERAGE_DRAWS",
+    "SMALLEST_SIDE",
+    "WEIGHTS_VARIABLE",
+    "alex_features",
+    "coverage",
+    "crps",
+    "fd_alex",
+    "lpips",
+    "psnr",
+    "ssim",
+]
+
 WEIGHTS_VARIABLE = "NCVSD_WEIGHTS"
 """Environment variable that names a folder with lpips_alex_features.safetensors and the like."""
 

@@ -8,6 +8,11 @@ from collections.abc import Callable
 
 from ncvsd_inverse.checks import check_count, check_positive
 
+__all__ = [
+    "karras",
+    "variance_preserving",
+]
+
 
 def karras(
     num: int, largest: float = 80.0, smallest: float = 0.002, exponent: float = 7.0

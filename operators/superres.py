@@ -125,10 +125,10 @@ class SuperResolution(LinearBase):
         if self.filter == "box":
             block = torch.full((1, self.factor), 1 / self.factor, dtype=torch.float64)
             return torch.kron(torch.eye(side // self.factor, dtype=torch.float64), block)
-        return bicubic_matrix(side, self.factor)
+        return _bicubic_matrix(side, self.factor)
 
 
-def bicubic_matrix(side: int, factor: int) -> Tensor:
+def _bicubic_matrix(side: int, factor: int) -> Tensor:
     """Return the antialiased bicubic reduction of one axis, shape (side / factor, side), float64.
 
     Source:

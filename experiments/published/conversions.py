@@ -206,7 +206,7 @@ def measure_loading(path: Path) -> dict[str, object]:
     prior = load_foreign(path)
     loaded, over, whole = time.monotonic() - start, peak() - before, peak()
     held = sum(value.nbytes for value in prior.network.state_dict().values()) / MIB
-    if getattr(prior.network, "num_classes", 0):
+    if prior.num_classes:
         prior = prior.conditioned_on(0)
     assert prior.image_shape is not None
     u, start = torch.randn(1, *prior.image_shape), time.monotonic()

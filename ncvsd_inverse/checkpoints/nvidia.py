@@ -36,7 +36,7 @@ def parse_edm2(state: dict[str, Tensor], module: Inert | None, told: Options) ->
 
     Sources: Karras et al., arXiv 2312.02696; Peng et al., arXiv 2506.09416.
     """
-    modules = [] if module is None else list(modules_of(module))
+    modules = [] if module is None else list(_modules_of(module))
     for inert in modules:
         for name, known in EDM2_CONSTANTS.items():
             if inert.state.get(name, known) != known:
@@ -75,14 +75,14 @@ def parse_edm2(state: dict[str, Tensor], module: Inert | None, told: Options) ->
         num_classes=0 if labels is None else labels.shape[-1],
     )
     attends = bool(encoder.attention) or encoder.bottleneck_attention
-    sigma_data = recorded_number(modules, "sigma_data") or SIGMA_DATA
+    sigma_data = _recorded_number(modules, "sigma_data") or SIGMA_DATA
     return ParsedCheckpoint(
         layout="EDM2" if kind == "denoiser" else "NCVSD",
         config={"kind": kind, "sigma_data": sigma_data, "any_size": False, **asdict(shape)},
         tensors=state,
         image_shape=(image_channels, encoder.sides[0], encoder.sides[0]),
         is_conditional=kind != "denoiser",
-        gamma=None if kind == "denoiser" else recorded_number(modules, "gamma"),
+        gamma=None if kind == "denoiser" else _recorded_number(modules, "gamma"),
         guessed=("head_channels",) if attends and recorded is None else (),
     )
 
@@ -115,7 +115,7 @@ def parse_edm(state: dict[str, Tensor], module: Inert | None, told: Options) -> 
         "num_blocks": encoder.blocks,
         "attn_resolutions": list(encoder.attention),
     }
-    sigma_data = recorded_number([module] if module else [], "sigma_data") or SIGMA_DATA
+    sigma_data = _recorded_number([module] if module else [], "sigma_data") or SIGMA_DATA
     return ParsedCheckpoint(
         layout="EDM",
         config={"kind": "edm", "arguments": arguments, "sigma_data": sigma_data},
@@ -168,15 +168,15 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> list[tuple[int, str, st
     return [(int(side), layer, rest) for side, layer, rest in found]
 
 
-def modules_of(module: Inert) -> Iterator[Inert]:
+def _modules_of(module: Inert) -> Iterator[Inert]:
     yield module
     inner = module.state.get("_modules")
     for child in inner.values() if isinstance(inner, dict) else ():
         if isinstance(child, Inert):
-            yield from modules_of(child)
+            yield from _modules_of(child)
 
 
-def recorded_number(modules: Iterable[Inert], name: str) -> float | None:
+def _recorded_number(modules: Iterable[Inert], name: str) -> float | None:
     """Return the number that a module keeps as an attribute, of the first that does."""
     came = next((module.state[name] for module in modules if name in module.state), None)
     if came is None:

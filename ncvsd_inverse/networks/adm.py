@@ -9,6 +9,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "ADMUNet",
+    "AttentionOrder",
+]
+
 AttentionOrder: TypeAlias = Literal["legacy", "new"]
 
 

@@ -29,6 +29,21 @@ from ncvsd_inverse.networks.unet import (
     with_ones,
 )
 
+__all__ = [
+    "ConcatDenoiser",
+    "ConcatDiscriminator",
+    "ConcatUNet",
+    "Conditional",
+    "ControlledDenoiser",
+    "ControlledDiscriminator",
+    "Denoiser",
+    "Network",
+    "Preconditioned",
+    "UNet",
+    "conditioning",
+    "constrain_weights_",
+]
+
 LOG_VARIANCE_CHANNELS = 128
 
 
@@ -156,7 +171,7 @@ class Denoiser(Preconditioned):
         return self.unscaled(x, sigma, self.unet(self.scaled(x, sigma), embedding))
 
 
-class EncoderBranch(Embedding):
+class _EncoderBranch(Embedding):
     """An encoder with an embedding of its own."""
 
     def __init__(self, shape: UNetShape, in_channels: int) -> None:
@@ -168,7 +183,7 @@ class EncoderBranch(Embedding):
         return encode(self.enc, with_ones(x), self.embed(noise, labels).to(x.dtype))
 
 
-class DecoderBranch(Embedding):
+class _DecoderBranch(Embedding):
     """A decoder with an embedding of its own that blends in a second encoder's outputs."""
 
     def __init__(self, shape: UNetShape, out_channels: int) -> None:
@@ -200,7 +215,7 @@ def constrain_weights_(module: nn.Module) -> None:
     """
     normalize_weights_(module)
     for branch in module.modules():
-        if isinstance(branch, DecoderBranch):
+        if isinstance(branch, _DecoderBranch):
             branch.additional_x_weight.data.clamp_(0, 1)
             branch.additional_skips_weight.data.clamp_(0, 1)
 
@@ -231,9 +246,9 @@ class ControlledDenoiser(Preconditioned, Conditional):
         self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
     ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
-        self.enc = EncoderBranch(shape, self.patch_channels)
-        self.ctrl = EncoderBranch(shape, self.patch_channels)
-        self.dec = DecoderBranch(shape, self.patch_channels)
+        self.enc = _EncoderBranch(shape, self.patch_channels)
+        self.ctrl = _EncoderBranch(shape, self.patch_channels)
+        self.dec = _DecoderBranch(shape, self.patch_channels)
 
     def forward(
         self,
@@ -301,8 +316,8 @@ class ControlledDiscriminator(Conditional):
         self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
     ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
-        self.enc = EncoderBranch(shape, self.patch_channels)
-        self.ctrl = EncoderBranch(shape, self.patch_channels)
+        self.enc = _EncoderBranch(shape, self.patch_channels)
+        self.ctrl = _EncoderBranch(shape, self.patch_channels)
         self.out_conv = MPConv(2 * shape.channels[-1], 1, 0)
 
     def forward(

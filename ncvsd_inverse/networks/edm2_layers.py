@@ -10,6 +10,18 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.numerics import local_part
 
+__all__ = [
+    "FourierFeatures",
+    "MPConv",
+    "fold_weights_",
+    "mp_cat",
+    "mp_silu",
+    "mp_sum",
+    "normalize_weights_",
+    "pixel_norm",
+    "project_gradients_",
+]
+
 EPS = 1e-4
 SILU_RMS = 0.596
 """Root mean square of silu(x) for standard normal x."""

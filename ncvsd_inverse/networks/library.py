@@ -9,6 +9,18 @@ from torch import Tensor, nn
 from ncvsd_inverse.networks import Network, build_network
 from ncvsd_inverse.networks.adm import ADMUNet
 
+__all__ = [
+    "ADM_LEVELS",
+    "LIBRARY",
+    "ADMDenoiser",
+    "DiffusersDenoiser",
+    "EDMDenoiser",
+    "LibraryDenoiser",
+    "Prediction",
+    "VPDenoiser",
+    "build_converted",
+]
+
 ADM_LEVELS = 1000
 
 Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]

@@ -18,6 +18,18 @@ from ncvsd_inverse.networks.edm2_layers import (
     pixel_norm,
 )
 
+__all__ = [
+    "Block",
+    "Embedding",
+    "UNetShape",
+    "decode",
+    "decoder_blocks",
+    "encode",
+    "encoder_blocks",
+    "skip_channels",
+    "with_ones",
+]
+
 RESIDUAL_WEIGHT = 0.3
 LABEL_WEIGHT = 0.5
 CLIP = 256.0

@@ -23,7 +23,7 @@ ROUNDING = 1.01
 """How far above `sigma_max`, as a factor, a level still counts as `sigma_max`."""
 
 
-class FunctionModule(nn.Module):
+class _FunctionModule(nn.Module):
     """A plain function as a module, so that its calls can be counted like a network's."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -37,7 +37,7 @@ class FunctionModule(nn.Module):
 
 def as_module(network: nn.Module | Callable[..., Tensor]) -> nn.Module:
     """Return `network` as an nn.Module: itself, or a function wrapped."""
-    return network if isinstance(network, nn.Module) else FunctionModule(network)
+    return network if isinstance(network, nn.Module) else _FunctionModule(network)
 
 
 def check_output(out: object) -> Tensor:

@@ -8,6 +8,10 @@ from ncvsd_inverse.files import cache_folder, write_whole
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.statistics import ImageStatistics
 
+__all__ = [
+    "StatisticsStore",
+]
+
 
 @dataclass(frozen=True)
 class StatisticsStore:

@@ -11,6 +11,10 @@ from typing import Literal, Self
 from ncvsd_inverse.checks import check_choice, check_noise_scale
 from ncvsd_inverse.priors.statistics import ImageStatistics
 
+__all__ = [
+    "PriorCard",
+]
+
 OPTIONAL = ("noise_scale", "statistics")
 """Fields that a card may leave out."""
 

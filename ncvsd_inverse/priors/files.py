@@ -22,6 +22,25 @@ from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import cache_folder
 from ncvsd_inverse.priors.card import PriorCard
 
+__all__ = [
+    "DTYPES",
+    "HUB_PREFIX",
+    "PACKAGE_WEIGHTS",
+    "SUFFIXES",
+    "WEIGHTS_SUFFIXES",
+    "WEIGHTS_VARIABLE",
+    "TensorFile",
+    "accepted_file",
+    "card_path",
+    "converted_stem",
+    "read_card",
+    "record_path",
+    "search_folders",
+    "weights_path",
+    "write_stream",
+    "write_tensors",
+]
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

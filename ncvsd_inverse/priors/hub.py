@@ -20,6 +20,8 @@ from huggingface_hub import (
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.priors.files import HUB_PREFIX, SUFFIXES, WEIGHTS_SUFFIXES
 
+__all__ = ["PATIENCE", "STEM", "Address", "Repository", "T", "fetch"]
+
 T = TypeVar("T")
 
 STEM = "model"

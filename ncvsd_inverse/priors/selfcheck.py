@@ -12,6 +12,8 @@ from ncvsd_inverse.images import read_image
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
 
+__all__ = ["LEVELS", "DenoisingError", "denoising_errors", "photograph"]
+
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "photographs" / "cat.png"
 LEVELS = (0.1, 0.5, 2.0)
 """Noise stds at which a denoiser is tried, image units."""
@@ -84,7 +86,7 @@ def denoising_errors(
         x0: the photograph, shape (1, C, H, W), in [-1, 1].
         levels: noise stds, image units.
     """
-    known = prior.conditioned_on(0) if getattr(prior.network, "num_classes", 0) else prior
+    known = prior.conditioned_on(0) if prior.num_classes else prior
     errors = []
     for sigma in levels:
         if not known.sigma_min <= sigma <= known.sigma_max:

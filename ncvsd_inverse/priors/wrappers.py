@@ -11,6 +11,12 @@ from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.networks.library import Prediction, VPDenoiser
 from ncvsd_inverse.priors.base import as_module, check_output
 
+__all__ = [
+    "NoisePredictor",
+    "UnitRange",
+    "read_diffusers",
+]
+
 
 class UnitRange(nn.Module):
     """A denoiser of images in [0, 1], such as deepinv's, as one of images in [-1, 1]."""
@@ -71,7 +77,7 @@ class NoisePredictor(VPDenoiser):
         return check_output(self.network(x, time))
 
 
-class TupleOutput(nn.Module):
+class _TupleOutput(nn.Module):
     """A network of diffusers that returns its prediction as a tensor."""
 
     def __init__(self, unet: nn.Module) -> None:
@@ -86,7 +92,7 @@ class TupleOutput(nn.Module):
 
 def read_diffusers(
     unet: nn.Module, scheduler: object
-) -> tuple[TupleOutput, Tensor, Prediction, Sequence[int]]:
+) -> tuple[_TupleOutput, Tensor, Prediction, Sequence[int]]:
     """Return network, `alphas_cumprod`, prediction and image shape of a diffusers pair.
 
     Raises:
@@ -112,4 +118,4 @@ def read_diffusers(
         )
     settings = getattr(scheduler, "config", None)
     prediction: Prediction = getattr(settings, "prediction_type", "epsilon")
-    return TupleOutput(unet), alphas, prediction, (channels, height, width)
+    return _TupleOutput(unet), alphas, prediction, (channels, height, width)

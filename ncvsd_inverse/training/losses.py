@@ -26,9 +26,7 @@ __all__ = [
     "distillation_loss",
     "energy_loss",
     "generate",
-    "loss_weight",
     "score_loss",
-    "weighted_error",
 ]
 
 DETAIL_STD = 0.2
@@ -71,15 +69,15 @@ def add_noise(x: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
     return x + expand_level(sigma, x) * eps
 
 
-def loss_weight(t: Tensor, x: Tensor, sigma_data: float) -> Tensor:
+def _loss_weight(t: Tensor, x: Tensor, sigma_data: float) -> Tensor:
     """Return lambda(t) = (t^2 + s^2) / (t s)^2 in a shape that broadcasts over `x`."""
     level = expand_level(t, x)
     return (level**2 + sigma_data**2) / (level * sigma_data) ** 2
 
 
-def weighted_error(error: Tensor, t: Tensor, log_variance: Tensor, sigma_data: float) -> Tensor:
+def _weighted_error(error: Tensor, t: Tensor, log_variance: Tensor, sigma_data: float) -> Tensor:
     """Return exp(-w) lambda(t) error^2 + w per pixel, (B, C, H, W)."""
-    weight = loss_weight(t, error, sigma_data) * (-log_variance).exp()
+    weight = _loss_weight(t, error, sigma_data) * (-log_variance).exp()
     return weight * error.square() + log_variance
 
 
@@ -94,7 +92,7 @@ def denoising_loss(
 ) -> Tensor:
     """Return the teacher's loss per pixel, (B, C, H, W)."""
     error = teacher(add_noise(images, t, eps), t) - images
-    return weighted_error(error, t, log_variance, sigma_data)
+    return _weighted_error(error, t, log_variance, sigma_data)
 
 
 def generate(
@@ -117,7 +115,7 @@ def score_loss(
 ) -> Tensor:
     """Return the score model's denoising loss on generated images per pixel, (B, C, H, W)."""
     error = score(add_noise(generated, t, eps), t, u.image, u.sigma) - generated
-    return weighted_error(error, t, log_variance, sigma_data)
+    return _weighted_error(error, t, log_variance, sigma_data)
 
 
 def discriminator_losses(
@@ -160,7 +158,7 @@ def distillation_loss(
         x_t = add_noise(generated, t, eps)
         target = teacher(*combine_observations(u.image, u.sigma, x_t, t))
         target = target - score(x_t, t, u.image, u.sigma) + generated
-    return weighted_error(generated - target, t, log_variance, sigma_data)
+    return _weighted_error(generated - target, t, log_variance, sigma_data)
 
 
 def adversarial_loss(

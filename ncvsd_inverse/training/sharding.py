@@ -28,7 +28,6 @@ __all__ = [
     "shard_",
     "share_first_",
     "split_like",
-    "stays_whole",
 ]
 
 
@@ -39,7 +38,7 @@ def make_mesh(device: torch.device, processes: int) -> "DeviceMesh":
     return init_device_mesh(device.type, (processes,))
 
 
-def stays_whole(parameter: nn.Parameter) -> bool:
+def _stays_whole(parameter: nn.Parameter) -> bool:
     """Tell whether a parameter is kept whole by every process."""
     return parameter.ndim < 2
 
@@ -72,7 +71,7 @@ def shard_(module: nn.Module, mesh: "DeviceMesh", *, compiles: bool = False) -> 
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     whole = set()
     for parameter in module.parameters():
-        if stays_whole(parameter):
+        if _stays_whole(parameter):
             whole.add(parameter)
         else:
             parameter.data = parameter.data.contiguous()  # FSDP knows no channels_last
@@ -96,14 +95,14 @@ def make_hollow(module: nn.Module) -> nn.Module:
 
 def optimizer_groups(module: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
     """Return the split and the whole parameters: an optimiser cannot mix them in one operation."""
-    split = [p for p in module.parameters() if not stays_whole(p)]
-    whole = [p for p in module.parameters() if stays_whole(p)]
+    split = [p for p in module.parameters() if not _stays_whole(p)]
+    whole = [p for p in module.parameters() if _stays_whole(p)]
     return [{"params": group} for group in (split, whole) if group]
 
 
 def average_whole_gradients_(module: nn.Module, accelerator: "Accelerator") -> None:
     """Average the gradients of whole parameters over processes, in place; FSDP does the others."""
-    gradients = [p.grad for p in module.parameters() if stays_whole(p) and p.grad is not None]
+    gradients = [p.grad for p in module.parameters() if _stays_whole(p) and p.grad is not None]
     if gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         means = accelerator.reduce(flat, "mean")
