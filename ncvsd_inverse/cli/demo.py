@@ -101,4 +101,7 @@ def _to_size(y: Tensor, sides: tuple[int, int]) -> Tensor:
     """Return a measured picture enlarged to the size of the image."""
     if sides_of(y) == sides:
         return y
-    return torch.nn.functional.interpolate(y, sides, mode="bicubic")
+    from kornia.geometry.transform import resize
+
+    enlarged: Tensor = resize(y, sides, interpolation="bicubic", align_corners=False)
+    return enlarged

@@ -203,8 +203,6 @@ def cut_squares(
     images: Iterable[Tensor], corners: Iterable[tuple[float, float]], crop: int | None
 ) -> Tensor:
     """Stack images (C, H, W), or squares cut from them where `corners` say, (B, C, H, W)."""
-    from torchvision.transforms.v2 import functional
-
     if crop is None:
         return torch.stack(list(images))
     squares = []
@@ -213,7 +211,7 @@ def cut_squares(
             int(share * (side - crop + 1))
             for share, side in zip(corner, image.shape[1:], strict=True)
         )
-        squares.append(functional.crop(image, top, left, crop, crop))
+        squares.append(image[:, top : top + crop, left : left + crop])
     return torch.stack(squares)
 
 
@@ -221,9 +219,9 @@ def mirror_some(pixels: Tensor, mirrored: Tensor) -> Tensor:
     """Mirror the chosen images of (B, C, H, W) left to right."""
     if not bool(mirrored.any()):
         return pixels
-    from torchvision.transforms.v2 import functional
+    from kornia.geometry.transform import hflip
 
-    return torch.where(mirrored.view(-1, 1, 1, 1), functional.horizontal_flip(pixels), pixels)
+    return torch.where(mirrored.view(-1, 1, 1, 1), hflip(pixels), pixels)
 
 
 def to_floats(pixels: Tensor) -> Tensor:
