@@ -9,6 +9,7 @@ Every name is loaded when first used, so that importing the package costs little
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from ncvsd_inverse.tasks import Task, list_tasks, make_task
 
 __version__ = "0.1.0"
+
+if not (Path(__file__).parent / "operators").is_dir():
+    raise ImportError(
+        "ncvsd_inverse/operators must be a link to the folder operators beside it: this checkout "
+        "lost its symbolic links (a zip, or Windows without core.symlinks); clone it with them"
+    )
 
 __all__ = [
     "CheckpointError",

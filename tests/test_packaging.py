@@ -32,6 +32,17 @@ def test_operators_are_one_folder_and_one_copy():
     assert bare.returncode == 1
 
 
+def test_a_checkout_without_links_says_so(tmp_path):
+    package = tmp_path / "ncvsd_inverse"
+    package.mkdir()
+    (package / "__init__.py").write_text((ROOT / "ncvsd_inverse" / "__init__.py").read_text())
+    (package / "operators").write_text("../operators")
+    done = subprocess.run(
+        [sys.executable, "-c", "import ncvsd_inverse"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "lost its symbolic links" in done.stderr
+
+
 def test_data_files_ship_with_their_sources():
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["ncvsd_inverse"]
     for pattern in patterns:
