@@ -12,7 +12,7 @@ of iterations taken in turn in one process. Memory is the peak over what the pro
 networks were made, each way in a fresh process: resident memory on a CPU, allocated memory on a
 GPU.
 
-The trainer's steps share, in each iteration, one batch of images, the noisy views y and the images
+The trainer's steps share, in each iteration, one batch of images, the noisy images u and the images
 that the generator draws from y: two of three generator passes and two of three batches are saved.
 The noise levels t and the noise of each loss are drawn anew. Each loss is a function of (image, y,
 generated image), whose law is the same in all three steps, and the generator goes first, so that no
@@ -247,7 +247,7 @@ class PlainLoop:
                     mean.lerp_(value, 0.01)
 
     def draw(self) -> tuple[Tensor, Observation, Tensor]:
-        """Return a fresh batch of images, their noisy views, and noise levels t, (B,)."""
+        """Return a fresh batch of images, their noisy versions, and noise levels t, (B,)."""
         images = next(self.batches).images.to(self.meter.device)
         picks = torch.randint(len(self.levels), (len(images),), device=images.device)
         sigma = self.levels[picks]

@@ -164,7 +164,7 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class Generator(Protocol):
-    """A prior that draws images from nothing.
+    """A prior that generates images from noise alone.
 
     Attributes:
         image_shape: the one shape (C, H, W) of its images, or None when any size works.
@@ -173,7 +173,7 @@ class Generator(Protocol):
     image_shape: tuple[int, int, int] | None
 
     def generate(self, num: int, /) -> Tensor:
-        """Draw `num` images, shape (num, C, H, W); one of any size takes `size=(H, W)` too."""
+        """Generate `num` images, (num, C, H, W); a prior of any size takes `size=(H, W)` too."""
         ...
 
 

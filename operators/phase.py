@@ -103,8 +103,8 @@ class PhaseRetrieval(BaseOperator):
         Args:
             y: measurements, shape (B, C, H + 2 pad, W + 2 pad).
             x: first guesses, shape (B, C, H, W).
-            shrink: (x, sigma) -> what images are expected to be, given a view of them x with
-                noise of std sigma, in image units.
+            shrink: (u, sigma) -> the Gaussian posterior mean of images given noisy ones u of noise
+                std sigma, in image units.
             sigma_y: noise std of y, > 0, in units of y.
             iterations: >= 1, of two Fourier transforms each.
 

@@ -33,7 +33,7 @@ def statistics(
     ] = SIDE,
     device: Device = None,
 ) -> None:
-    """Measure the mean and covariances by which `solve` conditions a prior, and keep them.
+    """Measure the mean and covariances of a prior's images, which `solve` needs, and keep them.
 
     They go into the prior's card or, where that cannot be written, into the cache. `solve` does
     the same by itself for a prior without any, from images that the prior generates.

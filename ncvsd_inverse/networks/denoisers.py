@@ -48,7 +48,7 @@ LOG_VARIANCE_CHANNELS = 128
 
 
 def conditioning(sigma: Tensor) -> Tensor:
-    """Return the network's view of a noise level, log(sigma)/4, (B,)."""
+    """Return what the network is given of a noise level, log(sigma)/4, (B,)."""
     return sigma.float().log() / 4
 
 
@@ -221,7 +221,7 @@ def constrain_weights_(module: nn.Module) -> None:
 
 
 class Conditional(Network):
-    """Base of networks that are given a second noisy view and start from a teacher's weights."""
+    """Base of networks conditioned on a second noisy image, started from a teacher's weights."""
 
     @classmethod
     def from_teacher(cls, teacher: Denoiser) -> Self:
@@ -258,7 +258,7 @@ class ControlledDenoiser(Preconditioned, Conditional):
         condition_sigma: Tensor,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Denoise `x` (B, C, H, W) at `sigma` (B,) given a second view at `condition_sigma`."""
+        """Denoise `x` (B, C, H, W) at `sigma` (B,) given a noisy image at `condition_sigma`."""
         noise = conditioning(sigma)
         main = self.enc(self.scaled(x, sigma), noise, labels)
         control = self.ctrl(
@@ -301,12 +301,12 @@ class ConcatDenoiser(Preconditioned, Conditional):
         condition_sigma: Tensor,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Denoise `x` (B, C, H, W) at `sigma` (B,) given a second view at `condition_sigma`."""
+        """Denoise `x` (B, C, H, W) at `sigma` (B,) given a noisy image at `condition_sigma`."""
         embedding = self.unet.embed_pair(
             conditioning(sigma), conditioning(condition_sigma), labels
         ).to(self.compute_dtype)
-        views = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
-        return self.unscaled(x, sigma, self.unet(torch.cat(views, dim=1), embedding))
+        pair = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
+        return self.unscaled(x, sigma, self.unet(torch.cat(pair, dim=1), embedding))
 
 
 class ControlledDiscriminator(Conditional):
@@ -361,8 +361,8 @@ class ConcatDiscriminator(Conditional):
         embedding = self.unet.embed_pair(
             conditioning(sigma), conditioning(condition_sigma), labels
         ).to(self.compute_dtype)
-        views = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
-        last = encode(self.unet.enc, with_ones(torch.cat(views, dim=1)), embedding)[-1]
+        pair = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
+        last = encode(self.unet.enc, with_ones(torch.cat(pair, dim=1)), embedding)[-1]
         logits: Tensor = self.out_conv(last.float().mean((2, 3)))
         return logits.squeeze(1)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["GENERATION_STEPS", "DiffusionPrior"]
 
 GENERATION_STEPS = 35
-"""Denoiser calls for an image from nothing."""
+"""Denoiser calls for a generated image."""
 
 DEEPINV_SIGMA_MAX = 2 * 50 / 255
 """Largest noise std that deepinv's denoisers are usually trained to, on our scale."""

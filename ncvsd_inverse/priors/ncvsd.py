@@ -191,14 +191,14 @@ class NCVSDPrior(NetworkPrior):
 class RefinedPrior:
     """A generative denoiser that draws in several steps, each nearer to the image.
 
-    A step at level s has two views of x0: u at std sigma and x at std s. They act like one view
+    A step at level s has two observations of x0: u at std sigma and x at std s. They act like one
 
         y_eff = sigma_eff^2 (u / sigma^2 + x / s^2),  sigma_eff = (sigma^-2 + s^-2)^(-1/2)
 
     from which the prior draws x0; noise of the next level makes the next x. With an exact prior
     every further step keeps the law of the draw; with a distilled one it improves it.
 
-    The first x is pure noise that stands in for a view at levels[0]. That is harmless if
+    The first x is pure noise in place of an observation at levels[0]. That is harmless if
     levels[0] is far above the noise std of u, or far above the range of images (say 10 or more);
     otherwise it pulls the draw towards grey. `math.inf` is always right: the first draw then sees
     u alone.
@@ -255,8 +255,8 @@ class RefinedPrior:
         images, level_u = self.prior._prepare("u", u, sigma)
         x0, eps_x = torch.zeros_like(images), draw_normal(images, generator)
         for i, level in enumerate(self.levels):
-            view = combine_observations(images, level_u, x0 + level * eps_x, level)
-            drawn = self.prior._draw(*view, generator)
+            merged = combine_observations(images, level_u, x0 + level * eps_x, level)
+            drawn = self.prior._draw(*merged, generator)
             if i + 1 < len(self.levels):
                 explained = eps_x + (x0 - drawn) / level
                 fresh = draw_normal(images, generator)

@@ -28,8 +28,8 @@ PIXELS = MOST_IMAGES * 64 * 64
 PIXELS_AT_ONCE = 2**18
 """Pixels of the images that go through a network together."""
 
-SIGMA_OF_NOTHING = 10.0
-"""Least `sigma_max` from which images can be drawn from nothing: twenty stds of the data."""
+SIGMA_OF_PURE_NOISE = 10.0
+"""Least `sigma_max` of a prior that can generate images: twenty stds of the data."""
 
 SLOW = 2.0
 """Seconds of measuring after which it is announced."""
@@ -120,16 +120,16 @@ def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
 
 
 def _own(prior: Prior) -> Prior:
-    """Return what is measured: of a draw of several calls, the prior that they are calls of."""
+    """Return what is measured: the prior itself, or that of which a draw takes several calls."""
     return prior.prior if isinstance(prior, RefinedPrior) else prior
 
 
 def _cannot_generate(prior: Prior) -> str:
-    """Return why a prior cannot draw images from nothing, "" if it can."""
+    """Return why a prior cannot generate images, "" if it can."""
     if not isinstance(prior, Generator):
         return f"a {type(prior).__name__} has no method generate"
-    if isinstance(prior, NetworkPrior) and prior.sigma_max < SIGMA_OF_NOTHING:
-        return f"its sigma_max is {prior.sigma_max:g}, too little noise to begin with nothing"
+    if isinstance(prior, NetworkPrior) and prior.sigma_max < SIGMA_OF_PURE_NOISE:
+        return f"its sigma_max is {prior.sigma_max:g}, too little noise to start from noise alone"
     return ""
 
 

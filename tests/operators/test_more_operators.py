@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,123 +11,9 @@ from ncvsd_inverse import operators as ops
 from ncvsd_inverse import solve
 from ncvsd_inverse.operators.compressed import hadamard
 from ncvsd_inverse.priors import GaussianPrior
-from ncvsd_inverse.protocols import (
-    DiagonalOperator,
-    LinearOperator,
-    Operator,
-    SolvableOperator,
-)
+from ncvsd_inverse.protocols import LinearOperator, Operator
 from ncvsd_inverse.schedules import karras
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=seeded(seed))
-
-
-def some(*shape, seed=0):
-    return torch.rand(shape, generator=seeded(seed)) > 0.4
-
-
-class Gains:
-    """A user's operator with the least it may have and one gain an image."""
-
-    def __init__(self, *gains):
-        self.gains = torch.tensor(gains, dtype=torch.float64).view(-1, 1, 1, 1)
-
-    def __call__(self, x):
-        return self.gains.to(x) * x
-
-    adjoint = __call__
-
-    def input_shape(self, y_shape):
-        return tuple(y_shape)
-
-
-@dataclass
-class Case:
-    name: str
-    operator: object
-    shape: tuple  # of the images, (B, C, H, W)
-    y_shape: tuple
-    family: str
-
-
-def make_solvable():
-    odd, flat = (2, 3, 5, 7), (2, 2, 6, 8)
-    sensing, fourier = "compressed_sensing", "masked_fourier"
-    return [
-        Case("luma", ops.Colorize(), odd, (2, 1, 5, 7), "colorization"),
-        Case("mean", ops.Colorize("mean"), (2, 3, 1, 4), (2, 1, 1, 4), "colorization"),
-        Case("sense_32", ops.CompressedSensing((4, 8), 0.4), (2, 2, 4, 8), (2, 2, 13), sensing),
-        Case("sense_35", ops.CompressedSensing((5, 7), 0.6, 1), odd, (2, 3, 21), sensing),
-        Case("sense_48", ops.CompressedSensing((6, 8), 0.1, 2), flat, (2, 2, 5), sensing),
-        Case("sense_all", ops.CompressedSensing((3, 5), 1.0), (2, 1, 3, 5), (2, 1, 15), sensing),
-        Case("sense_one", ops.CompressedSensing((5, 7), 1e-9), odd, (2, 3, 1), sensing),
-        Case("sense_1", ops.CompressedSensing((1, 1)), (2, 1, 1, 1), (2, 1, 1), sensing),
-        Case("fourier_odd", ops.MaskedFourier(some(5, 7)), odd, (*odd, 2), fourier),
-        Case("fourier_even", ops.MaskedFourier(some(6, 8).float()), flat, (*flat, 2), fourier),
-        Case("fourier_all", ops.MaskedFourier(torch.ones(5, 7)), odd, (*odd, 2), fourier),
-        Case("lines", ops.MaskedFourier.lines((6, 8), 2, 0.25), flat, (*flat, 2), fourier),
-        Case("mri", ops.MaskedFourier.lines((3, 1), 1, 1), (2, 1, 3, 1), (2, 1, 3, 1, 2), fourier),
-    ]
-
-
-def make_compositions():
-    flat, colours = (2, 2, 6, 8), (2, 3, 6, 8)
-    blur = ops.GaussianBlur(1.1, 3)
-    parts = {
-        "reduce_blur": (ops.SuperResolution(2), blur, flat, (2, 2, 3, 4)),
-        "mask_blur": (ops.Inpaint(some(6, 8)), blur, flat, flat),
-        "masks_blurs": (
-            ops.Inpaint(some(2, 1, 6, 8)),
-            ops.Blur(normal(2, 1, 3, 2), boundary="valid"),
-            (2, 2, 8, 9),
-            flat,
-        ),
-        "grey_mask": (ops.Colorize(), ops.Inpaint(some(3, 6, 8)), colours, (2, 1, 6, 8)),
-        "lines_grey": (
-            ops.MaskedFourier.lines((6, 8), 2, 0.25),
-            ops.Colorize(),
-            colours,
-            (2, 1, 6, 8, 2),
-        ),
-        "sense_reduce": (
-            ops.CompressedSensing((3, 4), 0.5),
-            ops.SuperResolution(2),
-            flat,
-            (2, 2, 6),
-        ),
-        "nested": (ops.Compose(ops.SuperResolution(2), blur), ops.Colorize("mean"), colours, None),
-        "user_inner": (ops.SuperResolution(2), Gains(0.5, 2.0), flat, (2, 2, 3, 4)),
-        "user_outer": (Gains(0.5, 2.0), ops.Inpaint(some(2, 1, 6, 8)), flat, flat),
-    }
-    return [
-        Case(name, ops.Compose(outer, inner), shape, y_shape or (2, 1, 3, 4), "composed")
-        for name, (outer, inner, shape, y_shape) in parts.items()
-    ]
-
-
-SOLVABLE, COMPOSITIONS = make_solvable(), make_compositions()
-
-
-def each(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-def dense(operator, shape):
-    """The matrix of each image, shape (B, M, N), one column for each of the N pixels."""
-    batch, *image = shape
-    size = math.prod(image)
-    columns = []
-    for index in range(size):
-        unit = torch.zeros(batch, size, dtype=torch.float64)
-        unit[:, index] = 1
-        columns.append(operator(unit.view(shape)).flatten(1))
-    return torch.stack(columns, dim=2)
+from tests.operators.cases import COMPOSITIONS, MIXING, Gains, dense, each, normal, seeded, some
 
 
 def popcount(number):
@@ -141,15 +26,6 @@ def hadamard_matrix(side):
 
 
 # The matrices that the docstrings state.
-
-
-@each(SOLVABLE + COMPOSITIONS)
-def test_adjoint_is_the_transpose(case):
-    matrix = dense(case.operator, case.shape)
-    v = normal(*case.y_shape)
-    expected = (matrix.mT @ v.flatten(1)[..., None])[..., 0].view(case.shape)
-    # Float64 rounding of sums of at most a hundred terms.
-    torch.testing.assert_close(case.operator.adjoint(v), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_colorize_is_the_stated_matrix():
@@ -171,7 +47,7 @@ def test_hadamard_is_the_stated_matrix(side):
     torch.testing.assert_close(rows, hadamard_matrix(side))
 
 
-@each([case for case in SOLVABLE if case.family == "compressed_sensing"])
+@each([case for case in MIXING if case.family == "compressed_sensing"])
 def test_compressed_sensing_is_the_stated_matrix(case):
     order, _, kept, signs = case.operator._on(torch.device("cpu"))
     pixels = len(order)
@@ -214,7 +90,7 @@ def test_compressed_sensing_follows_its_seed(device):
     torch.testing.assert_close(first.cpu(), on_cpu, rtol=0, atol=1e-14)
 
 
-@each([case for case in SOLVABLE if case.family == "masked_fourier"])
+@each([case for case in MIXING if case.family == "masked_fourier"])
 def test_masked_fourier_is_the_stated_matrix(case):
     _, channels, height, width = case.shape
     rows, columns = torch.arange(height).double(), torch.arange(width).double()
@@ -265,37 +141,7 @@ def test_compose_is_the_product(case):
     torch.testing.assert_close(dense(case.operator, case.shape), product)
 
 
-# What operators must do.
-
-
-@each(SOLVABLE)
-@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-4), (0.0, 0.5), (3.0, 100.0)])
-def test_solve_normal_inverts_the_matrix(case, a, b):
-    matrix = dense(case.operator, case.shape)
-    rhs = normal(*case.shape)
-    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
-    expected = torch.linalg.solve(system, rhs.flatten(1)).view(case.shape)
-    solution = case.operator.solve_normal(rhs, a=a, b=b)
-    # Rounding times the condition number.
-    assert (solution - expected).norm() <= 1e-14 * (1 + a / b) * expected.norm()
-
-
-@each(SOLVABLE)
-@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-2)])
-def test_solve_normal_spread_adds_the_root_of_the_inverse(case, a, b):
-    assert case.operator.is_diagonal
-    rhs, eps = normal(*case.shape), normal(*case.shape, seed=9)
-    matrix = dense(case.operator, case.shape)
-    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(system)
-    root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
-    solved = torch.linalg.solve(system, rhs.flatten(1))
-    expected = solved + (root @ eps.flatten(1)[..., None])[..., 0]
-    drawn = case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
-    torch.testing.assert_close(drawn, expected.view(case.shape), rtol=1e-8, atol=1e-8)
-
-
-@each(SOLVABLE)
+@each(MIXING)
 def test_solve_in_float32_does_not_cancel(case):
     """At rho = 80, sigma_lik = 0.05 the exact solve keeps what A does not see."""
     x, a = normal(*case.shape), (80 / 0.05) ** 2
@@ -303,115 +149,6 @@ def test_solve_in_float32_does_not_cancel(case):
     single = case.operator.solve_normal(x.float(), a=a, b=1.0)
     # Rounding of float32, a few operations deep; where all is seen, that of 1 / a of the input.
     assert (single - exact).norm() <= 2e-5 * exact.norm()
-
-
-@each(SOLVABLE + COMPOSITIONS)
-def test_shapes_and_roles(case):
-    assert case.operator(normal(*case.shape)).shape == case.y_shape
-    assert case.operator.input_shape(case.y_shape) == case.shape
-    assert case.operator.family == case.family
-    solvable = case.family != "composed"
-    for role in (Operator, LinearOperator):
-        assert isinstance(case.operator, role)
-    for role in (SolvableOperator, DiagonalOperator):
-        assert isinstance(case.operator, role) == solvable
-
-
-@each(SOLVABLE + COMPOSITIONS)
-def test_images_of_a_batch_do_not_mix(case):
-    x, y = normal(*case.shape), normal(*case.y_shape, seed=1)
-    changed_x, changed_y = x.clone(), y.clone()
-    changed_x[1], changed_y[1] = 7.0, 7.0
-    op = case.operator
-    assert torch.equal(op(x)[0], op(changed_x)[0])
-    assert torch.equal(op.adjoint(y)[0], op.adjoint(changed_y)[0])
-    if case.family != "composed":
-        first, second = (op.solve_normal(z, a=10.0, b=0.1)[0] for z in (x, changed_x))
-        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
-
-
-@each(SOLVABLE + COMPOSITIONS)
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_dtype_and_device_are_kept_and_never_narrowed(case, kind, device):
-    op = case.operator
-    x, y = (normal(*shape).to(device, kind) for shape in (case.shape, case.y_shape))
-    calls = [(op, x), (op.adjoint, y)]
-    if case.family != "composed":
-        calls.append((lambda rhs: op.solve_normal(rhs, a=2.0, b=0.5), x))
-    # Parts of a composition round to the dtype of the image between them.
-    tolerance = 30 * torch.finfo(kind).eps if kind != torch.float64 else 1e-9
-    for call, given in calls:
-        result, exact = call(given), call(given.double())
-        assert (result.dtype, result.device.type) == (kind, device.type)
-        assert (result.double() - exact).norm() <= tolerance * exact.norm()
-    y = op.measure(x, 0.1)
-    assert (y.dtype, y.device.type, y.shape) == (kind, device.type, case.y_shape)
-
-
-@each(make_solvable() + make_compositions())
-def test_gradients_pass_after_inference_mode(case):
-    """What is kept from the first call must serve a later one that needs gradients."""
-    x, weights = normal(*case.shape), normal(*case.y_shape, seed=1)
-    with torch.inference_mode():
-        case.operator(x.float())
-        case.operator(x)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad((case.operator(x) * weights).sum(), x)
-    torch.testing.assert_close(gradient, case.operator.adjoint(weights))
-    if case.family != "composed":
-        case.operator.solve_normal(x, a=1.0, b=1.0).sum().backward()
-        expected = case.operator.solve_normal(torch.ones_like(x), a=1.0, b=1.0)
-        torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=1e-6)
-
-
-@each(SOLVABLE + COMPOSITIONS)
-def test_repeated_serves_a_tiled_batch(case):
-    x, y = normal(6, *case.shape[1:]), normal(6, *case.y_shape[1:], seed=1)
-    tiled = case.operator.repeated(3)
-    for sample in range(3):
-        part = slice(2 * sample, 2 * sample + 2)
-        torch.testing.assert_close(tiled(x)[part], case.operator(x[part]))
-        torch.testing.assert_close(tiled.adjoint(y)[part], case.operator.adjoint(y[part]))
-    holds_images = case.name in ("masks_blurs", "user_inner", "user_outer")
-    assert (tiled is case.operator) != holds_images
-    if holds_images:
-        twice = case.operator.repeated(3).repeated(2)
-        torch.testing.assert_close(twice(x.repeat(2, 1, 1, 1))[6:], tiled(x))
-    assert torch.equal(tiled.count_measured(y), case.operator.count_measured(y[:2]).repeat(3))
-
-
-def measured_entries(case):
-    """Where noise must lie, in the shape of the measurement."""
-    if case.family == "masked_fourier" or case.name == "lines_grey":
-        mask = getattr(case.operator, "outer", case.operator).mask
-        return mask[..., None].expand(case.y_shape)
-    if case.name in ("mask_blur", "masks_blurs"):
-        return case.operator.outer.mask.expand(case.y_shape)
-    return torch.ones(case.y_shape, dtype=torch.bool)
-
-
-@each(SOLVABLE + COMPOSITIONS + [Case("hdr", ops.HDR(), (2, 2, 5, 7), (2, 2, 5, 7), "hdr")])
-def test_noise_lies_on_measured_entries_only(case):
-    x, sigma_y, repeats = normal(*case.shape), 0.3, 400
-    clean, measured = case.operator(x), measured_entries(case)
-    generator = seeded(5)
-    draws = [case.operator.measure(x, sigma_y, generator=generator) for _ in range(repeats)]
-    eps = (torch.stack(draws) - clean) / sigma_y
-    assert (torch.stack(draws)[:, ~measured] == 0).all()
-    count = int(measured.sum()) * repeats
-    # Four standard errors of the mean and of the variance of standard normals.
-    assert abs(float(eps[:, measured].mean())) <= 4 / math.sqrt(count)
-    assert abs(float(eps[:, measured].square().mean()) - 1) <= 4 * math.sqrt(2 / count)
-    assert torch.equal(case.operator.count_measured(clean), measured.flatten(1).sum(dim=1))
-
-
-@each(SOLVABLE + COMPOSITIONS)
-def test_measure_takes_one_generator_an_image(case):
-    x, op = normal(*case.shape), case.operator
-    first = op.measure(x, 0.1, generator=[seeded(0), seeded(1)])
-    again = op.measure(x, 0.1, generator=[seeded(7), seeded(1)])
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], again[0])
 
 
 # HDR.

@@ -10,10 +10,7 @@ from ncvsd_inverse import operators as ops
 from ncvsd_inverse import solve
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.protocols import LinearOperator, Operator
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.operators.cases import seeded
 
 
 def line(*values):

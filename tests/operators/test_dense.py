@@ -1,0 +1,190 @@
+"""What every operator must do, against its dense matrix."""
+
+import math
+
+import pytest
+import torch
+
+from ncvsd_inverse import operators as ops
+from ncvsd_inverse.protocols import DiagonalOperator, LinearOperator, Operator, SolvableOperator
+from tests.operators.cases import (
+    BOUNDARIES,
+    COMPOSITIONS,
+    SOLVABLE,
+    Case,
+    dense,
+    each,
+    make_compositions,
+    make_local,
+    make_mixing,
+    normal,
+    seeded,
+)
+
+HOLD_IMAGES = {
+    "inpaint_images",
+    "inpaint_all",
+    *(f"blur_{boundary}_{kind}" for boundary in BOUNDARIES for kind in ("images", "all")),
+    "masks_blurs",
+    "user_inner",
+    "user_outer",
+}
+"""Operators with something for each image of a batch."""
+
+
+@each(SOLVABLE + COMPOSITIONS)
+def test_adjoint_is_the_transpose(case):
+    matrix = dense(case.operator, case.shape)
+    v = normal(*case.y_shape)
+    expected = (matrix.mT @ v.flatten(1)[..., None])[..., 0].view(case.shape)
+    # Float64 rounding of sums of at most a hundred terms.
+    torch.testing.assert_close(case.operator.adjoint(v), expected, rtol=1e-11, atol=1e-11)
+
+
+@each(SOLVABLE)
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-4), (0.0, 0.5), (3.0, 100.0)])
+def test_solve_normal_inverts_the_matrix(case, a, b):
+    matrix = dense(case.operator, case.shape)
+    rhs = normal(*case.shape)
+    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
+    expected = torch.linalg.solve(system, rhs.flatten(1)).view(case.shape)
+    solution = case.operator.solve_normal(rhs, a=a, b=b)
+    # Closed forms lose a few units of rounding times the condition number, conjugate gradients
+    # stop at a residual of 1e-10, which the condition number multiplies in the solution.
+    condition = 1 + a / b * float(torch.linalg.matrix_norm(matrix, ord=2).max()) ** 2
+    iterates = isinstance(case.operator, ops.Blur) and case.operator.boundary != "circular"
+    unit = 2e-10 if iterates else 1e-14
+    assert (solution - expected).norm() <= unit * condition * expected.norm()
+    if iterates:
+        residual = (system @ solution.flatten(1)[..., None])[..., 0] - rhs.flatten(1)
+        assert residual.norm() <= (1e-10 + 1e-15 * condition) * rhs.norm()
+
+
+@each(SOLVABLE)
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (400.0, 1e-2)])
+def test_solve_normal_spread_adds_the_root_of_the_inverse(case, a, b):
+    rhs, eps = normal(*case.shape), normal(*case.shape, seed=9)
+    if not case.operator.is_diagonal:
+        with pytest.raises(TypeError, match="no closed-form root"):
+            case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
+        return
+    matrix = dense(case.operator, case.shape)
+    system = a * matrix.mT @ matrix + b * torch.eye(matrix.shape[2], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(system)
+    root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
+    expected = (
+        torch.linalg.solve(system, rhs.flatten(1)) + (root @ eps.flatten(1)[..., None])[..., 0]
+    )
+    drawn = case.operator.solve_normal_spread(rhs, eps, a=a, b=b)
+    torch.testing.assert_close(drawn, expected.view(case.shape), rtol=1e-8, atol=1e-8)
+
+
+@each(SOLVABLE + COMPOSITIONS)
+def test_shapes_and_roles(case):
+    assert case.operator(normal(*case.shape)).shape == case.y_shape
+    assert case.operator.input_shape(case.y_shape) == case.shape
+    assert case.operator.family == case.family
+    solvable = case.family != "composed"
+    for role in (Operator, LinearOperator):
+        assert isinstance(case.operator, role)
+    for role in (SolvableOperator, DiagonalOperator):
+        assert isinstance(case.operator, role) == solvable
+
+
+@each(SOLVABLE + COMPOSITIONS)
+def test_images_of_a_batch_do_not_mix(case):
+    x, y = normal(*case.shape), normal(*case.y_shape, seed=1)
+    changed_x, changed_y = x.clone(), y.clone()
+    changed_x[1], changed_y[1] = 7.0, 7.0
+    op = case.operator
+    assert torch.equal(op(x)[0], op(changed_x)[0])
+    assert torch.equal(op.adjoint(y)[0], op.adjoint(changed_y)[0])
+    if case.family != "composed":
+        first, second = (op.solve_normal(z, a=10.0, b=0.1)[0] for z in (x, changed_x))
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+@each(SOLVABLE + COMPOSITIONS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dtype_and_device_are_kept_and_never_narrowed(case, kind, device):
+    op = case.operator
+    x, y = (normal(*shape).to(device, kind) for shape in (case.shape, case.y_shape))
+    calls = [(op, x), (op.adjoint, y)]
+    if case.family != "composed":
+        calls.append((lambda rhs: op.solve_normal(rhs, a=2.0, b=0.5), x))
+    # Parts of a composition round to the dtype of the image between them.
+    tolerance = 30 * torch.finfo(kind).eps if kind != torch.float64 else 1e-9
+    for call, given in calls:
+        result, exact = call(given), call(given.double())
+        assert (result.dtype, result.device.type) == (kind, device.type)
+        assert (result.double() - exact).norm() <= tolerance * exact.norm()
+    y = op.measure(x, 0.1)
+    assert (y.dtype, y.device.type, y.shape) == (kind, device.type, case.y_shape)
+
+
+@each(make_local() + make_mixing() + make_compositions())
+def test_gradients_pass_after_inference_mode(case):
+    """What is kept from the first call must serve a later one that needs gradients."""
+    x, weights = normal(*case.shape), normal(*case.y_shape, seed=1)
+    with torch.inference_mode():
+        case.operator(x.float())
+        case.operator(x)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad((case.operator(x) * weights).sum(), x)
+    torch.testing.assert_close(gradient, case.operator.adjoint(weights))
+    if case.family != "composed":
+        case.operator.solve_normal(x, a=1.0, b=1.0).sum().backward()
+        expected = case.operator.solve_normal(torch.ones_like(x), a=1.0, b=1.0)
+        torch.testing.assert_close(x.grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@each(SOLVABLE + COMPOSITIONS)
+def test_repeated_serves_a_tiled_batch(case):
+    x, y = normal(6, *case.shape[1:]), normal(6, *case.y_shape[1:], seed=1)
+    tiled = case.operator.repeated(3)
+    for sample in range(3):
+        part = slice(2 * sample, 2 * sample + 2)
+        torch.testing.assert_close(tiled(x)[part], case.operator(x[part]))
+        torch.testing.assert_close(tiled.adjoint(y)[part], case.operator.adjoint(y[part]))
+    holds_images = case.name in HOLD_IMAGES
+    assert (tiled is case.operator) != holds_images
+    if holds_images:
+        twice = case.operator.repeated(3).repeated(2)
+        torch.testing.assert_close(twice(x.repeat(2, 1, 1, 1))[6:], tiled(x))
+    assert torch.equal(tiled.count_measured(y), case.operator.count_measured(y[:2]).repeat(3))
+
+
+def measured_entries(case):
+    """Where noise must lie, in the shape of the measurement."""
+    if case.family == "masked_fourier" or case.name == "lines_grey":
+        mask = getattr(case.operator, "outer", case.operator).mask
+        return mask[..., None].expand(case.y_shape)
+    if case.family == "inpainting":
+        return case.operator.mask.expand(case.y_shape)
+    if case.name in ("mask_blur", "masks_blurs"):
+        return case.operator.outer.mask.expand(case.y_shape)
+    return torch.ones(case.y_shape, dtype=torch.bool)
+
+
+@each(SOLVABLE + COMPOSITIONS + [Case("hdr", ops.HDR(), (2, 2, 5, 7), (2, 2, 5, 7), "hdr")])
+def test_noise_lies_on_measured_entries_only(case):
+    x, sigma_y, repeats = normal(*case.shape), 0.3, 400
+    clean, measured = case.operator(x), measured_entries(case)
+    generator = seeded(5)
+    draws = [case.operator.measure(x, sigma_y, generator=generator) for _ in range(repeats)]
+    eps = (torch.stack(draws) - clean) / sigma_y
+    assert (torch.stack(draws)[:, ~measured] == 0).all()
+    count = int(measured.sum()) * repeats
+    # Four standard errors of the mean and of the variance of standard normals.
+    assert abs(float(eps[:, measured].mean())) <= 4 / math.sqrt(count)
+    assert abs(float(eps[:, measured].square().mean()) - 1) <= 4 * math.sqrt(2 / count)
+    assert torch.equal(case.operator.count_measured(clean), measured.flatten(1).sum(dim=1))
+
+
+@each(SOLVABLE + COMPOSITIONS)
+def test_measure_takes_one_generator_an_image(case):
+    x, op = normal(*case.shape), case.operator
+    first = op.measure(x, 0.1, generator=[seeded(0), seeded(1)])
+    again = op.measure(x, 0.1, generator=[seeded(7), seeded(1)])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], again[0])
