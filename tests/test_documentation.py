@@ -265,14 +265,14 @@ COMMANDS: dict[str, Short | Skipped] = {
         lpips=True,
     ),
     "python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 16 "
-    "--out experiments/statistics/faces64.json": Short(
+    "--out experiments/statistics/records.jsonl": Short(
         "python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 1 "
         "--out faces64.json --tasks sr4x --calls 1 --draws 2 --rows shipped 2",
         makes=("faces64.json",),
         lpips=True,
     ),
     "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 --images 12 "
-    "--data DIR/natural/test.zip --out experiments/statistics/natural.json": Short(
+    "--data DIR/natural/test.zip --out experiments/statistics/records.jsonl": Short(
         "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 --images 1 "
         "--data DIR/natural/test.zip --out natural.json --tasks sr4x --calls 1 --draws 2 "
         "--rows teacher",
@@ -281,11 +281,11 @@ COMMANDS: dict[str, Short | Skipped] = {
     ),
     "python experiments/statistics/self_measured.py --data DIR/faces64/val.zip --images 16 "
     "--draws 2 --rows shipped 4 8 16 32 128 --calls 10 "
-    "--out experiments/statistics/faces64_few.json": Skipped("as above"),
+    "--out experiments/statistics/records.jsonl": Skipped("as above"),
     "python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 "
     "--data DIR/natural/val.zip --images 3 --draws 2 --measure-at 256 --rows shipped 2 4 8 16 "
     "--calls 10 --tasks inpaint_random sr4x deblur_gaussian "
-    "--out experiments/statistics/natural_few.json": Skipped("as above"),
+    "--out experiments/statistics/records.jsonl": Skipped("as above"),
     "python experiments/published/conversions.py --shapes FOLDER": Short(
         "python experiments/published/conversions.py --shapes SHAPES", needs=("SHAPES",), slow=True
     ),

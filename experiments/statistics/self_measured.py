@@ -1,16 +1,16 @@
 r"""Compare priors by where their statistics come from, and by how many images were generated.
 
     python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 16 \
-        --out experiments/statistics/faces64.json
+        --out experiments/statistics/records.jsonl
     python experiments/statistics/self_measured.py --prior ncvsd_natural --size 96 --images 12 \
-        --data DIR/natural/test.zip --out experiments/statistics/natural.json
+        --data DIR/natural/test.zip --out experiments/statistics/records.jsonl
     python experiments/statistics/self_measured.py --data DIR/faces64/val.zip --images 16 \
         --draws 2 --rows shipped 4 8 16 32 128 --calls 10 \
-        --out experiments/statistics/faces64_few.json
+        --out experiments/statistics/records.jsonl
     python experiments/statistics/self_measured.py --prior ncvsd_natural --size 256 \
         --data DIR/natural/val.zip --images 3 --draws 2 --measure-at 256 \
         --rows shipped 2 4 8 16 --calls 10 --tasks inpaint_random sr4x deblur_gaussian \
-        --out experiments/statistics/natural_few.json
+        --out experiments/statistics/records.jsonl
 
 Rows: `shipped`, the student with the statistics of its card, measured on validation images; `own`,
 with those that it measures from images that it generates, or from NUMBER of them; `teacher` and
@@ -57,12 +57,22 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--calls", nargs="+", type=int, default=[4, 10])
     parser.add_argument("--measure-at", type=int, help="side of generated images of any size")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the outcome")
+    parser.add_argument("--out", type=Path, required=True, help="file of records, one a run")
     args = parser.parse_args()
     size = (args.size, args.size)
     images = torch.cat([centre_crop(x, size) for x in read_images(args.data, args.images)])
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    found |= {"prior": args.prior, "images": len(images), "size": args.size, "draws": args.draws}
+    settings = {
+        "prior": args.prior,
+        "images": len(images),
+        "size": args.size,
+        "draws": args.draws,
+    }
+    lines = args.out.read_text(encoding="utf-8").splitlines() if args.out.exists() else []
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    found = next((record for record in records if settings.items() <= record.items()), None)
+    if found is None:
+        found = dict(settings)
+        records.append(found)
     for row in args.rows:
         prior: Prior | None = None
         for calls in args.calls:
@@ -75,7 +85,7 @@ def main() -> None:
                     found[f"{row} seconds"] = round(time.perf_counter() - begun, 1)
                 method: Method = "gibbs" if row == "gibbs" else "conditioning"
                 found[key] = judge(task, prior, images, calls, args.draws, method)
-                write_json(args.out, found)
+                write_whole(args.out, "".join(json.dumps(record) + "\n" for record in records))
     print(f"{args.prior}, {len(images)} images, {args.draws} draws: PSNR / lpips-alex / CRPS\n")
     print("\n".join(table(found, args.rows, args.calls, args.tasks)))
 
@@ -103,12 +113,6 @@ def judge(
         crps(result.samples, images),
     )
     return [round(float(score.mean()), 5) for score in scores]
-
-
-def write_json(path: Path, entries: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    text = json.dumps(entries, indent=1) + "\n"
-    write_whole(path, text)
 
 
 def table(

@@ -42,7 +42,7 @@ def make(cls, shape=SHAPE, seed=0, **kwargs):
     return network
 
 
-def views(size=(16, 16), batch=2, seed=1):
+def observations(size=(16, 16), batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 3, *size, generator=generator)
     y = torch.randn(batch, 3, *size, generator=generator)
@@ -64,7 +64,7 @@ def test_preconditioning_limits():
 def test_a_student_starts_as_its_teacher(cls):
     teacher = make(Denoiser)
     student = cls.from_teacher(teacher)
-    x, sigma, y, sigma_y = views()
+    x, sigma, y, sigma_y = observations()
     assert torch.allclose(student(x, sigma, y, sigma_y), teacher(x, sigma), atol=1e-4)
     # Normalising a weight that was widened by zeros leaves the function alone.
     normalize_weights_(student)
@@ -74,7 +74,7 @@ def test_a_student_starts_as_its_teacher(cls):
 @pytest.mark.parametrize("cls", CONDITIONAL)
 def test_the_condition_can_be_learned(cls):
     student = cls.from_teacher(make(Denoiser))
-    x, sigma, y, sigma_y = views()
+    x, sigma, y, sigma_y = observations()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
     # Down and then up the same loss: one of the two pushes a blend that starts at 0 below 0.
     for sign in (1, -1, -1):
@@ -92,7 +92,7 @@ def test_the_condition_can_be_learned(cls):
 def test_discriminators_start_from_the_teachers_encoder(cls):
     teacher = make(Denoiser)
     discriminator = cls.from_teacher(teacher)
-    logits = discriminator(*views())
+    logits = discriminator(*observations())
     assert logits.shape == (2,)
     assert torch.isfinite(logits).all()
     block = dict(teacher.unet.enc.named_parameters())["4x4_block0.conv_res0.weight"]
@@ -140,7 +140,7 @@ def test_layers_keep_unit_variance():
 @pytest.mark.parametrize("cls", [Denoiser, *CONDITIONAL])
 def test_inference_form_computes_the_same(cls):
     network = make(cls)
-    arguments = views() if cls is not Denoiser else views()[:2]
+    arguments = observations() if cls is not Denoiser else observations()[:2]
     reference = network(*arguments)
     assert torch.allclose(network.to_inference(torch.float32)(*arguments), reference, atol=1e-5)
     half = make(cls).to_inference(torch.bfloat16)(*arguments)
@@ -156,7 +156,7 @@ def test_any_size_networks_take_any_multiple(size):
     network = make(ConcatDenoiser, shape, any_size=True)
     assert network.resolution is None
     assert network.size_multiple == 4
-    x, sigma, y, sigma_y = views(size)
+    x, sigma, y, sigma_y = observations(size)
     out = network(x, sigma, y, sigma_y)
     assert out.shape == x.shape
     # No image of a batch sees another.

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
+from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
 from ncvsd_inverse.priors import (
     DiffusionPrior,
     describe_prior,
@@ -30,21 +30,9 @@ from ncvsd_inverse.priors import hub as ours
 from ncvsd_inverse.priors.hub import Address, fetch
 from ncvsd_inverse.priors.hub_prior import HubPrior
 from ncvsd_inverse.priors.published import PUBLISHED, convert_once, fetch_published
+from tests.priors.tiny import CARD, SHAPE, use_folders
 
-CARD = {
-    "name": "tiny",
-    "kind": "ncvsd",
-    "image_shape": [3, 8, 8],
-    "gamma": 0.3,
-    "sigma_min": 0.004,
-    "sigma_max": 40.0,
-    "licence": "research use only",
-    "data": "noise",
-    "training": {"command": "none", "steps": 0},
-    "evaluation": {"psnr": 20.5},
-    "weaknesses": "knows nothing",
-    "intended_use": "tests",
-}
+CARD = {**CARD, "evaluation": {"psnr": 20.5}}
 COMMITS = ("1" * 40, "2" * 40)
 REPOSITORY, FILE = PUBLISHED["ncvsd_ffhq"].repository, PUBLISHED["ncvsd_ffhq"].file
 PICKLE = b"no pickle at all, and nobody looks"
@@ -157,9 +145,7 @@ def use(monkeypatch, url):
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     """Look for priors and downloads in this test's folders, and for a hub where there is none."""
-    monkeypatch.setattr(files, "PACKAGE_WEIGHTS", tmp_path / "package")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path / "own"))
+    use_folders(monkeypatch, tmp_path, tmp_path / "own")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "downloads"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 2)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
@@ -179,9 +165,8 @@ def hub(monkeypatch):
 
 def save_tiny(stem, seed=0, **changes):
     torch.manual_seed(seed)
-    shape = UNetShape(8, channels=(8, 16), blocks=1, attention=(), head_channels=8)
     cls = Denoiser if changes.get("kind") == "diffusion" else ConcatDenoiser
-    save_prior(stem, cls(shape), {**CARD, **changes})
+    save_prior(stem, cls(SHAPE), {**CARD, **changes})
     return stem
 
 

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.networks import ConcatDenoiser, ConcatDiscriminator, Denoiser, UNetShape
+from ncvsd_inverse.networks import ConcatDenoiser, ConcatDiscriminator, Denoiser
 from ncvsd_inverse.networks.library import build_converted
 from ncvsd_inverse.priors import (
     DiffusionPrior,
@@ -34,40 +34,13 @@ from ncvsd_inverse.priors import (
 )
 from ncvsd_inverse.priors.files import TensorFile, write_tensors
 from ncvsd_inverse.priors.registry import load_network
-
-CARD = {
-    "name": "tiny",
-    "kind": "ncvsd",
-    "image_shape": [3, 8, 8],
-    "gamma": 0.3,
-    "sigma_min": 0.004,
-    "sigma_max": 40.0,
-    "licence": "research use only",
-    "data": "noise",
-    "training": {"command": "none", "steps": 0},
-    "evaluation": {},
-    "weaknesses": "knows nothing",
-    "intended_use": "tests",
-}
-
-
-def make_network(cls=ConcatDenoiser, **changes):
-    torch.manual_seed(0)
-    shape = UNetShape(8, channels=(8, 16), blocks=1, attention=(), head_channels=8)
-    network = cls(shape, **changes)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 0:
-                parameter.fill_(0.5 if "gain" in name else 0.3)
-    return network
+from tests.priors.tiny import CARD, make_network, use_folders
 
 
 @pytest.fixture
 def no_other_priors(tmp_path, monkeypatch):
     """Look for names in an empty package, an empty cache and a folder $NCVSD_WEIGHTS."""
-    monkeypatch.setattr("ncvsd_inverse.priors.files.PACKAGE_WEIGHTS", tmp_path / "package")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path))
+    use_folders(monkeypatch, tmp_path, tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
