@@ -28,12 +28,10 @@ import copy
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,6 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from ncvsd_inverse.machine import PeakMemory, time_now
 from ncvsd_inverse.networks import (
     ConcatDenoiser,
     ConcatDiscriminator,
@@ -96,26 +95,27 @@ class Meter:
         self.device = device
         self.seconds: dict[str, list[float]] = {}
         self.peaks: dict[str, int] = {}
-        self._floor = _held(device)
+        self.memory = PeakMemory(device)
+        self._floor = self.memory.held()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Measure one part."""
         self._note(ITERATION)
-        _forget_peak(self.device)
-        started = self.now()
+        self.memory.reset()
+        started = time_now(self.device)
         yield
-        self.seconds.setdefault(name, []).append(self.now() - started)
+        self.seconds.setdefault(name, []).append(time_now(self.device) - started)
         self._note(name)
         self._note(ITERATION)
 
     @contextmanager
     def iteration(self) -> Iterator[None]:
         """Measure a whole iteration, whose parts are measured within."""
-        _forget_peak(self.device)
-        started = self.now()
+        self.memory.reset()
+        started = time_now(self.device)
         yield
-        self.seconds.setdefault(ITERATION, []).append(self.now() - started)
+        self.seconds.setdefault(ITERATION, []).append(time_now(self.device) - started)
         self._note(ITERATION)
 
     def clear(self) -> None:
@@ -123,49 +123,9 @@ class Meter:
         self.seconds.clear()
         self.peaks.clear()
 
-    def now(self) -> float:
-        """Return the time at which all work asked for is done, in seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def _note(self, name: str) -> None:
-        peak = _peak(self.device) - self._floor
+        peak = self.memory.peak() - self._floor
         self.peaks[name] = max(peak, self.peaks.get(name, 0))
-
-
-def _held(device: torch.device) -> int:
-    """Return the bytes held now; where the system does not say, the most so far."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated()
-    return _status("VmRSS") or _most_so_far()
-
-
-def _peak(device: torch.device) -> int:
-    """Return the most bytes held since `_forget_peak`; without /proc, ever."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") or _most_so_far()
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(entry: str) -> int | None:
-    path = Path("/proc/self/status")
-    if not path.exists():
-        return None
-    line = next(line for line in path.read_text().splitlines() if line.startswith(entry))
-    return int(line.split()[1]) * 1024
-
-
-def _most_so_far() -> int:
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 class MeteredTrainer(DistillationTrainer):

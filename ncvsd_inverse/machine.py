@@ -142,30 +142,36 @@ def _most_so_far() -> int:
 
 @contextmanager
 def progress_bar(
-    unit: str, total: int | None, *, shown: bool = True
+    unit: str, total: int | None, *, done: int = 0, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
     """Show a bar on standard error as long as the context lasts.
 
     Args:
         unit: what is counted, in the plural.
         total: how many there are; None: not known.
+        done: how many are done already.
         shown: whether there is a bar at all.
 
     Yields:
         A function to call with how many more are done.
     """
     if not shown:
-        yield lambda done: None
+        yield lambda more: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        "{task.description}",
+        TimeRemainingColumn(),
+    )
     # Lines that go to a file or pipe must not be drawn above the bar.
     redirect = sys.stdout.isatty()
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=redirect) as bar:
-        task = bar.add_task(unit, total=total)
-        yield lambda done: bar.advance(task, done)
+        task = bar.add_task(unit, total=total, completed=done)
+        yield lambda more: bar.advance(task, more)
 
 
 def track(

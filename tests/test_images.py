@@ -1,4 +1,5 @@
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -7,8 +8,10 @@ import torch
 from PIL import Image
 
 from ncvsd_inverse.images import (
+    centre_crop,
     centre_crop_to_multiple,
     read_image,
+    read_images,
     resize_cover,
     write_image,
 )
@@ -216,3 +219,33 @@ def test_resize_covers_and_keeps_the_centre(size):
     assert tuple(y.shape[-2:]) == size
     assert float(y[0, 0, size[0] // 2, size[1] // 2]) > 0.9
     assert y.abs().max() <= 1
+
+
+def test_pictures_are_read_by_order_of_name_as_they_are_asked_for(tmp_path):
+    place = tmp_path
+    (place / "faces").mkdir()
+    with zipfile.ZipFile(place / "faces.zip", "w") as archive:
+        for i in reversed(range(6)):
+            path = place / "faces" / f"{i}.png"
+            write_image(path, torch.full((1, 3, 5, 7), i / 6))
+            archive.write(path, f"00000/{i}.png")
+    (place / "faces" / ".hidden.png").write_bytes(b"no picture")
+    (place / "faces" / "notes.txt").write_text("no picture")
+    (place / "faces" / "5.png").write_bytes(b"damaged")
+    expected = [read_image(place / "faces" / f"{i}.png") for i in range(5)]
+    reader = read_images(place / "faces")
+    for picture in expected:
+        assert torch.equal(next(reader), picture)
+    with pytest.raises(ValueError, match=r"5\.png must be a readable picture"):
+        next(reader)
+    first = list(read_images(place / "faces.zip", limit=2))
+    assert len(first) == 2
+    assert torch.equal(torch.cat(first), torch.cat(expected[:2]))
+    assert len(list(read_images(place / "faces.zip"))) == 6
+
+
+def test_a_centre_crop_of_a_size():
+    x = torch.arange(70.0).view(1, 1, 7, 10)
+    assert torch.equal(centre_crop(x, (4, 3)), x[..., 1:5, 3:6])
+    with pytest.raises(ValueError, match="x must be at least 8 x 3 pixels"):
+        centre_crop(x, (8, 3))

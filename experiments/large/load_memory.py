@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ncvsd_inverse.machine import PeakMemory
 from ncvsd_inverse.networks import ConcatDenoiser, UNetShape
 from ncvsd_inverse.networks.library import build_converted
 from ncvsd_inverse.priors import PriorCard, load_prior, save_prior
@@ -60,18 +61,13 @@ CARD = {
 }
 
 
-def memory(entry: str) -> int:
-    """Return what the kernel says of this process, bytes: VmRSS now or VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:"))
-
-
 def measure(action: Callable[[], object]) -> float:
     """Return how much memory an action took at most, beyond what was held before, bytes."""
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the largest begins at what is held now
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.held()
+    memory.reset()  # the largest begins at what is held now
     held = action()
-    peak = memory("VmHWM") - before
+    peak = memory.peak() - before
     del held
     return peak
 

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.errors import CheckpointError
+from ncvsd_inverse.machine import PeakMemory
 from ncvsd_inverse.priors import NCVSDPrior
 from ncvsd_inverse.priors.convert import convert, load_foreign
 
@@ -168,8 +168,7 @@ def write(name: str, shapes: dict[str, list[int]], folder: Path) -> Path:
 
 def peak() -> float:
     """Return the largest resident memory that this process had, MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+    return PeakMemory(torch.device("cpu")).peak() / MIB
 
 
 def import_library(path: Path) -> None:

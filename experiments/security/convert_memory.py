@@ -8,7 +8,6 @@ takes. Exits with 1 if that is 1.5 times the file or more.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fuzz_unpickle import persistent_pickle
+from ncvsd_inverse.machine import PeakMemory
 from ncvsd_inverse.networks import ControlledDenoiser, UNetShape
 from ncvsd_inverse.priors.convert import convert
 
@@ -58,9 +58,10 @@ def write(path: Path, layout: str, megabytes: float) -> None:
 def measure(path: Path) -> float:
     """Convert `path`, print what it took and return the peak over the size of the file."""
     network_of(0)  # the first network without memory makes torch import more of itself
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = PeakMemory(torch.device("cpu"))
+    before = memory.peak()
     convert(path, path.with_name("converted"), check=False)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    grown = memory.peak() - before
     size = path.stat().st_size
     print(f"file {size / 1e6:.0f} MB, peak {grown / 1e6:.0f} MB beyond imports")
     print(f"peak / file: {grown / size:.2f}")

@@ -37,6 +37,7 @@ from ncvsd_inverse.checkpoints.pickles import Inert
 from ncvsd_inverse.checkpoints.state_dicts import arguments_of, state_dict_of
 from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
 from ncvsd_inverse.errors import CheckpointError
+from ncvsd_inverse.machine import PeakMemory
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of address space that reading may take beyond what the process has."""
@@ -392,11 +393,12 @@ def main() -> None:
         fuzz(100, args.seed + 1, Path(name), canary)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT, used + MEMORY_LIMIT))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = PeakMemory(torch.device("cpu"))
+        before = memory.peak()
         begun = time.perf_counter()
         counts = fuzz(args.inputs, args.seed, Path(name), canary)
         os.chdir("/")
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = (memory.peak() - before) / 2**20
     names = ["read", "refused", "refused without a check of its own", "another error", "slow"]
     for name in [*names, "events", "stray files"]:
         print(f"{name}: {counts[name]}")

@@ -4,20 +4,19 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_level, check_positive, check_shape
+from ncvsd_inverse.networks.library import Prediction
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, as_module, check_output
 from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.wrappers import NoisePredictor, UnitRange, read_diffusers
 from ncvsd_inverse.protocols import Covariance, Generators, Statistics
 from ncvsd_inverse.schedules import karras
-
-if TYPE_CHECKING:
-    from ncvsd_inverse.networks.library import Prediction
 
 __all__ = ["GENERATION_STEPS", "DiffusionPrior"]
 
@@ -139,7 +138,7 @@ class DiffusionPrior(NetworkPrior):
         function: nn.Module | Callable[[Tensor, Tensor], Tensor],
         alphas_cumprod: Tensor | Sequence[float],
         *,
-        prediction: "Prediction" = "epsilon",
+        prediction: Prediction = "epsilon",
         image_shape: Sequence[int] | None = None,
         num_steps: int = 1,
     ) -> Self:
@@ -159,8 +158,6 @@ class DiffusionPrior(NetworkPrior):
         Raises:
             ValueError: if the schedule or `prediction` is wrong.
         """
-        from ncvsd_inverse.priors.wrappers import NoisePredictor
-
         denoiser = NoisePredictor(function, alphas_cumprod, prediction)
         return cls(
             denoiser,
@@ -185,8 +182,6 @@ class DiffusionPrior(NetworkPrior):
         Raises:
             TypeError: if `unet` is no such network or the scheduler has no such schedule.
         """
-        from ncvsd_inverse.priors.wrappers import read_diffusers
-
         function, alphas, prediction, shape = read_diffusers(unet, scheduler)
         return cls.from_eps(
             function, alphas, prediction=prediction, image_shape=shape, num_steps=num_steps
@@ -212,8 +207,6 @@ class DiffusionPrior(NetworkPrior):
                 noise needs `measure_statistics(prior, images)`.
             num_steps: denoiser calls for each draw, >= 1.
         """
-        from ncvsd_inverse.priors.wrappers import UnitRange
-
         return cls(
             UnitRange(denoiser),
             num_steps=num_steps,

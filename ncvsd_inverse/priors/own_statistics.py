@@ -5,12 +5,13 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncvsd_inverse.checks import check_count, check_stays_finite
+from ncvsd_inverse.machine import PassCounter, count_passes, progress_bar
 from ncvsd_inverse.priors.base import NetworkPrior
 from ncvsd_inverse.priors.ncvsd import RefinedPrior
 from ncvsd_inverse.priors.statistics import LEVELS, ImageStatistics, measure_statistics
@@ -172,35 +173,29 @@ def _announced(prior: Prior, num: int, *, generates: bool, shown: bool) -> Itera
         yield
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
     calls = (prior.generation_calls if generates else 0) + len(LEVELS)
     total, begun = calls * num, time.monotonic()
     console = Console(stderr=True)
-    bar = Progress("statistics", BarColumn(), TimeRemainingColumn(), console=console)
-    task = bar.add_task("statistics", total=total)
-    announced = False
+    with ExitStack() as bars:
+        advance: Callable[[int], None] | None = None
+        shown_so_far = 0
 
-    def count(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        nonlocal announced
-        if args and isinstance(args[0], Tensor):
-            bar.advance(task, args[0].shape[0])
-        done, took = bar.tasks[0].completed, time.monotonic() - begun
-        if not announced and took > SLOW and done:
-            announced = True
-            source = "images that it generates" if generates else "given images"
-            console.print(
-                f"measuring the prior's statistics, once, from {num} {source}: "
-                f"about {took * total / done:.0f} s",
-                soft_wrap=True,
-            )
-            if console.is_terminal:
-                bar.start()
+        def tell(passes: PassCounter) -> None:
+            nonlocal advance, shown_so_far
+            took = time.monotonic() - begun
+            if advance is None and took > SLOW:
+                source = "images that it generates" if generates else "given images"
+                console.print(
+                    f"measuring the prior's statistics, once, from {num} {source}: "
+                    f"about {took * total / passes.forward:.0f} s",
+                    soft_wrap=True,
+                )
+                bar = progress_bar("network calls", total, shown=console.is_terminal)
+                advance = bars.enter_context(bar)
+            if advance is not None:
+                advance(passes.forward - shown_so_far)
+                shown_so_far = passes.forward
 
-    hook = prior.network.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-        if bar.live.is_started:
-            bar.stop()
+        with count_passes([prior.network], on_pass=tell):
+            yield

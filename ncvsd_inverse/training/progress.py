@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ncvsd_inverse.images import write_image
+from ncvsd_inverse.machine import progress_bar
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
-from ncvsd_inverse.training.config import TrainConfig
 from ncvsd_inverse.training.distillation import DistillationTrainer
 from ncvsd_inverse.training.teacher import TeacherTrainer
 
@@ -67,32 +68,15 @@ class ProgressReport:
     @contextmanager
     def showing(self) -> Iterator[None]:
         """Show a progress bar on standard error for as long as the context lasts."""
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        seen = self.run.images_seen
+        with progress_bar("images", self.run.config.images, done=seen) as advance:
 
-        config: TrainConfig = self.run.config
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images, {task.fields[speed]:.0f}/s, left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("training", total=config.images, speed=0.0)
+            def move(line: dict[str, float]) -> None:
+                nonlocal seen
+                advance(int(line["images"]) - seen)
+                seen = int(line["images"])
 
-            def advance(line: dict[str, float]) -> None:
-                progress.update(
-                    task, completed=int(line["images"]), speed=line["images_per_second"]
-                )
-
-            self._advance = advance
+            self._advance = move
             try:
                 yield
             finally:
@@ -172,6 +156,4 @@ def picture_grid(
 
 def _write_picture(path: Path, picture: Tensor) -> None:
     """Write a picture (C, height, width) in [-1, 1] whole or not at all."""
-    from ncvsd_inverse.images import write_image
-
     write_image(path, picture[None])

@@ -1,1 +1,0 @@
-"""Restoration methods that the benchmark holds side by side, on one interface."""

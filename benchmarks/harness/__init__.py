@@ -1,1 +1,0 @@
-"""The benchmark's machinery: runs, records, tables, pictures and the report."""
