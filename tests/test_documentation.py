@@ -188,6 +188,11 @@ COMMANDS: dict[str, Short | Skipped] = {
         f"{RUN} --task sr4x --images 1 --draws 2 --methods ncvsd --nfe 2 --out results_draws",
         makes=("results_draws/report.html",),
     ),
+    "python benchmarks/report.py benchmarks/results/faces64": Short(
+        "python benchmarks/report.py benchmarks/results/faces64",
+        needs=(f"{RUN} --task all --prior ncvsd_faces64 --out benchmarks/results/faces64",),
+        slow=True,
+    ),
     "python benchmarks/tune.py --task all --prior ncvsd_faces64 --data DIR/faces64/val.zip "
     "--images 8 --out benchmarks/tuned/faces64.json": Short(
         "python benchmarks/tune.py --task sr4x --prior ncvsd_faces64 --data DIR/faces64/val.zip "
