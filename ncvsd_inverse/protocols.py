@@ -1,9 +1,9 @@
-"""The roles that parts of the toolkit play for one another, and what is assumed of the silent.
+"""The roles that parts of the toolkit play for one another, and defaults for what is optional.
 
 A user's own class needs no inheritance: having the methods is enough. What else the toolkit asks
-(a family, a noise level, an image shape) may be left out; `OperatorTraits`, `PriorTraits` and
-`NetworkTraits` say what is assumed then. Arguments of the methods are positional, so that their
-names are free.
+(a family, an image shape, the channels of a network) may be left out: `OperatorTraits`,
+`PriorTraits` and `NetworkTraits` hold the defaults. Arguments of the methods are positional, so
+that their names are free.
 """
 
 import math

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.protocols import Denoiser, NetworkBacked, Operator, Prior
+from ncvsd_inverse.protocols import Denoiser, NetworkBacked, Prior
+from ncvsd_inverse.sampling import Problem
 
 __all__ = ["Grid", "Method", "Models", "Problem", "Run", "Settings"]
 
@@ -38,32 +37,6 @@ class Models:
         """The modules whose passes are counted."""
         models = (self.teacher, self.student)
         return [model.network for model in models if isinstance(model, NetworkBacked)]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A batch of measurements to restore.
-
-    Attributes:
-        y: measurements A(x0) + sigma_y * noise, shape (B, ...).
-        operator: the forward model A, on images in [-1, 1].
-        sigma_y: noise std, > 0, units of y.
-        keys: for each image what its random numbers follow from.
-    """
-
-    y: Tensor
-    operator: Operator
-    sigma_y: float
-    keys: tuple[tuple[int, ...], ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape (B, C, H, W) of the images."""
-        return tuple(self.operator.input_shape(self.y.shape))
-
-    def generators(self) -> list[torch.Generator]:
-        """Return one generator an image, always in the same state."""
-        return make_generators(self.keys, self.y.device)
 
 
 Run: TypeAlias = Callable[[Problem, Models, int, Settings], Tensor]

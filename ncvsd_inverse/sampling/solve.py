@@ -12,8 +12,8 @@ from ncvsd_inverse.checks import check_choice, check_count
 from ncvsd_inverse.machine import progress_bar, time_now
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
-from ncvsd_inverse.protocols import Operator, Prior
-from ncvsd_inverse.sampling.chains import Method, gibbs_chain, matheron_chain, run_chain
+from ncvsd_inverse.protocols import Operator, Prior, Statistics
+from ncvsd_inverse.sampling.chains import Method, Plan, gibbs_chain, matheron_chain, run_chain
 from ncvsd_inverse.sampling.choices import (
     Preset,
     check_prior_fits,
@@ -27,7 +27,7 @@ from ncvsd_inverse.sampling.choices import (
 from ncvsd_inverse.sampling.counting import CountedPrior
 from ncvsd_inverse.sampling.problem import Problem, Seed
 from ncvsd_inverse.sampling.result import Estimate, Result
-from ncvsd_inverse.sampling.settings import default_average
+from ncvsd_inverse.sampling.settings import Average, default_average
 
 __all__ = ["Estimate", "Method", "Preset", "Problem", "Result", "Seed", "solve"]
 
@@ -150,26 +150,15 @@ def solve(
     average = default_average(problem.traits.family) if estimate == "ema" else None
     counted = CountedPrior(tempered)
     started = time_now(y.device)
-    lasts, averages = [], []
-    total = len(parts) * len(plan.levels)
-    with counted.counting(), progress_bar("sweeps", total, shown=progress) as advance:
-        for part in parts:
-            if method == "conditioning" and statistics is not None:
-                sweeps = matheron_chain(part, counted, plan, statistics)
-            else:
-                sweeps = gibbs_chain(part, counted, plan)
-            last, averaged = run_chain(sweeps, plan.levels, average=average, advance=advance)
-            lasts.append(last)
-            averages.append(averaged)
+    lasts, averages = _run_chains(parts, counted, plan, statistics, average, progress)
     seconds = time_now(y.device) - started
 
     runs = (restarts, num_samples, *problem.shape)
-    ends, averaged = torch.cat(lasts).view(runs), torch.cat(averages).view(runs)
     best = _best_restarts(parts, lasts, runs)
-    samples = ends.take_along_dim(best, 0)[0]
+    samples = _pick(lasts, best, runs)
     mean = samples.mean(0)
     if estimate == "ema":
-        x0 = averaged.take_along_dim(best, 0)[0, 0]
+        x0 = _pick(averages, best, runs)[0]
     else:
         x0 = mean if estimate == "mean" else samples[0]
     return Result(
@@ -186,12 +175,42 @@ def solve(
     )
 
 
+def _run_chains(
+    parts: Sequence[Problem],
+    prior: CountedPrior,
+    plan: Plan,
+    statistics: Statistics | None,
+    average: Average | None,
+    progress: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the last images of all chains and their averages, part by part."""
+    lasts, averages = [], []
+    total = len(parts) * len(plan.levels)
+    with prior.counting(), progress_bar("sweeps", total, shown=progress) as advance:
+        for part in parts:
+            if plan.method == "conditioning" and statistics is not None:
+                sweeps = matheron_chain(part, prior, plan, statistics)
+            else:
+                sweeps = gibbs_chain(part, prior, plan)
+            last, averaged = run_chain(sweeps, plan.levels, average=average, advance=advance)
+            lasts.append(last)
+            averages.append(averaged)
+    return lasts, averages
+
+
 def _best_restarts(
     parts: Sequence[Problem], lasts: Sequence[Tensor], runs: Sequence[int]
-) -> Tensor:
-    """Return which restart of each chain fits y best, shape (1, S, B, 1, 1, 1)."""
+) -> Tensor | None:
+    """Return which restart of each chain fits y best, shape (S, B); None where there is one."""
     if runs[0] == 1:
-        return torch.zeros(1, *runs[1:3], 1, 1, 1, dtype=torch.long, device=lasts[0].device)
+        return None
     misfits = [part.misfit(last) for part, last in zip(parts, lasts, strict=True)]
-    misfit = torch.cat(misfits).view(*runs[:3])
-    return misfit.argmin(0, keepdim=True)[..., None, None, None]
+    return torch.cat(misfits).view(*runs[:3]).argmin(0)
+
+
+def _pick(parts: Sequence[Tensor], best: Tensor | None, runs: Sequence[int]) -> Tensor:
+    """Return the images (S, B, C, H, W) of the restart `best` (S, B) of each chain."""
+    images = torch.cat(list(parts)).view(*runs)
+    if best is None:
+        return images[0]
+    return images.take_along_dim(best[None, ..., None, None, None], 0)[0]
