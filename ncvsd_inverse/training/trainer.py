@@ -454,6 +454,8 @@ class Trainer(ABC, Generic[Config]):
         if self.step == 0 and self.has_checkpoint:
             self.load()
         if self.accelerator.is_main_process:
+            for torn in self.folder.rglob(".*.part"):  # of a run that was killed as it wrote
+                torn.unlink()
             self._forget_lines_after_checkpoint()
 
     def _forget_lines_after_checkpoint(self) -> None:

@@ -512,7 +512,7 @@ def test_dtypes_are_read_from_the_file():
 @pytest.mark.parametrize("layout", ["nvidia", "zip"])
 def test_memory(tmp_path, layout):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "experiments/security/convert_memory.py", "--megabytes", "150"]
+    command = [sys.executable, "experiments/security/convert_memory.py", "--megabytes", "100"]
     run = subprocess.run(
         [*command, "--layout", layout],
         cwd=root,

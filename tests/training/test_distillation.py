@@ -99,6 +99,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
     assert all(torch.equal(*pair) for pair in zip(*(a.values() for a in averages), strict=True))
 
 
+def test_what_a_killed_run_left_half_written_goes(tmp_path):
+    torn = tmp_path / ".state.safetensors.99.part"
+    torn.write_bytes(b"half")
+    assert TeacherTrainer(teacher_config(), small_images(), tmp_path).run()
+    assert not torn.exists()
+
+
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
     TeacherTrainer(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
     with pytest.raises(ValueError, match=r"other settings.*batch_size"):
