@@ -104,7 +104,7 @@ SIZES = {"sr_bicubic": (4, 6), "sr_box": (6, 4)}
 
 
 def dense_root(covariance, height, width):
-    """The symmetric root of a covariance as a matrix; tests/test_covariance.py checks it."""
+    """The symmetric root of a covariance as a matrix; tests/priors/test_covariance.py checks it."""
     dim = 2 * height * width
     basis = torch.eye(dim, dtype=torch.float64).view(dim, 2, height, width)
     return covariance.colour(basis).flatten(1)
