@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.security.fuzz_unpickle import (
+from fuzz_unpickle import (
     Canary,
     Filter,
     call,

@@ -7,7 +7,6 @@ import torch
 
 from experiments.few_step.oracle import (
     ORDERS,
-    SIGMA_Y,
     Mixture,
     Plan,
     Posterior,
@@ -24,6 +23,7 @@ from experiments.few_step.oracle import (
 )
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
+from ncvsd_inverse.protocols import SIGMA_Y
 from ncvsd_inverse.sampling.matheron import Matheron
 
 CHAINS = 400

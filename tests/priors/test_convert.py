@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from experiments.security.fuzz_unpickle import hostile_opcodes, persistent_pickle
+from fuzz_unpickle import hostile_opcodes, persistent_pickle
 from ncvsd_inverse.checkpoints.parsed import ParsedCheckpoint
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.networks import (
