@@ -1,4 +1,4 @@
-"""The machine: which device computes, what a call costs, how far a long one is."""
+"""The machine: device choice, network passes, memory, time and progress bars."""
 
 import os
 import sys

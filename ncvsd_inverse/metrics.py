@@ -1,4 +1,4 @@
-"""Distances between restored and true images, thin over piq and lpips.
+"""Metrics: PSNR and SSIM by piq, LPIPS by lpips, CRPS and coverage of draws, FD-alex.
 
 Images are clamped to [-1, 1] first, except for `crps` and `coverage`: a picture cannot show more.
 """

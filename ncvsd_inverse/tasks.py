@@ -1,4 +1,4 @@
-"""Named restoration tasks: an operator, its noise level, and how to speak of it."""
+"""Named restoration tasks: operator, noise level, title, and the measurement as a picture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

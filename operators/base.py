@@ -1,4 +1,4 @@
-"""What all forward models share: simulated noise, counts, batches."""
+"""Base classes of the forward models: simulated noise, counts, batches, normal equations."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -227,10 +227,10 @@ class GaussianBlur(Blur):
 class MotionBlur(Blur):
     """Blur along the path of a shaken camera; the matrix is Blur's.
 
-    The path is a random walk in direction: the heading starts at random and its rate of turn is
-    a smooth random function of time, as are small changes of speed, so that the camera dwells at
-    some points. The path is centred on its mean position, shrunk to the kernel if it leaves it,
-    spread over the four nearest pixels at each instant, and normalised to sum 1.
+    The heading starts at random. Its rate of turn is a smooth random function of time, and so is
+    the speed, so that the camera dwells at some points. The path is centred on its mean, shrunk to
+    the kernel if it leaves it, spread over the four nearest pixels at each instant, and normalised
+    to sum 1.
 
     Args:
         kernel_size: side of the kernel, pixels, >= 1.

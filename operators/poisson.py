@@ -26,9 +26,9 @@ class Poisson(BaseOperator):
     sigma_y = 1 stands for that of k. Not linear. For x < -1 A continues along its tangent at -1,
     so that a gradient leads back.
 
-    What that likelihood costs: for one pixel with the Gaussian prior of mean 0 and std 0.5 on
-    [-1, 1], posterior means are wrong by 0.059, 0.029 and 0.006 posterior stds (root mean square
-    over counts) at peaks 5, 20 and 100, and posterior stds by the mean factors 1.02, 1.00, 1.00.
+    The error of that likelihood, for one pixel with a Gaussian prior of mean 0 and std 0.5 on
+    [-1, 1] and peaks of 5, 20 and 100: posterior means are off by 0.059, 0.029 and 0.006 posterior
+    stds (root mean square over counts), posterior stds by factors of 1.02, 1.00 and 1.00.
 
     Counts of what another operator makes of x are `Compose(Poisson(peak), operator)`: r is then
     peak (operator(x) + 1)/2.

@@ -1,4 +1,4 @@
-"""Networks of EDM, EDM2 and NCVSD, whose layers are called by the side of their images.
+"""Networks of EDM, EDM2 and NCVSD: layers are named by the side of their images.
 
 Sources: Karras et al., arXiv 2206.00364 and 2312.02696; Peng et al., arXiv 2506.09416.
 """

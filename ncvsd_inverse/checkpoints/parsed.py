@@ -1,4 +1,4 @@
-"""What a checkpoint was found to hold, and what its user may have to say of it."""
+"""What a checkpoint holds, as parsed, and what its user may have to add."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Many pictures to restore: which there are, which are done, and what is written of each."""
+"""Many pictures to restore: find them, skip finished ones, batch, write, report."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What training a teacher and distilling it do alike."""
+"""Steps that `ncvsd train` and `ncvsd distill` share."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How much noise a prior's draws need to vary as the posterior does."""
+"""The factor on a prior's noise by which its draws vary as the posterior does."""
 
 import math
 from collections.abc import Sequence

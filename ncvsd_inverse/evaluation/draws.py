@@ -1,4 +1,4 @@
-"""Noisy images and draws of which every random number belongs to an image."""
+"""Noisy images and draws, each from the random numbers of its own image."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Picture grids of restorations, and plots of an evaluation."""
 
 import io
 from collections.abc import Sequence

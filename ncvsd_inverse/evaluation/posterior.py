@@ -58,9 +58,9 @@ class PosteriorRatio:
     that returns the mean has ratio 1. With a trained teacher M is not exact, and cross tells:
     below 0, the mean of the draws is nearer to the images than the teacher is.
 
-    The estimates obey the identity exactly. Each is unbiased before the division: variance is
-    that of the draws with divisor (number - 1), and from the squared distance of their mean to M
-    variance / number is subtracted, which is what too few draws add to it.
+    The estimates obey the identity exactly. Each is unbiased before the division: the variance of
+    the draws has the divisor number - 1, and bias is the squared distance of their mean to M minus
+    variance / number, which a finite number of draws adds to it.
 
     Attributes:
         ratio: MSE of one draw, averaged over all draws.
@@ -143,8 +143,8 @@ def evaluate(
 ) -> Evaluation:
     """Hold a prior's draws against its teacher's means and the true images, level by level.
 
-    Noise and draws of image i are functions of (seed, i) and the same standard normals serve at
-    every level, so that no figure depends on `batch_size`, the other levels or the other images.
+    Noise and draws of image i are functions of (seed, i), the same standard normals at every level.
+    So no figure depends on `batch_size`, other levels or other images.
 
     Args:
         prior: the sampler to judge.

@@ -34,9 +34,9 @@ class DiffusionPrior(NetworkPrior):
 
         x0 = D(u, sigma) + S(sigma)^(1/2) eps
 
-    where S is the covariance of x0 given u that `statistics` hold for the level, the mean power
-    of x0 - D(u). Its spread is right on average and its first two moments are what sampling by
-    conditioning uses; it has no detail that the mean lacks.
+    where S is the posterior covariance that `statistics` hold for the level. Its variance is right
+    on average, and conditioning uses no more than its first two moments. The noise adds no detail
+    that the mean lacks.
 
     With n > 1 steps a draw is the end of a stochastic reverse diffusion from the level of u down.
     Each step from level t to s replaces x by a draw that is exact if the clean image is known to

@@ -1,4 +1,4 @@
-"""Tells how well a denoiser denoises, by a shipped photograph."""
+"""A denoiser tried on a shipped photograph."""
 
 import math
 from collections.abc import Sequence

@@ -22,9 +22,9 @@ def tiled(
 ) -> NCVSDPrior | DiffusionPrior:
     """Return a prior that draws large images with the memory of a tile.
 
-    Only the passes through the network are cut; noise is drawn and levels are kept for the whole
-    image. So tiles that overlap see the same noise and agree but for what lies beyond their edges,
-    any operator can be used, and a pass over all tiles counts as one network call.
+    Only passes through the network are cut into tiles; noise is drawn for the whole image. Tiles
+    that overlap see the same noise, so they differ only by what lies beyond their edges. Any
+    operator can be used. A pass over all tiles counts as one network call.
 
     Args:
         prior: an `NCVSDPrior` or `DiffusionPrior` that takes any size; its network is shared. For

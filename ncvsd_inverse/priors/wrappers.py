@@ -1,4 +1,4 @@
-"""Denoisers of others, held in memory, as E[x0 | x] for images in [-1, 1] and noise stds."""
+"""Denoisers of other libraries, in memory, as E[x0 | x] for images in [-1, 1]."""
 
 import math
 from collections.abc import Callable, Sequence

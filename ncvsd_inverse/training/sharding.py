@@ -1,8 +1,8 @@
-"""Networks spread over processes (FSDP).
+"""Networks sharded over processes (FSDP).
 
-Weights are split by rows, that is by filters, so that whatever is done to each filter on its own
-(normalising, projecting, averaging, Adam) is done to the rows at hand. Gains, biases and blend
-weights stay whole on every process: they are small, and FSDP takes no scalars.
+Weights are split by rows, that is by filters: normalising, projecting, averaging and Adam work on
+each filter alone. Gains, biases and blend weights stay whole on every process: they are small, and
+FSDP takes no scalars.
 """
 
 import copy

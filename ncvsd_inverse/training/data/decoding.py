@@ -1,4 +1,4 @@
-"""Image files measured and decoded, with a substitute for each that cannot be used."""
+"""Image files measured and decoded; the next good one replaces one that cannot be used."""
 
 import itertools
 import warnings
