@@ -159,12 +159,27 @@ def progress_bar(
         yield lambda more: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        """How many are done in a second."""
+
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.3g}/s" if task.speed else "")
 
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         "{task.description}",
+        Speed(),
         TimeRemainingColumn(),
     )
     # Lines that go to a file or pipe must not be drawn above the bar.
