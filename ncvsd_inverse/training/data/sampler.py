@@ -219,9 +219,7 @@ def mirror_some(pixels: Tensor, mirrored: Tensor) -> Tensor:
     """Mirror the chosen images of (B, C, H, W) left to right."""
     if not bool(mirrored.any()):
         return pixels
-    from kornia.geometry.transform import hflip
-
-    return torch.where(mirrored.view(-1, 1, 1, 1), hflip(pixels), pixels)
+    return torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
 
 
 def to_floats(pixels: Tensor) -> Tensor:
