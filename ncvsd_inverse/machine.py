@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 __all__ = [
     "PassCounter",
     "PeakMemory",
+    "Signal",
     "count_passes",
     "find_device",
     "progress_bar",
@@ -89,6 +91,32 @@ def time_now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class Signal:
+    """Whether something has come true on a device, without making a GPU wait to be asked.
+
+    Args:
+        device: where the answers are computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._waiting: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+        self._device = device
+        self._answer = False
+
+    def seen(self, answer: Tensor) -> bool:
+        """Return `answer`, a boolean scalar; on a GPU the last one that has arrived here."""
+        if self._device.type != "cuda":
+            return bool(answer)
+        arriving = torch.empty((), dtype=torch.bool, pin_memory=True)
+        arriving.copy_(answer, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._waiting.append((event, arriving))
+        while self._waiting and self._waiting[0][0].query():
+            self._answer = bool(self._waiting.popleft()[1])
+        return self._answer
 
 
 class PeakMemory:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse.machine import Signal
 from ncvsd_inverse.protocols import Generators, Tangent
 
 __all__ = [
@@ -101,59 +101,60 @@ def conjugate_gradient(
     *,
     rtol: float = 1e-6,
     atol: float = 0.0,
+    etol: float = 0.0,
     max_iterations: int = 1000,
     precondition: Callable[[Tensor], Tensor] | None = None,
-    start: Tensor | None = None,
 ) -> Tensor:
     """Solve M x = rhs for symmetric positive definite M, every batch item on its own.
+
+    An item stops changing once one of three bounds holds, or after `max_iterations`. A GPU is not
+    waited for: it may go on for some iterations, in which nothing changes.
 
     Args:
         apply: x -> M x on tensors of the shape of `rhs`; must not mix batch items.
         rhs: right-hand sides, shape (B, ...).
-        rtol: an item stops changing once its residual norm is at most rtol * ||rhs||,
-        atol: or at most this.
+        rtol: the residual norm is at most rtol * ||rhs||,
+        atol: or at most this,
+        etol: or the last iteration moved x by at most this in the norm of M. Near the end that is
+            what x is off by, in the same norm, to a factor of order one.
         max_iterations: most applications of M.
         precondition: r -> an approximation of M^-1 r, symmetric positive definite.
-        start: first guess, the shape of `rhs`; zeros if None.
 
     Returns:
-        The solutions, shape (B, ...); items that did not reach `rtol` are returned as they are
-        after `max_iterations`.
+        The solutions, shape (B, ...); items that did not stop as they are after `max_iterations`,
+        NaN where a residual is not finite.
 
-    Raises:
-        DivergenceError: if a residual is not finite.
-
-    Source:
-        Hestenes & Stiefel, J. Res. NBS 49 (1952).
+    Sources:
+        Hestenes & Stiefel, J. Res. NBS 49 (1952); Strakos & Tichy, ETNA 13 (2002), for the
+        estimate of the error in the norm of M.
     """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))
+        return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).reshape(-1, *[1] * (a.ndim - 1))
 
-    x = torch.zeros_like(rhs) if start is None else start.clone()
-    residual = rhs - apply(x) if start is not None else rhs.clone()
-    target = (rtol**2 * dot(rhs, rhs)).clamp(min=atol**2)
+    x, residual = torch.zeros_like(rhs), rhs.clone()
+    least = (rtol**2 * dot(rhs, rhs)).clamp(min=atol**2)
     z = precondition(residual) if precondition else residual
     direction, rz = z, dot(residual, z)
-    for iteration in range(max_iterations):
-        squared = dot(residual, residual)
-        if not bool(torch.isfinite(squared).all()):
-            raise DivergenceError(
-                f"conjugate gradients left the finite numbers at iteration {iteration}"
-            )
-        active = squared > target
-        if not bool(active.any()):
+    # Nothing is left to do where the right-hand side is nothing.
+    active = (dot(residual, residual) > least) & (rz > 0)
+    all_done = Signal(rhs.device)
+    for _ in range(max_iterations):
+        if all_done.seen(~active.any()):
             break
         image = apply(direction)
         curvature = dot(direction, image)
-        step = torch.where(active & (curvature > 0), rz / curvature, torch.zeros_like(rz))
-        x = x + step * direction
-        residual = residual - step * image
+        moves = active & (curvature > 0)
+        step = torch.where(moves, rz / curvature, 0.0)
+        x = torch.addcmul(x, step, direction)
+        residual = torch.addcmul(residual, step, image, value=-1)
         z = precondition(residual) if precondition else residual
         rz_next = dot(residual, z)
-        ratio = torch.where(rz > 0, rz_next / rz, torch.zeros_like(rz))
-        direction, rz = z + ratio * direction, rz_next
-    return x
+        left = dot(residual, residual)
+        active = moves & (left > least) & (step * rz > etol**2) & (rz_next > 0)
+        direction = torch.addcmul(z, torch.where(active, rz_next / rz, 0.0), direction)
+        rz = rz_next
+    return torch.where(torch.isfinite(dot(residual, residual)), x, torch.nan)
 
 
 def squared_norm(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "HasNoiseLevel",
     "HasStatistics",
     "LikelihoodStep",
+    "LinearForm",
     "LinearOperator",
     "Linearisable",
     "NetworkBacked",
@@ -36,6 +37,7 @@ __all__ = [
     "PriorTraits",
     "SolvableOperator",
     "Statistics",
+    "StructuredOperator",
     "Tangent",
     "Temperable",
 ]
@@ -92,6 +94,47 @@ class DiagonalOperator(SolvableOperator, Protocol):
 
     def solve_normal_spread(self, rhs: Tensor, eps: Tensor, /, *, a: float, b: float) -> Tensor:
         """Return M^-1 rhs + M^(-1/2) eps for M = a A^T A + b I, shape (B, C, H, W)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LinearForm:
+    """A linear forward model in steps, so that a solver can choose how to invert it.
+
+    y = keep(every `stride`-th pixel(blur(grey(x)))), where grey mixes the channels into one, blur is
+    a periodic convolution of H x W pixels, and keep drops pixels; or y holds Fourier coefficients
+    of blur(grey(x)). A step that is None does nothing.
+
+    Attributes:
+        weights: weights of the channels in the grey image, shape (C,).
+        transfer: gains of the blur in the layout of `torch.fft.rfft2`, complex, shape
+            (1 or B, 1, H, W // 2 + 1).
+        stride: pixels from one kept pixel to the next on each axis, >= 1, a divisor of H and W.
+        mask: pixels that are kept, boolean, shape (1 or B, 1 or C, H, W).
+        margins: pixels at the left, right, top and bottom that y lacks; the mask drops them too.
+        shares: how often each Fourier coefficient is measured, real, (1, 1, H, W // 2 + 1).
+        exact: whether this is A itself; else A differs at the edges of images.
+        forward: what A does to images of one channel, (B, 1, H, W), after grey.
+        backward: transpose of `forward`.
+    """
+
+    weights: Tensor | None = None
+    transfer: Tensor | None = None
+    stride: int = 1
+    mask: Tensor | None = None
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0)
+    shares: Tensor | None = None
+    exact: bool = True
+    forward: Callable[[Tensor], Tensor] | None = None
+    backward: Callable[[Tensor], Tensor] | None = None
+
+
+@runtime_checkable
+class StructuredOperator(LinearOperator, Protocol):
+    """A linear forward model that may know the steps it is made of."""
+
+    def linear_form(self, like: Tensor, /) -> LinearForm | None:
+        """Return the steps for images `like` (B, C, H, W), on its device; None: other steps."""
         ...
 
 

@@ -19,6 +19,7 @@ from ncvsd_inverse.checks import (
 )
 from ncvsd_inverse.numerics import conjugate_gradient, working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
+from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
@@ -147,6 +148,20 @@ class Blur(LinearBase):
         spectrum = torch.fft.rfft2(working) * scale + torch.fft.rfft2(eps.to(working))
         drawn: Tensor = torch.fft.irfft2(spectrum * scale, s=rhs.shape[-2:])
         return drawn.to(rhs.dtype)
+
+    def linear_form(self, like: Tensor) -> LinearForm | None:
+        """Return the steps for images `like` (B, C, H, W); None if channels differ."""
+        if self.kernel.shape[1] != 1:
+            return None
+        self._check("like", like, like.shape)
+        transfer = self._transfer(like.to(working_dtype(like.dtype)))
+        if self.boundary == "circular":
+            return LinearForm(transfer=transfer)
+        if self.boundary == "valid":
+            inside = torch.ones(1, 1, *like.shape[2:], dtype=torch.bool, device=like.device)
+            kept = functional.pad(self._crop(inside), self._margins)
+            return LinearForm(transfer=transfer, mask=kept, margins=self._margins)
+        return LinearForm(transfer=transfer, exact=False, forward=self, backward=self.adjoint)
 
     def _check(self, name: str, images: Tensor, image_shape: Sequence[int]) -> None:
         check_broadcasts("kernel", self.kernel, name, images)

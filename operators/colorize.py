@@ -10,6 +10,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice, check_image_size, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
+from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["Colorize"]
 
@@ -80,6 +81,10 @@ class Colorize(LinearBase):
         seen, hidden = math.sqrt(a * self._squared_norm + b), math.sqrt(b)
         drawn = (along / seen + along_eps) / seen + (across / hidden + across_eps) / hidden
         return drawn.to(rhs.dtype)
+
+    def linear_form(self, like: Tensor) -> LinearForm:
+        """Return the steps for images `like` (B, 3, H, W): the mixture."""
+        return LinearForm(weights=like.new_tensor(self.weights))
 
     def _split(self, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the parts of colours (B, 3, H, W) along the weights and across them."""

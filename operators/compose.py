@@ -1,18 +1,21 @@
 """One forward model after another."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_images
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.protocols import (
     Generators,
     HasNoiseLevel,
+    LinearForm,
     LinearOperator,
     Operator,
     OperatorTraits,
+    StructuredOperator,
 )
 
 __all__ = ["Compose"]
@@ -128,3 +131,75 @@ class _LinearCompose(Compose):
     def adjoint(self, y: Tensor) -> Tensor:
         """Return A_inner^T A_outer^T y, shape (B, C, H, W)."""
         return self._in_runs(lambda part: self.inner.adjoint(self.outer.adjoint(part)), y)
+
+    def linear_form(self, like: Tensor) -> LinearForm | None:
+        """Return the steps for images `like` (B, C, H, W), where those of the parts combine."""
+        parts = (self.outer, self.inner)
+        outer, inner = (part if isinstance(part, StructuredOperator) else None for part in parts)
+        if outer is None or inner is None or self._runs != 1:
+            return None
+        first = inner.linear_form(like)
+        between = self._between(inner(like))
+        second = outer.linear_form(between)
+        return None if first is None or second is None else _combine(second, first)
+
+
+def _combine(outer: LinearForm, inner: LinearForm) -> LinearForm | None:
+    """Return the steps of two forms, the inner first; None if they are not those of a form."""
+    own, before = _steps(outer), _steps(inner)
+    if not own:
+        return inner
+    channels_alike = inner.mask is None or inner.mask.shape[1] == 1
+    if own == {"weights"} and inner.weights is None and channels_alike:
+        return replace(inner, weights=outer.weights)
+    if own == {"mask"} and inner.mask is not None and outer.mask is not None:
+        return replace(inner, mask=inner.mask & nn.functional.pad(outer.mask, inner.margins))
+    if not before <= {"weights", "transfer"} or "weights" in own & before:
+        return None
+    weights = inner.weights if outer.weights is None else outer.weights
+    if inner.transfer is None:
+        return replace(outer, weights=weights)
+    blur = _Filter(inner.transfer)
+    return replace(
+        outer,
+        weights=weights,
+        transfer=blur.transfer if outer.transfer is None else outer.transfer * blur.transfer,
+        forward=None if outer.forward is None else _Chain(blur, outer.forward),
+        backward=None if outer.backward is None else _Chain(outer.backward, blur.transposed()),
+    )
+
+
+def _steps(form: LinearForm) -> set[str]:
+    """Return the names of the steps that do something."""
+    done = {
+        name
+        for name in ("weights", "transfer", "mask", "shares")
+        if getattr(form, name) is not None
+    }
+    return done | ({"stride"} if form.stride > 1 else set())
+
+
+class _Filter:
+    """A periodic convolution with the gains `transfer`."""
+
+    def __init__(self, transfer: Tensor) -> None:
+        self.transfer = transfer
+
+    def transposed(self) -> "_Filter":
+        return _Filter(self.transfer.conj())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(images) * self.transfer
+        filtered: Tensor = torch.fft.irfft2(spectrum, s=images.shape[-2:])
+        return filtered
+
+
+class _Chain:
+    """One map after another."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor]) -> None:
+        self.first = first
+        self.last = last
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ncvsd_inverse.checks import check_images
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
+from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["Denoise"]
 
@@ -29,3 +30,7 @@ class Denoise(LinearBase):
 
     def _solve_normal(self, rhs: Tensor, a: float, b: float) -> Tensor:
         return rhs / (a + b)
+
+    def linear_form(self, like: Tensor) -> LinearForm:
+        """Return the steps: none."""
+        return LinearForm()

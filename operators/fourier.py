@@ -15,7 +15,7 @@ from ncvsd_inverse.checks import (
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
 from ncvsd_inverse.operators.inpainting import _check_size
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import Generators, LinearForm
 
 __all__ = ["MaskedFourier"]
 
@@ -171,6 +171,11 @@ class MaskedFourier(LinearBase):
         spectrum = torch.fft.rfft2(rhs.to(share)) * scale + torch.fft.rfft2(eps.to(share))
         drawn: Tensor = torch.fft.irfft2(spectrum * scale, s=rhs.shape[-2:])
         return drawn.to(rhs.dtype)
+
+    def linear_form(self, like: Tensor) -> LinearForm:
+        """Return the steps for images `like` (B, C, H, W): how often coefficients are measured."""
+        self._check_sides("like", like.shape)
+        return LinearForm(shares=self._on(like)[1][None, None])
 
     def _check_sides(self, name: str, shape: Sequence[int]) -> None:
         if tuple(shape[2:4]) != tuple(self.mask.shape):

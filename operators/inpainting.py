@@ -8,7 +8,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_count, check_finite, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
-from ncvsd_inverse.protocols import Generators
+from ncvsd_inverse.protocols import Generators, LinearForm
 
 __all__ = ["Inpaint"]
 
@@ -128,6 +128,10 @@ class Inpaint(LinearBase):
         mask = self._mask_for("rhs", rhs).to(working_dtype(rhs.dtype))
         scale = (a * mask + b).rsqrt()
         return ((rhs * scale + eps) * scale).to(rhs.dtype)
+
+    def linear_form(self, like: Tensor) -> LinearForm:
+        """Return the steps for images `like` (B, C, H, W): the mask."""
+        return LinearForm(mask=self.mask.to(like.device))
 
     def _mask_for(self, name: str, images: Tensor) -> Tensor:
         """Return the mask in the dtype and device of `images`, once they fit it."""

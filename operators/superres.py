@@ -9,6 +9,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice, check_count, check_images
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
+from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["SuperResolution"]
 
@@ -77,6 +78,29 @@ class SuperResolution(LinearBase):
         coefficients = basis_h.T @ working @ basis_w
         coefficients /= a * torch.outer(power_h, power_w) + b
         return (basis_h @ coefficients @ basis_w.T).to(rhs.dtype)
+
+    def linear_form(self, like: Tensor) -> LinearForm:
+        """Return the steps for images `like` (B, C, H, W).
+
+        The filter of a row far from the edges, periodic, and every `factor`-th pixel. "box" has no
+        other rows.
+        """
+        gains = [self._periodic_gains(side, like) for side in self._check_sides("like", like)]
+        transfer = torch.outer(gains[0], gains[1][: like.shape[3] // 2 + 1])
+        return LinearForm(
+            transfer=transfer[None, None],
+            stride=self.factor,
+            exact=self.filter == "box",
+            forward=self,
+            backward=self.adjoint,
+        )
+
+    def _periodic_gains(self, side: int, like: Tensor) -> Tensor:
+        """Return the Fourier transform (side,) of the filter whose outputs are pixels 0, f, ..."""
+        row = side // self.factor // 2
+        weights = self._matrix(side, like.to(working_dtype(like.dtype)))[row]
+        # A correlation: weights at positive offsets take from pixels further on.
+        return torch.fft.fft(weights.roll(-self.factor * row)).conj()
 
     def _check_sides(self, name: str, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class DenseCovariance:
         self.variances = values.reshape(-1, 1, 1, 1)
         self._vectors = vectors
         self._image_shape = tuple(image_shape)
+
+    def double(self) -> "DenseCovariance":
+        """Return the covariance in float64."""
+        values = self.variances.flatten().double()
+        return DenseCovariance(self._vectors.double(), values, self._image_shape)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, D, 1, 1, 1) of images (B, C, H, W)."""
@@ -58,25 +64,56 @@ class SpectralCovariance:
 
     def __init__(self, mixing: Tensor, spectrum: Tensor, width: int) -> None:
         self.mixing = mixing
+        self.spectrum = spectrum
         self.variances = spectrum[..., None]
         self.size = (spectrum.shape[1], width)
+        self._double: SpectralCovariance | None = None
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates, C * H * W."""
+        return len(self.mixing) * math.prod(self.size)
+
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """The least and the largest variance."""
+        least, most = torch.stack(torch.aminmax(self.spectrum)).tolist()
+        return least, most
+
+    @cached_property
+    def _weights(self) -> Tensor:
         # Columns between the first and the last stand for their negative frequencies too.
-        weights = torch.full((spectrum.shape[2], 1), math.sqrt(2.0)).to(spectrum)
+        weights = torch.full((self.spectrum.shape[2], 1), math.sqrt(2.0)).to(self.spectrum)
         weights[0] = 1
-        if width % 2 == 0:
+        if self.size[1] % 2 == 0:
             weights[-1] = 1
-        self._weights = weights
+        return weights
+
+    def double(self) -> "SpectralCovariance":
+        """Return the covariance in float64; its mixtures are orthonormal in float64 too."""
+        if self.spectrum.dtype == torch.float64:
+            return self
+        if self._double is None:
+            left, _, right = torch.linalg.svd(self.mixing.double())
+            self._double = SpectralCovariance(left @ right, self.spectrum.double(), self.size[1])
+        return self._double
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Return the mixtures (B, C, H, W) of the colours of images."""
+        return torch.einsum("kc,bchw->bkhw", self.mixing, x)
+
+    def unmix(self, x: Tensor) -> Tensor:
+        """Return the images whose mixtures are x, (B, C, H, W)."""
+        return torch.einsum("kc,bkhw->bchw", self.mixing, x)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, C, H, W // 2 + 1, 2) of images (B, C, H, W)."""
-        mixed = torch.einsum("kc,bchw->bkhw", self.mixing, x)
-        return torch.view_as_real(torch.fft.rfft2(mixed, norm="ortho")) * self._weights
+        return torch.view_as_real(torch.fft.rfft2(self.mix(x), norm="ortho")) * self._weights
 
     def images(self, z: Tensor) -> Tensor:
         """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
         waves = torch.view_as_complex(z / self._weights)
-        mixed = torch.fft.irfft2(waves, s=self.size, norm="ortho")
-        return torch.einsum("kc,bkhw->bchw", self.mixing, mixed)
+        return self.unmix(torch.fft.irfft2(waves, s=self.size, norm="ortho"))
 
     def colour(self, noise: Tensor) -> Tensor:
         """Turn white noise (B, C, H, W) into noise of this covariance."""

@@ -1,0 +1,459 @@
+"""Gaussian conditioning as linear algebra: S A^T (A S A^T + s^2 I)^-1, each A in its best way."""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ncvsd_inverse.numerics import conjugate_gradient
+from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
+from ncvsd_inverse.protocols import (
+    Covariance,
+    LinearForm,
+    LinearOperator,
+    OperatorTraits,
+    StructuredOperator,
+)
+
+__all__ = ["LinearSolver", "Move"]
+
+CONDITION_IN_SINGLE = 1e4
+"""Largest condition of a matrix that is solved in float32."""
+
+IS_CONVOLUTION = 1e-8
+"""Squared share of A^T A x that the diagonal over frequencies of a convolution leaves out."""
+
+LEAST_IN_SINGLE = 1e-3
+"""Least noise std, units of y, at which misfits are taken in float32."""
+
+
+class Move(NamedTuple):
+    """How far images move towards a measurement.
+
+    Attributes:
+        images: S A^T (A S A^T + s^2 I)^-1 misfit, shape (B, C, H, W).
+        error: root mean square of what is missing, in stds of S, as measured after the solve,
+            shape (B,); 0 for solves in closed form.
+    """
+
+    images: Tensor
+    error: Tensor
+
+
+class LinearSolver:
+    """Moves Gaussian images of covariance S towards a measurement by a matrix A with noise std s.
+
+    The move is S A^T (A S A^T + s^2 I)^-1 of the misfit y - A x. How it is found depends on the
+    steps of A (`LinearForm`) and on S:
+
+    - periodic blurs, grey images and Fourier coefficients: S and A^T A are diagonal over
+      frequencies, and the move is a quotient;
+    - every d-th pixel: A S A^T is diagonal over the frequencies of the small image, the sum over
+      the d^2 that alias;
+    - masks, on blurred or grey images too, and blurs that keep what is inside: with T the
+      covariance of what the mask sees, the misfit is filled in at the unknown pixels by its mean
+      under T + s^2 I, which conjugate gradients find there. Their matrix is the unknown block of
+      (T + s^2 I)^-1, whose condition does not grow without bound as s falls. Holes are
+      preconditioned by the unknown block of T + s^2 I; scattered pixels need nothing;
+    - forms that hold but for the edges of images: conjugate gradients on A S A^T + s^2 I,
+      preconditioned by the periodic form;
+    - dense S: least squares for w, the move in stds, by a QR factorisation;
+    - all else: conjugate gradients for w, preconditioned by the diagonal of A^T A over
+      frequencies, as noise images show it.
+
+    Iterations stop once the error of w is about `tolerance` in the root mean square.
+
+    Args:
+        operator: the matrix A.
+        sigma_lik: noise std s, > 0, units of y.
+
+    Attributes:
+        iterations: conjugate gradient iterations of the last move.
+
+    Sources:
+        Zhao, Wei, Basarab, Dobigeon, Kouame & Tourneret, IEEE TIP 25 (2016), for aliased
+        frequencies; Rue & Held, Gaussian Markov Random Fields (2005), for conditioning by blocks
+        of the precision.
+    """
+
+    tolerance: ClassVar[float] = 0.001
+    """Root mean square error of a move, in stds of S, at which iterations stop."""
+
+    max_iterations: ClassVar[int] = 500
+    """Most iterations of a solve."""
+
+    PROBES: ClassVar[int] = 8
+    """Noise images through which the diagonal of an unknown A^T A is seen."""
+
+    DENSE: ClassVar[int] = 2048
+    """Most pixels (channels counted) of images whose matrix is written out for a dense S."""
+
+    def __init__(self, operator: LinearOperator, sigma_lik: float) -> None:
+        self.operator = operator
+        self.sigma_lik = sigma_lik
+        self.iterations = 0
+        self._forms: dict[torch.dtype, LinearForm | None] = {}
+        self._holes: Tensor | None = None
+        self._grams: dict[torch.dtype, _Gram] = {}
+
+    def needs_double(self, covariance: Covariance, like: Tensor) -> bool:
+        """Return whether float32 is too coarse for moves of images `like` (B, C, H, W)."""
+        if self.sigma_lik < LEAST_IN_SINGLE:
+            return True
+        if not isinstance(covariance, SpectralCovariance):
+            return False
+        form = self._form(like)
+        exact = form is not None and form.exact
+        if exact and form is not None and form.mask is None:
+            return False
+        least, most = covariance.extremes
+        noise = self.sigma_lik**2
+        return (most + noise) / ((least if exact else 0.0) + noise) > CONDITION_IN_SINGLE
+
+    def move(self, misfit: Tensor, covariance: Covariance, like: Tensor) -> Move:
+        """Return how far images move.
+
+        Args:
+            misfit: y - A x, shape (B, ...).
+            covariance: covariance S of x.
+            like: images (B, C, H, W), in the dtype of the misfit.
+        """
+        self.iterations = 0
+        if isinstance(covariance, SpectralCovariance):
+            form = self._form(like)
+            if form is None:
+                gram = self._gram(like, covariance)
+                form = LinearForm(shares=gram.diagonal[..., 0]) if gram.is_all else None
+            if form is not None and form.shares is not None:
+                return self._by_quotient(misfit, form, form.shares, covariance)
+            if form is not None and form.mask is None and self._can_fold(form):
+                return self._by_folding(misfit, form, covariance)
+            if form is not None and form.mask is not None and form.exact and form.stride == 1:
+                return self._by_filling_in(misfit, form, form.mask, covariance)
+        elif isinstance(covariance, DenseCovariance) and self._can_be_written_out(like):
+            return self._by_least_squares(misfit, covariance, like)
+        return self._by_coordinates(misfit, covariance, like)
+
+    def _form(self, like: Tensor) -> LinearForm | None:
+        if like.dtype not in self._forms:
+            operator = self.operator
+            structured = isinstance(operator, StructuredOperator)
+            self._forms[like.dtype] = operator.linear_form(like) if structured else None
+        return self._forms[like.dtype]
+
+    def _by_quotient(
+        self, misfit: Tensor, form: LinearForm, shares: Tensor, covariance: SpectralCovariance
+    ) -> Move:
+        """Divide: A^T A is diagonal over frequencies."""
+        gain = covariance.spectrum / (shares * _seen(form, covariance) + self.sigma_lik**2)
+        # What is not measured does not move, though rounding may say so.
+        gain = torch.where(shares > 1e-10 * shares.amax(), gain, 0.0)
+        waves = torch.fft.rfft2(covariance.mix(self.operator.adjoint(misfit)))
+        images = covariance.unmix(torch.fft.irfft2(gain * waves, s=covariance.size))
+        return Move(images, images.new_zeros(len(images)))
+
+    def _by_folding(self, misfit: Tensor, form: LinearForm, covariance: SpectralCovariance) -> Move:
+        """Invert A S A^T + s^2 I, diagonal over the frequencies of y but for the edges."""
+        seen = _fold(_seen(form, covariance), form.stride, covariance.size[1])
+        inverse = 1 / (seen + self.sigma_lik**2)
+        entered = _enter(misfit, form, covariance)
+        if form.exact:
+            z, error = _filter(entered, inverse), entered.new_zeros(len(entered))
+        else:
+            z, error = self._near_the_periodic(entered, form, inverse, covariance)
+        if form.backward is None:
+            waves = torch.fft.rfft2(z)
+            waves = waves if form.transfer is None else form.transfer.conj() * waves
+        else:
+            parts = [form.backward(part) for part in z.split(1, dim=1)]
+            waves = torch.fft.rfft2(torch.cat(parts, dim=1))
+        return Move(_leave(waves, form, covariance), error)
+
+    def _near_the_periodic(
+        self, rhs: Tensor, form: LinearForm, inverse: Tensor, covariance: SpectralCovariance
+    ) -> tuple[Tensor, Tensor]:
+        """Return (A S A^T + s^2 I)^-1 rhs, mixture by mixture, and the error (B,)."""
+        forward, backward = form.forward, form.backward
+        if forward is None or backward is None:
+            raise TypeError("a linear form that is not exact must have forward and backward")
+        spectra = _mixed(form, covariance)
+        parts, energy = [], rhs.new_zeros(len(rhs))
+        for k in range(rhs.shape[1]):
+
+            def apply(
+                z: Tensor,
+                spectrum: Tensor = spectra[k],
+                forward: Callable[[Tensor], Tensor] = forward,
+                backward: Callable[[Tensor], Tensor] = backward,
+            ) -> Tensor:
+                self.iterations += 1
+                return forward(_filter(backward(z), spectrum)) + self.sigma_lik**2 * z
+
+            def precondition(r: Tensor, inverse: Tensor = inverse[:, k : k + 1]) -> Tensor:
+                return _filter(r, inverse)
+
+            right = rhs[:, k : k + 1]
+            z = self._iterate(apply, right, precondition, covariance, rhs.shape[1])
+            energy = energy + _energy(right - apply(z), precondition)
+            parts.append(z)
+        return torch.cat(parts, dim=1), (energy / covariance.dimension).sqrt()
+
+    def _by_filling_in(
+        self, misfit: Tensor, form: LinearForm, mask: Tensor, covariance: SpectralCovariance
+    ) -> Move:
+        """Fill the misfit in where the mask hides it, then divide."""
+        noisy = _seen(form, covariance) + self.sigma_lik**2
+        precision = 1 / noisy
+        known = nn.functional.pad(misfit, form.margins)
+        energy = known.new_zeros(len(known))
+        if mask.shape[1] == 1:  # the mixtures of colours do not meet
+            entered = _enter(known, form, covariance)
+            parts = []
+            for k in range(entered.shape[1]):
+                own = slice(k, k + 1)
+                part, more = self._fill_in(
+                    entered[:, own],
+                    mask,
+                    lambda x, own=own: _filter(x, precision[:, own]),
+                    lambda x, own=own: _filter(x, noisy[:, own]),
+                    covariance,
+                    entered.shape[1],
+                )
+                parts.append(part)
+                energy = energy + more
+            filled = torch.cat(parts, dim=1)
+        else:
+            filled, energy = self._fill_in(
+                known,
+                mask,
+                lambda x: covariance.unmix(_filter(covariance.mix(x), precision)),
+                lambda x: covariance.unmix(_filter(covariance.mix(x), noisy)),
+                covariance,
+                1,
+            )
+            filled = _enter(filled, form, covariance)
+        waves = precision * torch.fft.rfft2(filled)
+        waves = waves if form.transfer is None else form.transfer.conj() * waves
+        error = (energy / covariance.dimension).sqrt()
+        return Move(_leave(waves, form, covariance), error)
+
+    def _fill_in(
+        self,
+        known: Tensor,
+        mask: Tensor,
+        to_precision: Callable[[Tensor], Tensor],
+        to_noisy: Callable[[Tensor], Tensor],
+        covariance: SpectralCovariance,
+        shares: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return `known` with unknown pixels at their mean, and the squared error (B,), in stds."""
+        unknown = (~mask).to(known.dtype)
+        if self._holes is None:
+            self._holes = _find_holes(mask)
+        holes = self._holes
+
+        def apply(v: Tensor) -> Tensor:
+            self.iterations += 1
+            return unknown * to_precision(v)
+
+        def widen(r: Tensor) -> Tensor:
+            return unknown * to_noisy(r)
+
+        precondition = widen if bool(holes.all()) else None
+        if precondition is None and bool(holes.any()):
+
+            def precondition(r: Tensor) -> Tensor:
+                return torch.where(holes, widen(r), r)
+
+        filling = self._iterate(
+            apply, -unknown * to_precision(known), precondition, covariance, shares
+        )
+        filled = known + filling
+        # The inverse of the matrix is at most the block of T + s^2 I: this bounds the error.
+        return filled, _energy(unknown * to_precision(filled), widen)
+
+    def _by_least_squares(self, misfit: Tensor, covariance: DenseCovariance, like: Tensor) -> Move:
+        """Solve min |A L w - misfit|^2 / s^2 + |w|^2 for w, with S = L L^T."""
+        size = like[0].numel()
+        basis = torch.eye(size, dtype=like.dtype, device=like.device)[..., None, None, None]
+        roots = covariance.images(covariance.variances.sqrt() * basis)
+        seen = self.operator(roots).flatten(1).T
+        noise = self.sigma_lik * torch.eye(size, dtype=like.dtype, device=like.device)
+        q, r = torch.linalg.qr(torch.cat((seen, noise)))
+        onto = misfit.flatten(1) @ q[: len(seen)]
+        w = torch.linalg.solve_triangular(r, onto.T, upper=True).T
+        images = (w @ roots.flatten(1)).view(like.shape)
+        return Move(images, images.new_zeros(len(images)))
+
+    def _can_fold(self, form: LinearForm) -> bool:
+        """Return whether A S A^T + s^2 I is near enough to that of the periodic form.
+
+        Blurs whose edges differ need w at small s: a small error of (A S A^T + s^2 I)^-1 is none
+        of the move where the blur leaves little.
+        """
+        return form.exact or form.stride > 1 or self.sigma_lik >= LEAST_IN_SINGLE
+
+    def _can_be_written_out(self, like: Tensor) -> bool:
+        repeated = OperatorTraits.of(self.operator).repeated
+        alike = repeated is not None and repeated(2) is self.operator
+        return alike and like[0].numel() <= self.DENSE
+
+    def _by_coordinates(self, misfit: Tensor, covariance: Covariance, like: Tensor) -> Move:
+        """Solve (I + L^T A^T A L / s^2) w = L^T A^T misfit / s^2, with S = L L^T, for w."""
+        gram = self._gram(like, covariance)
+        precision = 1 / self.sigma_lik**2
+        root = covariance.variances.sqrt()
+        inverse = 1 / (1 + precision * covariance.variances * gram.diagonal)
+
+        def gather(y: Tensor) -> Tensor:
+            return precision * root * covariance.coordinates(self.operator.adjoint(y))
+
+        def apply(w: Tensor) -> Tensor:
+            self.iterations += 1
+            return w + gather(self.operator(covariance.images(root * w)))
+
+        def precondition(r: Tensor) -> Tensor:
+            return inverse * r
+
+        size = like[0].numel()
+        right = gather(misfit)
+        w = conjugate_gradient(
+            apply,
+            right,
+            rtol=0.0,
+            etol=self.tolerance * math.sqrt(size),
+            max_iterations=self.max_iterations,
+            # What A does not see has no place among the frequencies of such a diagonal.
+            precondition=precondition if gram.has_rank else None,
+        )
+        error = (_energy(right - apply(w), precondition) / size).sqrt()
+        return Move(covariance.images(root * w), error)
+
+    def _iterate(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        rhs: Tensor,
+        precondition: Callable[[Tensor], Tensor] | None,
+        covariance: SpectralCovariance,
+        shares: int,
+    ) -> Tensor:
+        """Run conjugate gradients until the error of w is as tolerated, over so many shares."""
+        return conjugate_gradient(
+            apply,
+            rhs,
+            rtol=0.0,
+            etol=self.tolerance * math.sqrt(covariance.dimension / shares),
+            max_iterations=self.max_iterations,
+            precondition=precondition,
+        )
+
+    def _gram(self, like: Tensor, covariance: Covariance) -> "_Gram":
+        if like.dtype not in self._grams:
+            self._grams[like.dtype] = self._probe(like, covariance)
+        return self._grams[like.dtype]
+
+    def _probe(self, like: Tensor, covariance: Covariance) -> "_Gram":
+        """Look at A^T A through noise images.
+
+        They show its diagonal up to their own noise, which the mean over neighbouring frequencies
+        and colours removes. Where A^T A is a convolution, one shows it exactly.
+        """
+        source = torch.Generator(like.device).manual_seed(0)
+        sums: list[Tensor] = []
+        has_rank = False
+        for number in range(self.PROBES):
+            white = torch.randn(like.shape[1:], generator=source, device=like.device)
+            probe = white.to(like).expand(like.shape)
+            y = self.operator(probe)
+            sent = covariance.coordinates(probe)
+            seen = covariance.coordinates(self.operator.adjoint(y))
+            power = (sent * sent).sum((1, 4), keepdim=True)
+            overlap = (sent * seen).sum((1, 4), keepdim=True)
+            if number == 0:
+                has_rank = int((y != 0).flatten(1).sum(1).min()) >= like[0].numel()
+            elif number == 1:
+                first = (sums[0][:, :1] / sums[0][:, 1:]).clamp(min=0)[..., None]
+                rest = (seen - first * sent).square().sum() / seen.square().sum()
+                if float(rest) < IS_CONVOLUTION:
+                    return _Gram(first, is_all=True, has_rank=True)
+            sums.append(torch.cat((overlap, power), 1)[..., 0])
+        total = torch.stack(sums).sum(0)
+        rows = torch.stack([total.roll(step, 2) for step in range(-2, 3)]).mean(0)
+        wide = nn.functional.pad(rows, (2, 2, 0, 0), mode="replicate")
+        smooth = nn.functional.avg_pool2d(wide, (1, 5), 1)
+        diagonal = (smooth[:, :1] / smooth[:, 1:]).clamp(min=0)[..., None]
+        return _Gram(diagonal, is_all=False, has_rank=has_rank)
+
+
+class _Gram(NamedTuple):
+    """What noise images show of A^T A.
+
+    Attributes:
+        diagonal: its diagonal in coordinates, shape (B, 1, H, W // 2 + 1, 1).
+        is_all: whether the rest is nothing.
+        has_rank: whether y has as many entries as x, zeros not counted.
+    """
+
+    diagonal: Tensor
+    is_all: bool
+    has_rank: bool
+
+
+def _filter(x: Tensor, spectrum: Tensor) -> Tensor:
+    """Return images (..., H, W) convolved periodically, by the gains (..., H, W // 2 + 1)."""
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * spectrum, s=x.shape[-2:])
+    return filtered
+
+
+def _energy(residual: Tensor, precondition: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return r^T P r of each item, (B,): the squared error where P is about the inverse matrix."""
+    return (residual * precondition(residual)).flatten(1).sum(1).clamp(min=0)
+
+
+def _mixed(form: LinearForm, covariance: SpectralCovariance) -> Tensor:
+    """Return the variances of what A blurs: mixtures, (C, H, W // 2 + 1), or the grey image."""
+    if form.weights is None:
+        return covariance.spectrum
+    shares = (covariance.mixing @ form.weights).square()
+    return torch.tensordot(shares, covariance.spectrum, dims=1)[None]
+
+
+def _seen(form: LinearForm, covariance: SpectralCovariance) -> Tensor:
+    """Return the variances of what A keeps pixels of, (1 or B, C or 1, H, W // 2 + 1)."""
+    mixed = _mixed(form, covariance)[None]
+    return mixed if form.transfer is None else mixed * form.transfer.abs().square()
+
+
+def _enter(y: Tensor, form: LinearForm, covariance: SpectralCovariance) -> Tensor:
+    """Return the mixtures (B, C, h, w) of colours of y; a grey y as it is."""
+    return covariance.mix(y) if form.weights is None else y
+
+
+def _leave(waves: Tensor, form: LinearForm, covariance: SpectralCovariance) -> Tensor:
+    """Return S times the transpose of the mixing step, images (B, C, H, W), of waves."""
+    gain = covariance.spectrum
+    if form.weights is not None:
+        gain = gain * (covariance.mixing @ form.weights)[:, None, None]
+    return covariance.unmix(torch.fft.irfft2(gain * waves, s=covariance.size))
+
+
+def _fold(spectrum: Tensor, stride: int, width: int) -> Tensor:
+    """Return the variances of every `stride`-th pixel of images with this half spectrum."""
+    if stride == 1:
+        return spectrum
+    negative = spectrum[..., 1 : (width + 1) // 2].flip(-1, -2).roll(1, -2)
+    full = torch.cat((spectrum, negative), dim=-1)
+    height = full.shape[-2]
+    aliases = full.unflatten(-1, (stride, width // stride))
+    aliases = aliases.unflatten(-3, (stride, height // stride))
+    folded: Tensor = aliases.sum((-4, -2)) / stride**2
+    return folded[..., : width // stride // 2 + 1]
+
+
+def _find_holes(mask: Tensor) -> Tensor:
+    """Return whether most unknown pixels of a mask (B, C, H, W) touch no known one, (B, 1, 1, 1)."""
+    near = nn.functional.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
+    unknown, alone = (part.flatten(1).sum(1) for part in (~mask, ~near))
+    return (2 * alone > unknown).reshape(-1, 1, 1, 1)
