@@ -3,16 +3,18 @@
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from threading import Lock
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Kept",
     "PassCounter",
     "PeakMemory",
     "Signal",
@@ -24,6 +26,14 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+Value = TypeVar("Value", bound=_Sized)
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -93,6 +103,57 @@ def time_now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class Kept(Generic[Value]):
+    """Values that took long to make, the last ones used, shared by threads.
+
+    Copies and pickles of it are empty.
+
+    Args:
+        most_bytes: what they may take together; a larger one is not kept.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._asked: deque[Hashable] = deque(maxlen=1024)
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
+        return type(self), (self._most,)
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Return the value of a key, made if it is not kept; threads may make it twice."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            self._values[key] = value
+            while self._values and self.nbytes > self._most:
+                self._values.popitem(last=False)
+        return value
+
+    def was_asked(self, key: Hashable) -> bool:
+        """Return whether a key is kept or was asked for here before."""
+        with self._lock:
+            if key in self._values or key in self._asked:
+                return True
+            self._asked.append(key)
+            return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values take."""
+        return sum(value.nbytes for value in self._values.values())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+            self._asked.clear()
+
+
 class Signal:
     """Whether something has come true on a device, without making a GPU wait to be asked.
 
@@ -111,10 +172,10 @@ class Signal:
             return bool(answer)
         arriving = torch.empty((), dtype=torch.bool, pin_memory=True)
         arriving.copy_(answer, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._waiting.append((event, arriving))
-        while self._waiting and self._waiting[0][0].query():
+        while self._waiting and self._waiting[0][0].query():  # type: ignore[no-untyped-call]
             self._answer = bool(self._waiting.popleft()[1])
         return self._answer
 

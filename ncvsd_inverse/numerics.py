@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ncvsd_inverse.machine import Signal
 from ncvsd_inverse.protocols import Generators, Tangent
 
 __all__ = [
+    "Map",
     "Moments",
     "conjugate_gradient",
     "draw_normal",
@@ -19,12 +20,17 @@ __all__ = [
     "expand_level",
     "frechet_distance",
     "hartley",
+    "interpolate",
     "jacobian",
     "local_part",
     "make_generators",
     "squared_norm",
     "working_dtype",
 ]
+
+
+Map: TypeAlias = Callable[[Tensor], Tensor]
+"""A function of a tensor that returns one."""
 
 
 def make_generators(
@@ -96,29 +102,32 @@ def expand_level(level: float | Tensor, like: Tensor) -> Tensor:
 
 
 def conjugate_gradient(
-    apply: Callable[[Tensor], Tensor],
+    apply: Map,
     rhs: Tensor,
     *,
     rtol: float = 1e-6,
     atol: float = 0.0,
     etol: float = 0.0,
     max_iterations: int = 1000,
-    precondition: Callable[[Tensor], Tensor] | None = None,
+    precondition: Map | None = None,
+    narrow: Callable[[Tensor], tuple[Map, Map | None]] | None = None,
 ) -> Tensor:
-    """Solve M x = rhs for symmetric positive definite M, every batch item on its own.
+    """Solve M x = rhs for symmetric positive definite M, every item on its own.
 
     An item stops changing once one of three bounds holds, or after `max_iterations`. A GPU is not
     waited for: it may go on for some iterations, in which nothing changes.
 
     Args:
-        apply: x -> M x on tensors of the shape of `rhs`; must not mix batch items.
-        rhs: right-hand sides, shape (B, ...).
+        apply: x -> M x on tensors of the shape of `rhs`; must not mix items.
+        rhs: right-hand sides, shape (B, ...): B items; with `narrow` (B, K, ...): B K items.
         rtol: the residual norm is at most rtol * ||rhs||,
         atol: or at most this,
         etol: or the last iteration moved x by at most this in the norm of M. Near the end that is
             what x is off by, in the same norm, to a factor of order one.
         max_iterations: most applications of M.
         precondition: r -> an approximation of M^-1 r, symmetric positive definite.
+        narrow: called with the places along K of the items that still change, when those of others
+            are done; returns `apply` and `precondition` for them alone. On a CPU only.
 
     Returns:
         The solutions, shape (B, ...); items that did not stop as they are after `max_iterations`,
@@ -128,33 +137,74 @@ def conjugate_gradient(
         Hestenes & Stiefel, J. Res. NBS 49 (1952); Strakos & Tichy, ETNA 13 (2002), for the
         estimate of the error in the norm of M.
     """
+    dims = 1 if narrow is None else 2
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).reshape(-1, *[1] * (a.ndim - 1))
+        products = (a * b).flatten(dims).sum(dims)
+        return products.reshape(*products.shape, *[1] * (a.ndim - dims))
 
     x, residual = torch.zeros_like(rhs), rhs.clone()
-    least = (rtol**2 * dot(rhs, rhs)).clamp(min=atol**2)
-    z = precondition(residual) if precondition else residual
-    direction, rz = z, dot(residual, z)
-    # Nothing is left to do where the right-hand side is nothing.
-    active = (dot(residual, residual) > least) & (rz > 0)
+    squared = dot(rhs, rhs)
+    least = (rtol**2 * squared).clamp(min=atol**2)
+    by_residual = rtol > 0 or atol > 0
+    direction = z = precondition(residual) if precondition else residual
+    rz = dot(residual, z) if precondition else squared
+    # Nothing is left to do where the right-hand side is nothing. NaN counts as something.
+    active = ~((squared <= least) | (rz <= 0))
+    done, places = torch.zeros_like(rhs), None
     all_done = Signal(rhs.device)
     for _ in range(max_iterations):
         if all_done.seen(~active.any()):
             break
+        if narrow and rhs.device.type == "cpu":
+            alive = active.flatten(2).any(2).any(0)
+            if not bool(alive.all()):
+                _put(done, places, x, rz)
+                left = alive.nonzero()[:, 0]
+                places = left if places is None else places[left]
+                kept = (x, residual, direction, rz, active, least)
+                x, residual, direction, rz, active, least = (part[:, left] for part in kept)
+                apply, precondition = narrow(places)
         image = apply(direction)
         curvature = dot(direction, image)
-        moves = active & (curvature > 0)
+        moves = active & ~(curvature <= 0)
         step = torch.where(moves, rz / curvature, 0.0)
         x = torch.addcmul(x, step, direction)
         residual = torch.addcmul(residual, step, image, value=-1)
         z = precondition(residual) if precondition else residual
         rz_next = dot(residual, z)
-        left = dot(residual, residual)
-        active = moves & (left > least) & (step * rz > etol**2) & (rz_next > 0)
+        active = moves & (step * rz > etol**2) & (rz_next > 0)
+        if by_residual:
+            active &= (dot(residual, residual) if precondition else rz_next) > least
         direction = torch.addcmul(z, torch.where(active, rz_next / rz, 0.0), direction)
         rz = rz_next
-    return torch.where(torch.isfinite(dot(residual, residual)), x, torch.nan)
+    _put(done, places, x, rz)
+    return done
+
+
+def _put(done: Tensor, places: Tensor | None, x: Tensor, rz: Tensor) -> None:
+    """Write solutions to their places along dimension 1, NaN where rz is not finite."""
+    x = torch.where(torch.isfinite(rz), x, torch.nan)
+    if places is None:
+        done.copy_(x)
+    else:
+        done[:, places] = x
+
+
+def interpolate(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Return the piecewise linear function through points, constant beyond them, as numpy.interp.
+
+    Args:
+        x: any shape.
+        places: increasing, shape (n,).
+        values: shape (n,).
+    """
+    if len(places) == 1:
+        return values.expand(x.shape)
+    right = torch.searchsorted(places, x.contiguous()).clamp(1, len(places) - 1)
+    low, high = places[right - 1], places[right]
+    share = ((x - low) / (high - low)).clamp(0, 1)
+    return values[right - 1] + share * (values[right] - values[right - 1])
 
 
 def squared_norm(x: Tensor) -> Tensor:

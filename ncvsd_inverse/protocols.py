@@ -101,9 +101,9 @@ class DiagonalOperator(SolvableOperator, Protocol):
 class LinearForm:
     """A linear forward model in steps, so that a solver can choose how to invert it.
 
-    y = keep(every `stride`-th pixel(blur(grey(x)))), where grey mixes the channels into one, blur is
-    a periodic convolution of H x W pixels, and keep drops pixels; or y holds Fourier coefficients
-    of blur(grey(x)). A step that is None does nothing.
+    y = keep(every `stride`-th pixel(blur(grey(x)))), where grey mixes the channels into one, blur
+    is a periodic convolution of H x W pixels, and keep drops pixels; or y holds Fourier
+    coefficients of blur(grey(x)). A step that is None does nothing.
 
     Attributes:
         weights: weights of the channels in the grey image, shape (C,).
@@ -114,7 +114,8 @@ class LinearForm:
         margins: pixels at the left, right, top and bottom that y lacks; the mask drops them too.
         shares: how often each Fourier coefficient is measured, real, (1, 1, H, W // 2 + 1).
         exact: whether this is A itself; else A differs at the edges of images.
-        forward: what A does to images of one channel, (B, 1, H, W), after grey.
+        axes: matrices (h, H) and (w, W) of rows and columns, if A is these after grey.
+        forward: what A does to images of one channel, (B, 1, H, W), after grey, if it has no axes.
         backward: transpose of `forward`.
     """
 
@@ -125,6 +126,7 @@ class LinearForm:
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)
     shares: Tensor | None = None
     exact: bool = True
+    axes: tuple[Tensor, Tensor] | None = None
     forward: Callable[[Tensor], Tensor] | None = None
     backward: Callable[[Tensor], Tensor] | None = None
 
@@ -294,7 +296,16 @@ class Temperable(Protocol):
 
 
 class LikelihoodStep(Protocol):
-    """A sampler of the split variable given the current image and the measurement."""
+    """A sampler of the split variable given the current image and the measurement.
+
+    Attributes:
+        error: largest error of a linear solve so far, root mean square in units of rho, (B,).
+    """
+
+    @property
+    def error(self) -> Tensor:
+        """Largest error of a linear solve so far."""
+        ...
 
     def sample(self, x0: Tensor, rho: float, /, *, generator: Generators = None) -> Tensor:
         """Draw u ~ p(u | x0, y) for the coupling std rho, shape (B, C, H, W)."""

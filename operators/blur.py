@@ -161,7 +161,31 @@ class Blur(LinearBase):
             inside = torch.ones(1, 1, *like.shape[2:], dtype=torch.bool, device=like.device)
             kept = functional.pad(self._crop(inside), self._margins)
             return LinearForm(transfer=transfer, mask=kept, margins=self._margins)
+        axes = self._axes(like)
+        if axes is not None:
+            return LinearForm(transfer=transfer, exact=False, axes=axes)
         return LinearForm(transfer=transfer, exact=False, forward=self, backward=self.adjoint)
+
+    def _axes(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the matrices of rows and columns, if the kernel is a product of two."""
+        if self.kernel.shape[0] > 1:
+            return None
+        left, values, right = torch.linalg.svd(self.kernel[0, 0].double())
+        rounding = 10 * torch.finfo(self.kernel.dtype).eps
+        if len(values) > 1 and float(values[1]) > rounding * float(values[0]):
+            return None
+        parts = (left[:, 0] * values[0], right[0])
+        rows, columns = (
+            self._axis(part, side).to(like)
+            for part, side in zip(parts, like.shape[2:], strict=True)
+        )
+        return rows, columns
+
+    def _axis(self, weights: Tensor, side: int) -> Tensor:
+        """Return the matrix (side, side) of an axis for a kernel of one column."""
+        alone = Blur(weights[:, None], boundary=self.boundary)
+        units = torch.eye(side, dtype=weights.dtype, device=weights.device)[:, None, :, None]
+        return alone(units)[:, 0, :, 0].T.contiguous()
 
     def _check(self, name: str, images: Tensor, image_shape: Sequence[int]) -> None:
         check_broadcasts("kernel", self.kernel, name, images)

@@ -160,12 +160,17 @@ def _combine(outer: LinearForm, inner: LinearForm) -> LinearForm | None:
     if inner.transfer is None:
         return replace(outer, weights=weights)
     blur = _Filter(inner.transfer)
+    forward, backward = outer.forward, outer.backward
+    if outer.axes is not None:
+        rows, columns = outer.axes
+        forward, backward = _Axes(rows, columns), _Axes(rows.T, columns.T)
     return replace(
         outer,
         weights=weights,
         transfer=blur.transfer if outer.transfer is None else outer.transfer * blur.transfer,
-        forward=None if outer.forward is None else _Chain(blur, outer.forward),
-        backward=None if outer.backward is None else _Chain(outer.backward, blur.transposed()),
+        axes=None,
+        forward=None if forward is None else _Chain(blur, forward),
+        backward=None if backward is None else _Chain(backward, blur.transposed()),
     )
 
 
@@ -192,6 +197,17 @@ class _Filter:
         spectrum = torch.fft.rfft2(images) * self.transfer
         filtered: Tensor = torch.fft.irfft2(spectrum, s=images.shape[-2:])
         return filtered
+
+
+class _Axes:
+    """A matrix of the rows and one of the columns."""
+
+    def __init__(self, rows: Tensor, columns: Tensor) -> None:
+        self.rows = rows
+        self.columns = columns
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.rows @ images @ self.columns.T
 
 
 class _Chain:

@@ -85,22 +85,24 @@ class SuperResolution(LinearBase):
         The filter of a row far from the edges, periodic, and every `factor`-th pixel. "box" has no
         other rows.
         """
-        gains = [self._periodic_gains(side, like) for side in self._check_sides("like", like)]
-        transfer = torch.outer(gains[0], gains[1][: like.shape[3] // 2 + 1])
+        sides = self._check_sides("like", like)
+        working = like.to(working_dtype(like.dtype))
+        rows, columns = (self._periodic_gains(side, working) for side in sides)
+        transfer = torch.outer(rows, columns[: like.shape[3] // 2 + 1])
         return LinearForm(
             transfer=transfer[None, None],
             stride=self.factor,
             exact=self.filter == "box",
-            forward=self,
-            backward=self.adjoint,
+            axes=(self._matrix(sides[0], working), self._matrix(sides[1], working)),
         )
 
     def _periodic_gains(self, side: int, like: Tensor) -> Tensor:
         """Return the Fourier transform (side,) of the filter whose outputs are pixels 0, f, ..."""
         row = side // self.factor // 2
-        weights = self._matrix(side, like.to(working_dtype(like.dtype)))[row]
+        weights = self._matrix(side, like)[row]
         # A correlation: weights at positive offsets take from pixels further on.
-        return torch.fft.fft(weights.roll(-self.factor * row)).conj()
+        gains: Tensor = torch.fft.fft(weights.roll(-self.factor * row)).conj()
+        return gains
 
     def _check_sides(self, name: str, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

@@ -1,5 +1,6 @@
 """Covariances of images, dense or stationary, in coordinates where they are diagonal."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -70,6 +71,11 @@ class SpectralCovariance:
         self._double: SpectralCovariance | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.mixing.nbytes + self.spectrum.nbytes
+
+    @property
     def dimension(self) -> int:
         """Number of coordinates, C * H * W."""
         return len(self.mixing) * math.prod(self.size)
@@ -79,6 +85,20 @@ class SpectralCovariance:
         """The least and the largest variance."""
         least, most = torch.stack(torch.aminmax(self.spectrum)).tolist()
         return least, most
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what it holds."""
+        found = hashlib.sha256(repr(self.size).encode())
+        for tensor in (self.mixing, self.spectrum):
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether it stays the same if images are mirrored on one axis."""
+        mirrored = self.spectrum.flip(1).roll(1, 1)
+        return torch.allclose(self.spectrum, mirrored, rtol=1e-5, atol=0)
 
     @cached_property
     def _weights(self) -> Tensor:
@@ -100,11 +120,11 @@ class SpectralCovariance:
 
     def mix(self, x: Tensor) -> Tensor:
         """Return the mixtures (B, C, H, W) of the colours of images."""
-        return torch.einsum("kc,bchw->bkhw", self.mixing, x)
+        return (self.mixing @ x.flatten(2)).view(x.shape)
 
     def unmix(self, x: Tensor) -> Tensor:
         """Return the images whose mixtures are x, (B, C, H, W)."""
-        return torch.einsum("kc,bkhw->bchw", self.mixing, x)
+        return (self.mixing.T @ x.flatten(2)).view(x.shape)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, C, H, W // 2 + 1, 2) of images (B, C, H, W)."""

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_noise_scale, check_non_negative, check_positive
-from ncvsd_inverse.numerics import draw_normal, expand_level
+from ncvsd_inverse.numerics import draw_normal, expand_level, interpolate
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.observations import combine_observations, raise_noise
@@ -180,9 +179,8 @@ class NCVSDPrior(NetworkPrior):
         level = level.clamp(self.sigma_min, self.sigma_max)
         z = draw_normal(u, generator)
         if self.noise_scale:
-            stds, factors = zip(*self.noise_scale, strict=True)
-            gain = np.interp(level.log().cpu().numpy(), np.log(stds), factors)
-            z = expand_level(torch.from_numpy(gain), z) * z
+            stds, factors = (z.new_tensor(row) for row in zip(*self.noise_scale, strict=True))
+            z = expand_level(interpolate(level.log(), stds.log(), factors), z) * z
         x, raised = raise_noise(u, level, z, self.gamma)
         x0: Tensor = self.network(x, raised, u, level, self._labels(u))
         return x0.to(u.dtype)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Self
 
@@ -18,6 +18,7 @@ from ncvsd_inverse.checks import (
     check_shape,
     check_stays_finite,
 )
+from ncvsd_inverse.machine import Kept
 from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.protocols import Denoiser, Prior, PriorTraits
@@ -28,6 +29,9 @@ LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0)
 """Default noise stds of `measure_statistics`, image units."""
 
 _NOISE_STREAM = 5
+
+KEPT_BYTES = 16 * 2**20
+"""What the covariances of images of some size may take that statistics keep, bytes."""
 
 MEAN_SIDE = 16
 """Most rows and columns of the grid on which a mean image is kept."""
@@ -59,6 +63,9 @@ class ImageStatistics:
     levels: tuple[float, ...]
     radii: tuple[float, ...]
     spectra: Tensor
+    _covariances: Kept[SpectralCovariance] = field(
+        default_factory=lambda: Kept(KEPT_BYTES), init=False, repr=False
+    )
     note: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -143,6 +150,10 @@ class ImageStatistics:
             like: images (B, C, H, W) whose size, dtype and device it takes.
         """
         check_shape("like", like, (like.shape[0], len(self.mean), *like.shape[2:]))
+        key = (float(sigma), like.shape[2:], like.dtype, like.device)
+        return self._covariances.get(key, lambda: self._covariance(sigma, like))
+
+    def _covariance(self, sigma: float, like: Tensor) -> SpectralCovariance:
         height, width = like.shape[2:]
         rows = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
         columns = torch.fft.rfftfreq(width, dtype=torch.float64)[None]

@@ -3,24 +3,26 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import LinearOperator, Prior, Statistics
 from ncvsd_inverse.sampling.gauss_newton import GaussNewton
-from ncvsd_inverse.sampling.likelihood import likelihood_step
+from ncvsd_inverse.sampling.likelihood import ExactGaussian, likelihood_step
 from ncvsd_inverse.sampling.matheron import Matheron
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.sampling.settings import Average
 
-__all__ = ["Method", "Plan", "gibbs_chain", "matheron_chain", "run_chain"]
+__all__ = ["Method", "Outcome", "Plan", "Sweep", "gibbs_chain", "matheron_chain", "run_chain"]
 
 Method: TypeAlias = Literal["conditioning", "gibbs"]
+
+WORTHLESS = 0.5
+"""Error of a linear solve, in stds of the law that is conditioned, of which nothing good comes."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,48 @@ class Plan:
         levels: the levels of rho, largest first, > 0, image units.
         sigma_lik: noise std that is assumed, > 0, units of y.
         temperature: factor on the noise of the likelihood, in (0, 1], for "conditioning".
+        ends_on_y: whether a chain of "gibbs" whose last level is above sigma_lik ends by
+            conditioning on a linear y.
     """
 
     method: Method
     levels: tuple[float, ...]
     sigma_lik: float
     temperature: float = 1.0
+    ends_on_y: bool = False
 
 
-def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Tensor]:
-    """Yield x0 (B, C, H, W) of every sweep of split Gibbs sampling, begun at grey.
+class Sweep(NamedTuple):
+    """What a sweep of chains ends with.
+
+    Attributes:
+        x0: images, shape (B, C, H, W).
+        drawn: what the prior drew, shape (B, C, H, W).
+        error: largest error of a linear solve so far, root mean square in stds of the law that is
+            conditioned, shape (B,).
+    """
+
+    x0: Tensor
+    drawn: Tensor
+    error: Tensor
+
+
+class Outcome(NamedTuple):
+    """What chains end with.
+
+    Attributes:
+        last: images of the last sweep, shape (B, C, H, W).
+        average: average along the chains, shape (B, C, H, W).
+        error: largest error of a linear solve, see `Sweep`, shape (B,).
+    """
+
+    last: Tensor
+    average: Tensor
+    error: Tensor
+
+
+def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Sweep]:
+    """Yield every sweep of split Gibbs sampling, begun at grey.
 
     Source:
         Peng et al., arXiv 2506.09416, algorithm 1.
@@ -51,14 +85,17 @@ def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Tensor]:
     x0 = problem.y.new_zeros(problem.shape)
     for rho in plan.levels:
         u = likelihood.sample(x0, rho, generator=generators)
-        x0 = prior.sample(u, rho, generator=generators)
-        yield x0
+        x0 = drawn = prior.sample(u, rho, generator=generators)
+        is_last = rho == plan.levels[-1]
+        if is_last and plan.ends_on_y and isinstance(likelihood, ExactGaussian):
+            x0 = likelihood.project(x0, rho, generator=generators)
+        yield Sweep(x0, drawn, likelihood.error)
 
 
 def matheron_chain(
     problem: Problem, prior: Prior, plan: Plan, statistics: Statistics
-) -> Iterator[Tensor]:
-    """Yield x (B, C, H, W) given y of every sweep, begun at Gaussian images given y."""
+) -> Iterator[Sweep]:
+    """Yield every sweep of images given y, begun at Gaussian images given y."""
     generators = problem.generators()
     conditioner = _make_conditioner(problem, plan.sigma_lik)
     like = problem.y.new_zeros(problem.shape)
@@ -69,7 +106,7 @@ def matheron_chain(
         x0 = prior.sample(u, rho, generator=generators)
         covariance = statistics.covariance(rho, x0)
         x = conditioner.draw(x0, covariance, generator=generators, temperature=plan.temperature)
-        yield x
+        yield Sweep(x, x0, conditioner.error)
 
 
 def _make_conditioner(problem: Problem, sigma_lik: float) -> Matheron | GaussNewton:
@@ -79,35 +116,54 @@ def _make_conditioner(problem: Problem, sigma_lik: float) -> Matheron | GaussNew
 
 
 def run_chain(
-    sweeps: Iterator[Tensor],
+    sweeps: Iterator[Sweep],
     levels: Sequence[float],
     *,
     average: Average | None,
     advance: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
+) -> Outcome:
     """Run chains to their end.
 
     Args:
-        sweeps: images (B, C, H, W) of each sweep.
+        sweeps: what each sweep ends with.
         levels: the levels of the sweeps.
         average: weights of the exponential average; None: the last images stand for it.
         advance: called after each sweep with 1.
 
-    Returns:
-        The last images and the average along the chains, both (B, C, H, W).
-
     Raises:
-        DivergenceError: if an image stops being finite; it names sweep and rho.
+        DivergenceError: if an image stops being finite or a linear solve is far from done; it
+            names sweep and rho.
     """
-    averaged = x = torch.zeros(())
+    averaged = torch.zeros(())
+    state = None
     for sweep, rho in enumerate(levels, start=1):
         where = f"sweep {sweep} of {len(levels)} at rho = {rho:.4g}"
         try:
-            x = next(sweeps)
+            state = next(sweeps)
         except DivergenceError as error:
             raise DivergenceError(f"{where}: {error}") from error
-        check_stays_finite("x0", x, where)
+        _check(state, where, rho)
         keep = average.mu if average and sweep > 1 and rho < average.below else 0.0
-        averaged = x + keep * (averaged - x) if keep else x
+        averaged = state.x0 + keep * (averaged - state.x0) if keep else state.x0
         advance(1)
-    return x, averaged
+    if state is None:
+        raise ValueError("levels must hold at least one, got none")
+    return Outcome(state.x0, averaged, state.error)
+
+
+def _check(state: Sweep, where: str, rho: float) -> None:
+    """Raise unless a sweep came to something; a GPU is waited for once."""
+    sums = (state.drawn.sum(), state.x0.sum(), state.error.max().to(state.x0))
+    drawn, x0, error = torch.stack(sums).tolist()
+    if not math.isfinite(drawn):
+        raise DivergenceError(
+            f"{where}: the prior's draw must stay finite, got NaN or infinity in its call at "
+            f"sigma = {rho:.4g}"
+        )
+    if not (math.isfinite(x0) and math.isfinite(error)):
+        raise DivergenceError(f"{where}: x0 must stay finite, got NaN or infinity")
+    if error > WORTHLESS:
+        raise DivergenceError(
+            f"{where}: a linear solve ended {error:.2g} stds from its solution; take a larger "
+            "sigma_lik (or sigma_y), or an operator that solves its own normal equations"
+        )

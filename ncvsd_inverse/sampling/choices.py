@@ -187,7 +187,9 @@ def choose_plan(
             f"schedule must not exceed the prior's sigma_max = {traits.sigma_max}, got {levels[0]}"
         )
     level = problem.sigma_y if sigma_lik is None else check_positive("sigma_lik", sigma_lik)
-    return Plan(method, levels, level, temperature)
+    # Draws of the last level would miss y by rho, many times its noise.
+    ends_on_y = schedule is None and preset is None and level < levels[-1]
+    return Plan(method, levels, level, temperature, ends_on_y)
 
 
 def _check_schedule(schedule: Sequence[float], sweeps: int) -> tuple[float, ...]:

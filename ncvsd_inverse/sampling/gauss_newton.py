@@ -16,6 +16,7 @@ from ncvsd_inverse.checks import (
     check_shape,
 )
 from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse.machine import Signal
 from ncvsd_inverse.numerics import (
     conjugate_gradient,
     draw_normal,
@@ -64,6 +65,9 @@ class GaussNewton:
         sigma_y: noise std of y, > 0, for searches and for the choice of a start, which too small a
             sigma_lik would mislead; None takes sigma_lik.
 
+    Attributes:
+        error: 0, as steps are approximate by design, shape (B,).
+
     Raises:
         ValueError: if sigma_lik or sigma_y <= 0, steps or iterations < 1, or y is not finite.
 
@@ -101,6 +105,7 @@ class GaussNewton:
         self.iterations = check_count("iterations", iterations)
         self._y = check_finite("y", check_floating("y", y)).to(working_dtype(y.dtype))
         self._image_shape = tuple(operator.input_shape(y.shape))
+        self.error = self._y.new_zeros(len(self._y))
         self._gram: Tensor | None = None
 
     def start(
@@ -138,7 +143,8 @@ class GaussNewton:
             misfit = (self._y - self.operator(x)) / self._sigma_y
             energies.append(squared_norm(move) + squared_norm(misfit))
         likeliest = torch.stack(energies).argmin(0)
-        return torch.stack([found[int(k)][i] for i, k in enumerate(likeliest)])
+        chosen = likeliest.reshape(1, -1, 1, 1, 1)
+        return torch.stack(found).take_along_dim(chosen, 0)[0]
 
     def draw(
         self,
@@ -178,6 +184,7 @@ class GaussNewton:
             self._gram = _mean_gram(x, push)
         inverse = 1 / (1 + precision * self._gram[..., None] * covariance.variances)
 
+        left_the_finite = Signal(x.device)
         for _ in range(self.steps):
 
             def gather(misfit: Tensor, pull: Callable[[Tensor], Tensor] = pull) -> Tensor:
@@ -198,15 +205,16 @@ class GaussNewton:
                 precondition=lambda r: inverse * r,
             )
             share = torch.ones_like(energy)
+            is_settled = Signal(x.device)
             for halving in range(self.HALVINGS + 2):
                 tried = w + share.reshape(-1, 1, 1, 1, 1) * step
                 value, push, pull = self._tangent(x + covariance.images(root * tried))
                 new_energy = precision * squared_norm(target - value) + squared_norm(tried)
-                if not bool(torch.isfinite(new_energy).all()):
+                if left_the_finite.seen(~torch.isfinite(new_energy).all()):
                     raise DivergenceError("Gauss-Newton left the finite numbers")
                 # Rounding alone may raise the sum of a step of length nothing.
                 worse = (new_energy > energy) & (share > 0)
-                if not bool(worse.any()):
+                if is_settled.seen(~worse.any()):
                     break
                 smaller = share / 2 if halving < self.HALVINGS else torch.zeros_like(share)
                 share = torch.where(worse, smaller, share)

@@ -17,13 +17,9 @@ from ncvsd_inverse.checks import (
     check_shape,
 )
 from ncvsd_inverse.errors import DivergenceError
-from ncvsd_inverse.numerics import (
-    conjugate_gradient,
-    draw_normal,
-    jacobian,
-    squared_norm,
-    working_dtype,
-)
+from ncvsd_inverse.machine import Signal
+from ncvsd_inverse.numerics import draw_normal, jacobian, squared_norm, working_dtype
+from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.protocols import (
     DiagonalOperator,
     Generators,
@@ -33,6 +29,7 @@ from ncvsd_inverse.protocols import (
     OperatorTraits,
     SolvableOperator,
 )
+from ncvsd_inverse.sampling.matheron import Matheron
 
 __all__ = ["ExactGaussian", "Langevin", "likelihood_step"]
 
@@ -61,14 +58,17 @@ class ExactGaussian:
         (k A^T A + I) u = k A^T (y + s e_y) + x0 + rho e_x,    k = rho^2 / s^2,
 
     has exactly that law. Where A^T A is diagonal in a fast basis, M = k A^T A + I has a root and
-    one standard normal does: u = M^-1 (k A^T y + x0) + M^(-1/2) rho e_x. Operators without
-    `solve_normal` are solved by conjugate gradients until the residual is at most
-    `tolerances[dtype]` times the right-hand side.
+    one standard normal does: u = M^-1 (k A^T y + x0) + M^(-1/2) rho e_x. For k above `STEEP`, where
+    rounding would leak into what A does not see, and for operators without `solve_normal`, u is
+    x0 + rho e_x conditioned on y by Matheron's rule, which is the same law.
 
     Args:
         operator: a forward model with an adjoint.
         y: measurements, shape (B, ...).
         sigma_lik: noise std that the likelihood assumes, > 0, in units of y.
+
+    Attributes:
+        error: largest error of a solve so far, root mean square in units of rho, shape (B,).
 
     Raises:
         ValueError: if sigma_lik <= 0 or y is not finite.
@@ -77,11 +77,8 @@ class ExactGaussian:
         Papandreou & Yuille, NIPS 2010 (perturb, then solve).
     """
 
-    tolerances: ClassVar[dict[torch.dtype, float]] = {torch.float32: 1e-6, torch.float64: 1e-10}
-    """Relative residual at which conjugate gradients stop, by the dtype they run in."""
-
-    max_iterations: ClassVar[int] = 10_000
-    """Most conjugate gradient iterations of a draw."""
+    STEEP: ClassVar[float] = 1e4
+    """Largest k of a solve in normal equations."""
 
     def __init__(self, operator: LinearOperator, y: Tensor, sigma_lik: float) -> None:
         self.operator = operator
@@ -89,6 +86,12 @@ class ExactGaussian:
         check_finite("y", check_floating("y", y))
         self._y = y.to(working_dtype(y.dtype))
         self._adjoint_y = operator.adjoint(self._y)
+        self._conditioner = Matheron(operator, self._y, sigma_lik)
+
+    @property
+    def error(self) -> Tensor:
+        """Largest error of a solve so far."""
+        return self._conditioner.error
 
     def sample(self, x0: Tensor, rho: float, *, generator: Generators = None) -> Tensor:
         """One exact draw of u ~ p(u | x0, y).
@@ -104,33 +107,43 @@ class ExactGaussian:
         Raises:
             ValueError: if rho <= 0 or x0 has not the shape of the images that give y.
         """
+        center = self._checked(x0, rho)
+        eps_x = draw_normal(center, generator)
+        gain = (rho / self.sigma_lik) ** 2
+        operator = self.operator
+        if gain > self.STEEP or not isinstance(operator, SolvableOperator):
+            u = self._condition(center + rho * eps_x, rho, generator)
+        elif isinstance(operator, DiagonalOperator) and operator.is_diagonal:
+            rhs = gain * self._adjoint_y + center
+            u = operator.solve_normal_spread(rhs, rho * eps_x, a=gain, b=1.0)
+        else:
+            eps_y = draw_normal(self._y, generator)
+            rhs = gain * (self._adjoint_y + self.sigma_lik * operator.adjoint(eps_y))
+            u = operator.solve_normal(rhs + center + rho * eps_x, a=gain, b=1.0)
+        return u.to(x0.dtype)
+
+    def project(self, x0: Tensor, rho: float, *, generator: Generators = None) -> Tensor:
+        """Draw x0 given y as if its only error were white noise of std rho.
+
+        What y does not tell stays as it is. Arguments, result and errors as for `sample`.
+        """
+        return self._condition(self._checked(x0, rho), rho, generator).to(x0.dtype)
+
+    def _checked(self, x0: Tensor, rho: float) -> Tensor:
         check_shape("x0", check_images("x0", x0), self._adjoint_y.shape)
         check_positive("rho", rho)
         if working_dtype(x0.dtype) != self._y.dtype or x0.device != self._y.device:
             self._y = self._y.to(x0.device, working_dtype(x0.dtype))
             self._adjoint_y = self._adjoint_y.to(self._y)
-        center = x0.to(self._y.dtype)
-        eps_x = draw_normal(center, generator)
-        gain = (rho / self.sigma_lik) ** 2
-        if isinstance(self.operator, DiagonalOperator) and self.operator.is_diagonal:
-            rhs = gain * self._adjoint_y + center
-            spread = self.operator.solve_normal_spread(rhs, rho * eps_x, a=gain, b=1.0)
-            return spread.to(x0.dtype)
-        eps_y = draw_normal(self._y, generator)
-        rhs = gain * (self._adjoint_y + self.sigma_lik * self.operator.adjoint(eps_y))
-        rhs = rhs + center + rho * eps_x
-        return self._solve(rhs, gain).to(x0.dtype)
+            self._conditioner = Matheron(self.operator, self._y, self.sigma_lik)
+        return x0.to(self._y.dtype)
 
-    def _solve(self, rhs: Tensor, gain: float) -> Tensor:
-        """Return (gain A^T A + I)^-1 rhs, shape (B, C, H, W)."""
-        if isinstance(self.operator, SolvableOperator):
-            return self.operator.solve_normal(rhs, a=gain, b=1.0)
-        return conjugate_gradient(
-            lambda x: gain * self.operator.adjoint(self.operator(x)) + x,
-            rhs,
-            rtol=self.tolerances[rhs.dtype],
-            max_iterations=self.max_iterations,
-        )
+    def _condition(self, x: Tensor, rho: float, generator: Generators) -> Tensor:
+        _, channels, height, width = x.shape
+        spectrum = x.new_full((channels, height, width // 2 + 1), rho**2)
+        mixing = torch.eye(channels, dtype=x.dtype, device=x.device)
+        white = SpectralCovariance(mixing, spectrum, width)
+        return self._conditioner.draw(x, white, generator=generator)
 
 
 class Langevin:
@@ -154,6 +167,7 @@ class Langevin:
         steps: moves a draw, >= 1.
 
     Attributes:
+        error: 0, as no linear system is solved, shape (B,).
         acceptance: mean acceptance probability of the last draw's second half, shape (B,);
             None before the first draw.
         step_size: h of the last draw's second half, shape (B,), squared image units; None before.
@@ -179,6 +193,7 @@ class Langevin:
         self.sigma_lik = check_positive("sigma_lik", sigma_lik)
         self.steps = check_count("steps", steps)
         check_finite("y", check_floating("y", y))
+        self.error = y.new_zeros(len(y))
         self.acceptance: Tensor | None = None
         self.step_size: Tensor | None = None
         self._y = y
@@ -208,6 +223,7 @@ class Langevin:
         step_size = 1.36 * center[0].numel() ** (-1 / 3) / curvature
         adapting = self.steps // 2
         acceptance = torch.zeros_like(step_size)
+        left_the_finite = Signal(center.device)
         u = center + rho * draw_normal(center, generator)
         energy, gradient = self._energy(u, center, y, rho)
         for step in range(self.steps):
@@ -218,7 +234,7 @@ class Langevin:
             way_back = u - proposal + h * new_gradient
             log_ratio = energy - new_energy + squared_norm(eps) / 2
             log_ratio = log_ratio - squared_norm(way_back) / (4 * step_size)
-            if not bool(torch.isfinite(log_ratio).all()):
+            if left_the_finite.seen(~torch.isfinite(log_ratio).all()):
                 raise DivergenceError(
                     f"Langevin sampler left the finite numbers at rho = {rho:.6g}, "
                     f"step {step}, step size {float(step_size.max()):.6g}"

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.numerics import conjugate_gradient
+from ncvsd_inverse.numerics import Map, conjugate_gradient, squared_norm
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.protocols import (
     Covariance,
@@ -16,10 +17,17 @@ from ncvsd_inverse.protocols import (
     OperatorTraits,
     StructuredOperator,
 )
+from ncvsd_inverse.sampling.dense_solves import (
+    KEPT_TENSORS,
+    DenseMask,
+    MaskMatrices,
+    digest,
+    separable_covariance,
+)
 
 __all__ = ["LinearSolver", "Move"]
 
-CONDITION_IN_SINGLE = 1e4
+CONDITION_IN_SINGLE = 3e5
 """Largest condition of a matrix that is solved in float32."""
 
 IS_CONVOLUTION = 1e-8
@@ -63,7 +71,8 @@ class LinearSolver:
     - all else: conjugate gradients for w, preconditioned by the diagonal of A^T A over
       frequencies, as noise images show it.
 
-    Iterations stop once the error of w is about `tolerance` in the root mean square.
+    Iterations stop once the error of w is about `tolerance` in the root mean square. All moves of
+    a solver are of one dtype and device.
 
     Args:
         operator: the matrix A.
@@ -78,7 +87,7 @@ class LinearSolver:
         of the precision.
     """
 
-    tolerance: ClassVar[float] = 0.001
+    tolerance: ClassVar[float] = 0.005
     """Root mean square error of a move, in stds of S, at which iterations stop."""
 
     max_iterations: ClassVar[int] = 500
@@ -87,6 +96,9 @@ class LinearSolver:
     PROBES: ClassVar[int] = 8
     """Noise images through which the diagonal of an unknown A^T A is seen."""
 
+    SMALL: ClassVar[int] = 1024
+    """Most pixels of y whose matrix is inverted, if A has axes."""
+
     DENSE: ClassVar[int] = 2048
     """Most pixels (channels counted) of images whose matrix is written out for a dense S."""
 
@@ -94,9 +106,13 @@ class LinearSolver:
         self.operator = operator
         self.sigma_lik = sigma_lik
         self.iterations = 0
-        self._forms: dict[torch.dtype, LinearForm | None] = {}
+        self._form: LinearForm | None = None
+        self._is_read = False
         self._holes: Tensor | None = None
-        self._grams: dict[torch.dtype, _Gram] = {}
+        self._matrices: MaskMatrices | None = None
+        self._axes_digest: str | None = None
+        self._vectors: tuple[tuple[Tensor, Tensor, Tensor], ...] | None = None
+        self._gram: _Gram | None = None
 
     def needs_double(self, covariance: Covariance, like: Tensor) -> bool:
         """Return whether float32 is too coarse for moves of images `like` (B, C, H, W)."""
@@ -104,7 +120,7 @@ class LinearSolver:
             return True
         if not isinstance(covariance, SpectralCovariance):
             return False
-        form = self._form(like)
+        form = self._read_form(like)
         exact = form is not None and form.exact
         if exact and form is not None and form.mask is None:
             return False
@@ -122,9 +138,9 @@ class LinearSolver:
         """
         self.iterations = 0
         if isinstance(covariance, SpectralCovariance):
-            form = self._form(like)
+            form = self._read_form(like)
             if form is None:
-                gram = self._gram(like, covariance)
+                gram = self._look(like, covariance)
                 form = LinearForm(shares=gram.diagonal[..., 0]) if gram.is_all else None
             if form is not None and form.shares is not None:
                 return self._by_quotient(misfit, form, form.shares, covariance)
@@ -136,12 +152,11 @@ class LinearSolver:
             return self._by_least_squares(misfit, covariance, like)
         return self._by_coordinates(misfit, covariance, like)
 
-    def _form(self, like: Tensor) -> LinearForm | None:
-        if like.dtype not in self._forms:
-            operator = self.operator
-            structured = isinstance(operator, StructuredOperator)
-            self._forms[like.dtype] = operator.linear_form(like) if structured else None
-        return self._forms[like.dtype]
+    def _read_form(self, like: Tensor) -> LinearForm | None:
+        if not self._is_read and isinstance(self.operator, StructuredOperator):
+            self._form = self.operator.linear_form(like)
+        self._is_read = True
+        return self._form
 
     def _by_quotient(
         self, misfit: Tensor, form: LinearForm, shares: Tensor, covariance: SpectralCovariance
@@ -159,120 +174,187 @@ class LinearSolver:
         seen = _fold(_seen(form, covariance), form.stride, covariance.size[1])
         inverse = 1 / (seen + self.sigma_lik**2)
         entered = _enter(misfit, form, covariance)
-        if form.exact:
-            z, error = _filter(entered, inverse), entered.new_zeros(len(entered))
-        else:
-            z, error = self._near_the_periodic(entered, form, inverse, covariance)
-        if form.backward is None:
-            waves = torch.fft.rfft2(z)
+        if form.exact and form.stride == 1:
+            waves = inverse * torch.fft.rfft2(entered)
             waves = waves if form.transfer is None else form.transfer.conj() * waves
+            return Move(_leave(waves, form, covariance), misfit.new_zeros(len(misfit)))
+        if form.exact:
+            z, energy = _filter(entered, inverse), misfit.new_zeros(len(misfit))
+        elif form.axes is not None and math.prod(misfit.shape[2:]) <= self.SMALL:
+            z, energy = self._by_matrix(entered, form, form.axes, covariance)
+        elif form.axes is not None and form.stride == 1:
+            z, energy = self._in_singular_vectors(entered, form, form.axes, covariance)
         else:
-            parts = [form.backward(part) for part in z.split(1, dim=1)]
-            waves = torch.fft.rfft2(torch.cat(parts, dim=1))
-        return Move(_leave(waves, form, covariance), error)
+            z, energy = self._near_the_periodic(entered, form, inverse, covariance)
+        waves = torch.fft.rfft2(_backward(form, z))
+        return Move(_leave(waves, form, covariance), (energy / covariance.dimension).sqrt())
+
+    def _by_matrix(
+        self,
+        rhs: Tensor,
+        form: LinearForm,
+        axes: tuple[Tensor, Tensor],
+        covariance: SpectralCovariance,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (A S A^T + s^2 I)^-1 rhs by the inverse, kept, and the squared error (B,)."""
+        noise, spectrum = self.sigma_lik**2, _mixed(form, covariance)
+        weights = None if form.weights is None else tuple(form.weights.tolist())
+        key = (self._digest(axes), covariance.digest, weights, noise, rhs.dtype, rhs.device)
+
+        def make() -> Tensor:
+            function = torch.fft.irfft2(spectrum, s=covariance.size)
+            matrix = separable_covariance(*axes, function)
+            matrix.diagonal(dim1=1, dim2=2).add_(noise)
+            inverse: Tensor = torch.linalg.inv(matrix)
+            return inverse
+
+        flat = rhs.flatten(2).permute(1, 2, 0)  # (K, n, B)
+        z = (KEPT_TENSORS.get(key, make) @ flat).permute(2, 0, 1).view(rhs.shape)
+        seen = _forward(form, _filter(_backward(form, z), spectrum)) + noise * z
+        return z, squared_norm(rhs - seen) / noise
+
+    def _digest(self, axes: tuple[Tensor, Tensor]) -> str:
+        if self._axes_digest is None:
+            self._axes_digest = digest(*axes)
+        return self._axes_digest
+
+    def _in_singular_vectors(
+        self,
+        rhs: Tensor,
+        form: LinearForm,
+        axes: tuple[Tensor, Tensor],
+        covariance: SpectralCovariance,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (A S A^T + s^2 I)^-1 rhs, and the squared error (B,), for a separable blur.
+
+        In the singular vectors of A the blur is diagonal and S nearly so: its own diagonal there
+        is the preconditioner.
+        """
+        if self._vectors is None:
+            self._vectors = tuple(torch.linalg.svd(axis) for axis in axes)
+        (left, values, right), (left_w, values_w, right_w) = self._vectors
+        gains = torch.outer(values, values_w)
+        spectra, noise = _mixed(form, covariance), self.sigma_lik**2
+        spans = [torch.fft.fft(v, dim=1, norm="ortho").abs().square() for v in (right, right_w)]
+        variances = spans[0] @ _whole(spectra, covariance.size[1]) @ spans[1].T
+        inverse = 1 / (gains.square() * variances + noise)
+
+        def maps(places: Tensor) -> tuple[Map, Map]:
+            spectrum, own = spectra[places], inverse[places]
+
+            def apply(z: Tensor) -> Tensor:
+                self.iterations += 1
+                images = _filter(right.T @ (gains * z) @ right_w, spectrum)
+                return gains * (right @ images @ right_w.T) + noise * z
+
+            return apply, lambda r: own * r
+
+        start = left.T @ rhs @ left_w
+        z, energy = self._iterate(start, maps, covariance, measure=lambda r: inverse * r)
+        return left @ z @ left_w.T, energy
 
     def _near_the_periodic(
         self, rhs: Tensor, form: LinearForm, inverse: Tensor, covariance: SpectralCovariance
     ) -> tuple[Tensor, Tensor]:
-        """Return (A S A^T + s^2 I)^-1 rhs, mixture by mixture, and the error (B,)."""
-        forward, backward = form.forward, form.backward
-        if forward is None or backward is None:
-            raise TypeError("a linear form that is not exact must have forward and backward")
+        """Return (A S A^T + s^2 I)^-1 rhs, and the squared error (B,)."""
         spectra = _mixed(form, covariance)
-        parts, energy = [], rhs.new_zeros(len(rhs))
-        for k in range(rhs.shape[1]):
+        noise = self.sigma_lik**2
 
-            def apply(
-                z: Tensor,
-                spectrum: Tensor = spectra[k],
-                forward: Callable[[Tensor], Tensor] = forward,
-                backward: Callable[[Tensor], Tensor] = backward,
-            ) -> Tensor:
+        def maps(places: Tensor) -> tuple[Map, Map]:
+            spectrum, filtered = spectra[places], inverse[:, places]
+
+            def apply(z: Tensor) -> Tensor:
                 self.iterations += 1
-                return forward(_filter(backward(z), spectrum)) + self.sigma_lik**2 * z
+                return _forward(form, _filter(_backward(form, z), spectrum)) + noise * z
 
-            def precondition(r: Tensor, inverse: Tensor = inverse[:, k : k + 1]) -> Tensor:
-                return _filter(r, inverse)
+            return apply, partial(_filter, spectrum=filtered)
 
-            right = rhs[:, k : k + 1]
-            z = self._iterate(apply, right, precondition, covariance, rhs.shape[1])
-            energy = energy + _energy(right - apply(z), precondition)
-            parts.append(z)
-        return torch.cat(parts, dim=1), (energy / covariance.dimension).sqrt()
+        measure = partial(_filter, spectrum=inverse)
+        return self._iterate(rhs, maps, covariance, measure=measure)
 
     def _by_filling_in(
         self, misfit: Tensor, form: LinearForm, mask: Tensor, covariance: SpectralCovariance
     ) -> Move:
         """Fill the misfit in where the mask hides it, then divide."""
         noisy = _seen(form, covariance) + self.sigma_lik**2
-        precision = 1 / noisy
         known = nn.functional.pad(misfit, form.margins)
-        energy = known.new_zeros(len(known))
-        if mask.shape[1] == 1:  # the mixtures of colours do not meet
-            entered = _enter(known, form, covariance)
-            parts = []
-            for k in range(entered.shape[1]):
-                own = slice(k, k + 1)
-                part, more = self._fill_in(
-                    entered[:, own],
-                    mask,
-                    lambda x, own=own: _filter(x, precision[:, own]),
-                    lambda x, own=own: _filter(x, noisy[:, own]),
-                    covariance,
-                    entered.shape[1],
-                )
-                parts.append(part)
-                energy = energy + more
-            filled = torch.cat(parts, dim=1)
+        dense = self._find_dense(noisy, form, mask, covariance, len(misfit))
+        if dense is not None:
+            waves, energy = dense.solve(_enter(known, form, covariance), noisy)
         else:
-            filled, energy = self._fill_in(
-                known,
-                mask,
-                lambda x: covariance.unmix(_filter(covariance.mix(x), precision)),
-                lambda x: covariance.unmix(_filter(covariance.mix(x), noisy)),
-                covariance,
-                1,
-            )
-            filled = _enter(filled, form, covariance)
-        waves = precision * torch.fft.rfft2(filled)
+            filled, energy = self._fill_in(known, form, mask, covariance, noisy)
+            waves = torch.fft.rfft2(filled) / noisy
         waves = waves if form.transfer is None else form.transfer.conj() * waves
         error = (energy / covariance.dimension).sqrt()
         return Move(_leave(waves, form, covariance), error)
 
+    def _find_dense(
+        self,
+        noisy: Tensor,
+        form: LinearForm,
+        mask: Tensor,
+        covariance: SpectralCovariance,
+        images: int,
+    ) -> DenseMask | None:
+        if form.transfer is not None or mask.shape[:2] != (1, 1):
+            return None
+        if self._matrices is None:
+            self._matrices = MaskMatrices(mask[0, 0])
+        least, most = (variance + self.sigma_lik**2 for variance in covariance.extremes)
+        weights = None if form.weights is None else tuple(form.weights.tolist())
+        return self._matrices.find(
+            noisy,
+            (covariance.digest, weights, self.sigma_lik, noisy.dtype, noisy.device),
+            images=images,
+            condition=most / least,
+            is_even=covariance.is_even,
+        )
+
     def _fill_in(
         self,
         known: Tensor,
+        form: LinearForm,
         mask: Tensor,
-        to_precision: Callable[[Tensor], Tensor],
-        to_noisy: Callable[[Tensor], Tensor],
         covariance: SpectralCovariance,
-        shares: int,
+        noisy: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return `known` with unknown pixels at their mean, and the squared error (B,), in stds."""
+        """Return mixtures (B, C, H, W) of what is known, filled in, and the squared error (B,)."""
+        precision = 1 / noisy
         unknown = (~mask).to(known.dtype)
         if self._holes is None:
             self._holes = _find_holes(mask)
         holes = self._holes
+        some, every = bool(holes.any()), bool(holes.all())
+        meet = mask.shape[1] > 1  # mixtures of colours meet where a channel alone is known
+        begin = known if meet else _enter(known, form, covariance)
 
-        def apply(v: Tensor) -> Tensor:
-            self.iterations += 1
-            return unknown * to_precision(v)
+        def through(x: Tensor, spectrum: Tensor) -> Tensor:
+            if meet:
+                return unknown * covariance.unmix(_filter(covariance.mix(x), spectrum))
+            return unknown * _filter(x, spectrum)
 
-        def widen(r: Tensor) -> Tensor:
-            return unknown * to_noisy(r)
+        def maps(places: Tensor) -> tuple[Map, Map | None]:
+            narrow, wide = (part if meet else part[:, places] for part in (precision, noisy))
 
-        precondition = widen if bool(holes.all()) else None
-        if precondition is None and bool(holes.any()):
+            def apply(v: Tensor) -> Tensor:
+                self.iterations += 1
+                return through(v, narrow)
 
-            def precondition(r: Tensor) -> Tensor:
-                return torch.where(holes, widen(r), r)
+            def widen(r: Tensor) -> Tensor:
+                return through(r, wide) if every else torch.where(holes, through(r, wide), r)
 
-        filling = self._iterate(
-            apply, -unknown * to_precision(known), precondition, covariance, shares
+            return apply, widen if some else None
+
+        filling, energy = self._iterate(
+            -through(begin, precision),
+            maps,
+            covariance,
+            # At least the inverse of the matrix, so that this bounds the error.
+            measure=partial(through, spectrum=noisy),
+            meet=meet,
         )
-        filled = known + filling
-        # The inverse of the matrix is at most the block of T + s^2 I: this bounds the error.
-        return filled, _energy(unknown * to_precision(filled), widen)
+        filled = begin + filling
+        return _enter(filled, form, covariance) if meet else filled, energy
 
     def _by_least_squares(self, misfit: Tensor, covariance: DenseCovariance, like: Tensor) -> Move:
         """Solve min |A L w - misfit|^2 / s^2 + |w|^2 for w, with S = L L^T."""
@@ -302,7 +384,7 @@ class LinearSolver:
 
     def _by_coordinates(self, misfit: Tensor, covariance: Covariance, like: Tensor) -> Move:
         """Solve (I + L^T A^T A L / s^2) w = L^T A^T misfit / s^2, with S = L L^T, for w."""
-        gram = self._gram(like, covariance)
+        gram = self._look(like, covariance)
         precision = 1 / self.sigma_lik**2
         root = covariance.variances.sqrt()
         inverse = 1 / (1 + precision * covariance.variances * gram.diagonal)
@@ -333,26 +415,42 @@ class LinearSolver:
 
     def _iterate(
         self,
-        apply: Callable[[Tensor], Tensor],
         rhs: Tensor,
-        precondition: Callable[[Tensor], Tensor] | None,
+        maps: Callable[[Tensor], tuple[Map, Map | None]],
         covariance: SpectralCovariance,
-        shares: int,
-    ) -> Tensor:
-        """Run conjugate gradients until the error of w is as tolerated, over so many shares."""
-        return conjugate_gradient(
+        *,
+        measure: Map,
+        meet: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Run conjugate gradients until the error of w is as tolerated.
+
+        Args:
+            rhs: right-hand sides, shape (B, K, h, w).
+            maps: places along K -> the matrix and the preconditioner of these.
+            covariance: covariance S.
+            measure: about the inverse of the matrix.
+            meet: whether the K are one problem, not K of them.
+
+        Returns:
+            The solutions, and the squared norm (B,), by `measure`, of what is left of `rhs`.
+        """
+        apply, precondition = maps(torch.arange(rhs.shape[1]))
+        parts = 1 if meet else rhs.shape[1]
+        solved = conjugate_gradient(
             apply,
             rhs,
             rtol=0.0,
-            etol=self.tolerance * math.sqrt(covariance.dimension / shares),
+            etol=self.tolerance * math.sqrt(covariance.dimension / parts),
             max_iterations=self.max_iterations,
             precondition=precondition,
+            narrow=None if meet else maps,
         )
+        return solved, _energy(rhs - apply(solved), measure)
 
-    def _gram(self, like: Tensor, covariance: Covariance) -> "_Gram":
-        if like.dtype not in self._grams:
-            self._grams[like.dtype] = self._probe(like, covariance)
-        return self._grams[like.dtype]
+    def _look(self, like: Tensor, covariance: Covariance) -> "_Gram":
+        if self._gram is None:
+            self._gram = self._probe(like, covariance)
+        return self._gram
 
     def _probe(self, like: Tensor, covariance: Covariance) -> "_Gram":
         """Look at A^T A through noise images.
@@ -417,7 +515,7 @@ def _mixed(form: LinearForm, covariance: SpectralCovariance) -> Tensor:
     if form.weights is None:
         return covariance.spectrum
     shares = (covariance.mixing @ form.weights).square()
-    return torch.tensordot(shares, covariance.spectrum, dims=1)[None]
+    return (shares[:, None, None] * covariance.spectrum).sum(0, keepdim=True)
 
 
 def _seen(form: LinearForm, covariance: SpectralCovariance) -> Tensor:
@@ -439,21 +537,45 @@ def _leave(waves: Tensor, form: LinearForm, covariance: SpectralCovariance) -> T
     return covariance.unmix(torch.fft.irfft2(gain * waves, s=covariance.size))
 
 
+def _forward(form: LinearForm, x: Tensor) -> Tensor:
+    """Return what A makes of mixtures or grey images (B, K, H, W), each by itself."""
+    if form.axes is not None:
+        return form.axes[0] @ x @ form.axes[1].T
+    return _one_by_one(form.forward, x)
+
+
+def _backward(form: LinearForm, y: Tensor) -> Tensor:
+    """Return the transpose of `_forward`, (B, K, H, W)."""
+    if form.axes is not None:
+        return form.axes[0].T @ y @ form.axes[1]
+    return _one_by_one(form.backward, y)
+
+
+def _one_by_one(act: Map | None, x: Tensor) -> Tensor:
+    if act is None:
+        raise TypeError("a linear form must have axes, or forward and backward, to be undone")
+    return torch.cat([act(x[:, k : k + 1]) for k in range(x.shape[1])], dim=1)
+
+
+def _whole(spectrum: Tensor, width: int) -> Tensor:
+    """Return the whole spectrum (..., H, W) of a half one."""
+    negative = spectrum[..., 1 : (width + 1) // 2].flip(-1, -2).roll(1, -2)
+    return torch.cat((spectrum, negative), dim=-1)
+
+
 def _fold(spectrum: Tensor, stride: int, width: int) -> Tensor:
     """Return the variances of every `stride`-th pixel of images with this half spectrum."""
     if stride == 1:
         return spectrum
-    negative = spectrum[..., 1 : (width + 1) // 2].flip(-1, -2).roll(1, -2)
-    full = torch.cat((spectrum, negative), dim=-1)
+    full = _whole(spectrum, width)
     height = full.shape[-2]
-    aliases = full.unflatten(-1, (stride, width // stride))
-    aliases = aliases.unflatten(-3, (stride, height // stride))
-    folded: Tensor = aliases.sum((-4, -2)) / stride**2
+    sizes = (stride, height // stride, stride, width // stride)
+    folded: Tensor = full.reshape(*full.shape[:-2], *sizes).sum((-4, -2)) / stride**2
     return folded[..., : width // stride // 2 + 1]
 
 
 def _find_holes(mask: Tensor) -> Tensor:
-    """Return whether most unknown pixels of a mask (B, C, H, W) touch no known one, (B, 1, 1, 1)."""
+    """Return whether most unknown pixels of each mask touch no known one, (B, 1, 1, 1)."""
     near = nn.functional.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
     unknown, alone = (part.flatten(1).sum(1) for part in (~mask, ~near))
     return (2 * alone > unknown).reshape(-1, 1, 1, 1)

@@ -1,5 +1,7 @@
 """Draws conditioned on a linear measurement, by Matheron's rule."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class Matheron:
         sigma_lik: noise std s that is assumed, > 0, in units of y.
 
     Attributes:
-        solver: what finds the moves.
+        solver: what finds the moves in the precision of y.
         error: largest error of a move so far, root mean square in stds of S, shape (B,).
 
     Raises:
@@ -44,6 +46,7 @@ class Matheron:
         self.sigma_lik = check_positive("sigma_lik", sigma_lik)
         self._y = check_finite("y", check_floating("y", y)).to(working_dtype(y.dtype))
         self.solver = LinearSolver(operator, self.sigma_lik)
+        self._in_double: LinearSolver | None = None
         self.error = self._y.new_zeros(len(self._y))
 
     def start(
@@ -88,11 +91,39 @@ class Matheron:
             Draws given y, the shape of x.
         """
         noise = temperature * self.sigma_lik * draw_normal(self._y, generator)
-        y, begin = self._y, x
-        if self.solver.needs_double(covariance, x):
+        y, begin, solver = self._y, x, self.solver
+        if x.dtype != torch.float64 and solver.needs_double(covariance, x):
             y, begin, noise = y.double(), x.double(), noise.double()
             if isinstance(covariance, SpectralCovariance | DenseCovariance):
                 covariance = covariance.double()
-        move = self.solver.move(y + noise - self.operator(begin), covariance, begin)
+            if self._in_double is None:
+                self._in_double = LinearSolver(_for_double(self.operator, begin), self.sigma_lik)
+            solver = self._in_double
+        move = solver.move(y + noise - solver.operator(begin), covariance, begin)
         self.error = torch.maximum(self.error, move.error.to(self.error))
         return (begin + move.images).to(x.dtype)
+
+
+def _for_double(operator: LinearOperator, like: Tensor) -> LinearOperator:
+    """Return the operator if it takes float64, else one that rounds to float32 on the way."""
+    try:
+        taken = operator(like).dtype == torch.float64
+    except (RuntimeError, TypeError, ValueError):
+        taken = False
+    return operator if taken else _Rounded(operator)
+
+
+class _Rounded:
+    """An operator of float32, for images of float64."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self._operator = operator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._operator(x.float()).double()
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._operator.adjoint(y.float()).double()
+
+    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
+        return self._operator.input_shape(y_shape)

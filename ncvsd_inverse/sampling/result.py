@@ -29,6 +29,7 @@ class Result:
         schedule: the levels of rho that ran, largest first, image units.
         sigma_lik: noise std that was assumed, units of y.
         method: the loop that ran.
+        converged: whether every linear solve reached its tolerance.
     """
 
     x0: Tensor
@@ -41,3 +42,4 @@ class Result:
     schedule: tuple[float, ...]
     sigma_lik: float
     method: Method
+    converged: bool

@@ -13,7 +13,14 @@ from ncvsd_inverse.machine import progress_bar, time_now
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
 from ncvsd_inverse.protocols import Operator, Prior, Statistics
-from ncvsd_inverse.sampling.chains import Method, Plan, gibbs_chain, matheron_chain, run_chain
+from ncvsd_inverse.sampling.chains import (
+    Method,
+    Outcome,
+    Plan,
+    gibbs_chain,
+    matheron_chain,
+    run_chain,
+)
 from ncvsd_inverse.sampling.choices import (
     Preset,
     check_prior_fits,
@@ -30,6 +37,9 @@ from ncvsd_inverse.sampling.result import Estimate, Result
 from ncvsd_inverse.sampling.settings import Average, default_average
 
 __all__ = ["Estimate", "Method", "Preset", "Problem", "Result", "Seed", "solve"]
+
+CONVERGED = 0.05
+"""Largest error of a linear solve, in stds of the law that is conditioned, that does no harm."""
 
 PIXELS_AT_ONCE = 4_000_000
 """Pixels (channels not counted) of all chains that run together when `batch_size` is None."""
@@ -150,15 +160,25 @@ def solve(
     average = default_average(problem.traits.family) if estimate == "ema" else None
     counted = CountedPrior(tempered)
     started = time_now(y.device)
-    lasts, averages = _run_chains(parts, counted, plan, statistics, average, progress)
+    outcomes = _run_chains(parts, counted, plan, statistics, average, progress)
     seconds = time_now(y.device) - started
 
+    error = max(float(outcome.error.max()) for outcome in outcomes)
+    converged = error <= CONVERGED
+    if not converged:
+        warnings.warn(
+            f"linear solves fell short by {error:.2g} of the std of what they condition (at most "
+            f"{CONVERGED:g} counts as converged): the result may follow y too little; a larger "
+            "sigma_lik (or sigma_y) makes them easier",
+            stacklevel=3,
+        )
+    lasts = [outcome.last for outcome in outcomes]
     runs = (restarts, num_samples, *problem.shape)
     best = _best_restarts(parts, lasts, runs)
     samples = _pick(lasts, best, runs)
     mean = samples.mean(0)
     if estimate == "ema":
-        x0 = _pick(averages, best, runs)[0]
+        x0 = _pick([outcome.average for outcome in outcomes], best, runs)[0]
     else:
         x0 = mean if estimate == "mean" else samples[0]
     return Result(
@@ -172,6 +192,7 @@ def solve(
         schedule=plan.levels,
         sigma_lik=plan.sigma_lik,
         method=method,
+        converged=converged,
     )
 
 
@@ -182,9 +203,9 @@ def _run_chains(
     statistics: Statistics | None,
     average: Average | None,
     progress: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the last images of all chains and their averages, part by part."""
-    lasts, averages = [], []
+) -> list[Outcome]:
+    """Run all chains, part by part."""
+    outcomes = []
     total = len(parts) * len(plan.levels)
     with prior.counting(), progress_bar("sweeps", total, shown=progress) as advance:
         for part in parts:
@@ -192,10 +213,8 @@ def _run_chains(
                 sweeps = matheron_chain(part, prior, plan, statistics)
             else:
                 sweeps = gibbs_chain(part, prior, plan)
-            last, averaged = run_chain(sweeps, plan.levels, average=average, advance=advance)
-            lasts.append(last)
-            averages.append(averaged)
-    return lasts, averages
+            outcomes.append(run_chain(sweeps, plan.levels, average=average, advance=advance))
+    return outcomes
 
 
 def _best_restarts(

@@ -253,13 +253,6 @@ def test_divergence_is_raised():
         Langevin(breaks, y - 0.1, 5.0).sample(y + 9, 2.0, generator=generator)
 
 
-def test_conjugate_gradient_divergence_is_raised():
-    operator = WithoutSolve(ops.Denoise())
-    step = ExactGaussian(operator, torch.zeros(1, 1, 2, 2), 0.1)
-    with pytest.raises(DivergenceError, match="conjugate gradients"):
-        step.sample(torch.full((1, 1, 2, 2), math.nan), 0.3)
-
-
 @pytest.mark.parametrize("sampler", [ExactGaussian, Langevin])
 @pytest.mark.parametrize(
     ("y", "sigma_lik", "x0", "rho", "error", "match"),
