@@ -1,17 +1,19 @@
-"""The machine: device choice, network passes, memory, time and progress bars."""
+"""The machine: device choice, network passes, memory, caches, time and progress bars."""
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Cache",
     "PassCounter",
     "PeakMemory",
     "count_passes",
@@ -22,6 +24,42 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
+
+
+class Cache(Generic[Item]):
+    """The last few things that were computed, by key.
+
+    Threads may share one: an entry is computed once and seen whole. Copies and pickles are empty.
+
+    Args:
+        size: most entries, >= 1; the oldest gives way.
+    """
+
+    def __init__(self, size: int = 16) -> None:
+        self.size = size
+        self._entries: dict[Hashable, Item] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable, compute: Callable[[], Item]) -> Item:
+        """Return the entry of a key; what `compute` returns, which is no None, if there is none."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            return entry
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                with torch.inference_mode(False):  # else no later gradient could pass through it
+                    entry = compute()
+                while len(self._entries) >= self.size:
+                    del self._entries[next(iter(self._entries))]
+                self._entries[key] = entry
+            return entry
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
+        return type(self), (self.size,)
 
 
 def find_device(name: str | None = None) -> torch.device:
