@@ -1,20 +1,21 @@
-"""The machine: device choice, network passes, memory, time and progress bars."""
+"""The machine: device choice, network passes, memory, caches, time and progress bars."""
 
+import math
 import os
 import sys
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "Kept",
+    "Cache",
     "PassCounter",
     "PeakMemory",
     "Signal",
@@ -28,12 +29,63 @@ __all__ = [
 Item = TypeVar("Item")
 
 
-class _Sized(Protocol):
+@runtime_checkable
+class _Weighty(Protocol):
+    """What knows how large it is, as tensors do."""
+
     @property
     def nbytes(self) -> int: ...
 
 
-Value = TypeVar("Value", bound=_Sized)
+class Cache(Generic[Item]):
+    """The things that were computed and used last, by key.
+
+    Threads may share one: an entry is computed once and seen whole. Copies and pickles are empty.
+
+    Args:
+        size: most entries, >= 1; the one that was not used longest gives way.
+        most_bytes: what the entries that have `nbytes` may take together; one that is larger is
+            not kept.
+    """
+
+    def __init__(self, size: int = 16, most_bytes: float = math.inf) -> None:
+        self.size = size
+        self.most_bytes = most_bytes
+        self._entries: OrderedDict[Hashable, Item] = OrderedDict()
+        self._asked: deque[Hashable] = deque(maxlen=1024)
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the entries take."""
+        return sum(entry.nbytes for entry in self._entries.values() if isinstance(entry, _Weighty))
+
+    def get(self, key: Hashable, compute: Callable[[], Item]) -> Item:
+        """Return the entry of a key; what `compute` returns, if there is none."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+            with torch.inference_mode(False):  # else no later gradient could pass through it
+                entry = compute()
+            self._entries[key] = entry
+            while len(self._entries) > self.size or self.nbytes > self.most_bytes:
+                self._entries.popitem(last=False)
+            return entry
+
+    def was_asked(self, key: Hashable) -> bool:
+        """Return whether a key is kept or was asked for here before."""
+        with self._lock:
+            if key in self._entries or key in self._asked:
+                return True
+            self._asked.append(key)
+            return False
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int, float]]:
+        return type(self), (self.size, self.most_bytes)
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -101,57 +153,6 @@ def time_now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class Kept(Generic[Value]):
-    """Values that took long to make, the last ones used, shared by threads.
-
-    Copies and pickles of it are empty.
-
-    Args:
-        most_bytes: what they may take together; a larger one is not kept.
-    """
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most = most_bytes
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._asked: deque[Hashable] = deque(maxlen=1024)
-        self._lock = Lock()
-
-    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
-        return type(self), (self._most,)
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Return the value of a key, made if it is not kept; threads may make it twice."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = make()
-        with self._lock:
-            self._values[key] = value
-            while self._values and self.nbytes > self._most:
-                self._values.popitem(last=False)
-        return value
-
-    def was_asked(self, key: Hashable) -> bool:
-        """Return whether a key is kept or was asked for here before."""
-        with self._lock:
-            if key in self._values or key in self._asked:
-                return True
-            self._asked.append(key)
-            return False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the values take."""
-        return sum(value.nbytes for value in self._values.values())
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._values.clear()
-            self._asked.clear()
 
 
 class Signal:

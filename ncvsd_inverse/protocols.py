@@ -352,14 +352,21 @@ class OperatorTraits:
     Attributes:
         family: the kind of problem, by which default settings are looked up.
         lipschitz: largest singular value of its Jacobian anywhere; None: not known.
-        count_measured: y -> number of measured entries of each y, integers (B,); None: all are.
+        measured: y -> y with 0 in the entries that it does not measure, where A(x) is 0 whatever
+            x is; None: it measures all.
+        count_measured: y -> number of measured entries of each y, integers (B,); None: those that
+            `measured` keeps.
+        takes_complex: whether y may come as complex numbers too, in place of pairs of real and
+            imaginary part in a last dimension.
         repeated: times -> the operator for a batch tiled `times` times along dimension 0, itself
             if it treats all images alike; None: not known whether it does.
     """
 
     family: str | None = None
     lipschitz: float | None = None
+    measured: Callable[[Tensor], Tensor] | None = None
     count_measured: Callable[[Tensor], Tensor] | None = None
+    takes_complex: bool = False
     repeated: Callable[[int], Operator] | None = None
 
     @classmethod

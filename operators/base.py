@@ -55,11 +55,15 @@ class BaseOperator(ABC):
         check_images("x", x)
         check_positive("sigma_y", sigma_y)
         y = self(x)
-        return y + sigma_y * draw_normal(y, generator)
+        return self.measured(y + sigma_y * draw_normal(y, generator))
+
+    def measured(self, y: Tensor) -> Tensor:
+        """Return measurements (B, ...) with 0 in the entries that A does not measure."""
+        return y
 
     def count_measured(self, y: Tensor) -> Tensor:
         """Return how many entries of each measurement are measured, integers of shape (B,)."""
-        return torch.full((y.shape[0],), y[0].numel(), device=y.device)
+        return self.measured(torch.ones_like(y)).flatten(1).count_nonzero(dim=1)
 
     def repeated(self, times: int) -> "BaseOperator":
         """Return the operator for a batch that is tiled `times` times along dimension 0.

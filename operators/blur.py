@@ -17,6 +17,7 @@ from ncvsd_inverse.checks import (
     check_non_negative,
     check_positive,
 )
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import conjugate_gradient, working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
 from ncvsd_inverse.protocols import LinearForm
@@ -46,7 +47,7 @@ class Blur(LinearBase):
 
     Args:
         kernel: weights, shape (kh, kw) or (1 or B, 1 or C, kh, kw), used as they are (no
-            normalisation), at most as large as the image.
+            normalisation), at most as large as the image. It is copied.
         boundary: "circular", "reflect", "replicate" or "valid".
 
     Raises:
@@ -71,7 +72,7 @@ class Blur(LinearBase):
                 f"got {tuple(kernel.shape)}"
             )
         check_finite("kernel", kernel)
-        self.kernel = kernel.reshape(*[1] * (4 - kernel.ndim), *kernel.shape)
+        self.kernel = kernel.detach().clone().reshape(*[1] * (4 - kernel.ndim), *kernel.shape)
         if not bool(self.kernel.flatten(2).any(dim=2).all()):
             raise ValueError("kernel must have a weight other than 0, got all zeros")
         check_choice("boundary", boundary, get_args(Boundary))
@@ -80,7 +81,7 @@ class Blur(LinearBase):
         before = (height - 1 - height // 2, width - 1 - width // 2)
         after = (height // 2, width // 2)
         self._margins = (before[1], after[1], before[0], after[0])
-        self._transfers: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._transfers: Cache[Tensor] = Cache()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return blurred images, shape (B, C, H, W), or (B, C, H - kh + 1, W - kw + 1)."""
@@ -198,14 +199,15 @@ class Blur(LinearBase):
     def _transfer(self, like: Tensor) -> Tensor:
         """Return the half spectrum of the kernel, its centre at the origin, for images `like`."""
         height, width = like.shape[-2:]
-        key = (height, width, like.dtype, like.device)
-        if key not in self._transfers:
-            kh, kw = self.kernel.shape[-2:]
-            with torch.inference_mode(False):  # else no later gradient could pass through it
-                padded = functional.pad(self.kernel.to(like), (0, width - kw, 0, height - kh))
-                centred = padded.roll((-(kh // 2), -(kw // 2)), dims=(-2, -1))
-                self._transfers[key] = torch.fft.rfft2(centred)
-        return self._transfers[key]
+        kh, kw = self.kernel.shape[-2:]
+
+        def compute() -> Tensor:
+            padded = functional.pad(self.kernel.to(like), (0, width - kw, 0, height - kh))
+            centred = padded.roll((-(kh // 2), -(kw // 2)), dims=(-2, -1))
+            spectrum: Tensor = torch.fft.rfft2(centred)
+            return spectrum
+
+        return self._transfers.get((height, width, like.dtype, like.device), compute)
 
     @staticmethod
     def _filter(images: Tensor, transfer: Tensor) -> Tensor:

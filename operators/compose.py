@@ -87,10 +87,20 @@ class Compose(BaseOperator):
         between = self._in_runs(self.inner, check_images("x", x))
         return self.outer.measure(self._between(between), sigma_y, generator=generator)
 
+    def measured(self, y: Tensor) -> Tensor:
+        """Return measurements (B, ...) with 0 in the entries that the outer part does not."""
+        measured = OperatorTraits.of(self.outer).measured
+        return y if measured is None else self._in_runs(measured, y)
+
     def count_measured(self, y: Tensor) -> Tensor:
         """Return how many entries of each measurement are measured, integers of shape (B,)."""
         count = OperatorTraits.of(self.outer).count_measured
-        return super().count_measured(y) if count is None else count(y)
+        return super().count_measured(y) if count is None else self._in_runs(count, y)
+
+    @property
+    def takes_complex(self) -> bool:
+        """Whether complex numbers may stand for pairs of real and imaginary part."""
+        return OperatorTraits.of(self.outer).takes_complex
 
     def repeated(self, times: int) -> "Compose":
         """Return the operator for a batch that is tiled `times` times along dimension 0.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_count, check_floating, check_images
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
 from ncvsd_inverse.operators.inpainting import _check_size
@@ -58,11 +59,13 @@ class CompressedSensing(LinearBase):
         self._side = 1 << (pixels.bit_length() - 1)
         self._starts = (0,) if self._side == pixels else (0, pixels - self._side)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(pixels, generator=generator)
-        kept = torch.zeros(pixels, dtype=torch.bool)
-        kept[torch.randperm(pixels, generator=generator)[: self.num_measured]] = True
-        coins = torch.randint(2, (len(self._starts), pixels), generator=generator)
-        self._tables = {torch.device("cpu"): (order, order.argsort(), kept, 2 * coins - 1)}
+        with torch.inference_mode(False):  # else no later gradient could pass through them
+            self._order = torch.randperm(pixels, generator=generator)
+            self._kept = torch.zeros(pixels, dtype=torch.bool)
+            self._kept[torch.randperm(pixels, generator=generator)[: self.num_measured]] = True
+            coins = torch.randint(2, (len(self._starts), pixels), generator=generator)
+            self._signs = (2 * coins - 1).to(torch.int8)
+        self._tables: Cache[tuple[Tensor, Tensor, Tensor, Tensor]] = Cache()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return coefficients, shape (B, C, m)."""
@@ -141,16 +144,14 @@ class CompressedSensing(LinearBase):
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return permutation, its inverse, kept rows (n,) and signs (windows, n) on a device."""
-        if device not in self._tables:
-            order, inverse, kept, signs = self._tables[torch.device("cpu")]
-            with torch.inference_mode(False):  # else no later gradient could pass through them
-                self._tables[device] = (
-                    order.to(device),
-                    inverse.to(device),
-                    kept.to(device),
-                    signs.to(device),
-                )
-        return self._tables[device]
+
+        def compute() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            order, kept, signs = (
+                table.to(device) for table in (self._order, self._kept, self._signs)
+            )
+            return order, order.argsort(), kept, signs
+
+        return self._tables.get(device, compute)
 
 
 def hadamard(z: Tensor) -> Tensor:

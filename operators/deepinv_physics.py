@@ -101,6 +101,8 @@ def from_deepinv(
         )
     if _has_exact_prox(linear, probe):
         linear = SolvablePhysicsOperator(physics, y, packed, shape)
+    # A row of A that sees nothing of an image of noise is 0.
+    linear.seen = seen[:1] != 0 if linear.repeated(2) is linear else seen != 0
     return linear, packed - linear(white)
 
 
@@ -115,7 +117,10 @@ class PhysicsOperator:
 
     Attributes:
         family: the kind of problem, by which defaults are looked up; None: no kind of ours.
+        seen: which entries of y are measured, shape (1 or B, ...); None: not known.
     """
+
+    seen: Tensor | None = None
 
     def __init__(
         self,
@@ -126,7 +131,7 @@ class PhysicsOperator:
     ) -> None:
         self.physics = physics
         self.family = _family(physics)
-        self._like = like
+        self._like = _form(like)
         self._image_shape = image_shape
         self._batch, *self._measured_shape = packed.shape
         self._is_common = self._takes_any_batch(packed)
@@ -152,8 +157,19 @@ class PhysicsOperator:
         return _noise_std(self.physics)
 
     def count_measured(self, y: Tensor) -> Tensor:
-        """Return how many entries of each y carry anything, >= 1, integers of shape (B,)."""
-        return y.flatten(1).count_nonzero(1).clamp(min=1)
+        """Return how many entries of each y are measured, >= 1, integers of shape (B,).
+
+        Where that is not known, those count that are not 0.
+        """
+        kept = y if self.seen is None else self.measured(torch.ones_like(y))
+        return kept.flatten(1).count_nonzero(1).clamp(min=1)
+
+    def measured(self, y: Tensor) -> Tensor:
+        """Return measurements (B, ...) with 0 in the entries known not to be measured."""
+        if self.seen is None:
+            return y
+        runs = len(y) // len(self.seen)
+        return y.where(self.seen.to(y.device).repeat(runs, *[1] * (y.ndim - 1)), 0)
 
     def repeated(self, times: int) -> "PhysicsOperator":
         """Return the operator for a batch that is tiled `times` times along dimension 0.
@@ -243,6 +259,13 @@ def _pack(y: "Measured") -> Tensor:
     if isinstance(y, Tensor):
         return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
     return torch.cat([_pack(part).flatten(1) for part in y], 1)
+
+
+def _form(y: "Measured") -> "Measured":
+    """Return a measurement of the same form that holds a single number for each tensor of `y`."""
+    if isinstance(y, Tensor):
+        return y.new_zeros(()).expand(y.shape)
+    return type(y)([_form(part) for part in y])
 
 
 def _unpack(packed: Tensor, like: "Measured") -> "Measured":

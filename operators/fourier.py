@@ -12,10 +12,11 @@ from ncvsd_inverse.checks import (
     check_images,
     check_non_negative,
 )
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
 from ncvsd_inverse.operators.inpainting import _check_size
-from ncvsd_inverse.protocols import Generators, LinearForm
+from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["MaskedFourier"]
 
@@ -26,7 +27,13 @@ class MaskedFourier(LinearBase):
     y = diag(mask) F x, kept as real numbers: y[..., 0] is the real and y[..., 1] the imaginary
     part and A stacks diag(mask) Re F on diag(mask) Im F. F is the orthonormal 2-D Fourier
     transform, F[k, l; i, j] = exp(-2 pi i (k i / H + l j / W)) / sqrt(H W), frequency 0 first;
-    y is 0 where nothing is measured.
+    y is 0 where nothing is measured. Complex y, shape (B, C, H, W), is taken wherever y is.
+
+    Centred, frequency 0 lies at row H // 2 and column W // 2 of y and mask: y = diag(mask) S F x
+    with the permutation S of `torch.fft.fftshift`, so row k is that of frequency k - H // 2. The
+    origin of x stays at its first pixel. fastMRI has it at pixel (H // 2, W // 2), which changes
+    phases only: frequency (k, l) of its y times exp(-2 pi i (k (H // 2) / H + l (W // 2) / W)) is
+    that of ours.
 
     Images are real, so a coefficient is the conjugate of the one at the negative frequency, and
     A^T A = F^H diag(s) F with s(k) = (mask(k) + mask(-k)) / 2: a pair of which one is measured
@@ -35,8 +42,9 @@ class MaskedFourier(LinearBase):
     frequency 0, say) that are 0 for every image.
 
     Args:
-        mask: kept frequencies, boolean, or 0 and 1; shape (H, W), in the layout of
-            `torch.fft.fft2` (`torch.fft.ifftshift` brings a centred mask into it).
+        mask: kept frequencies, boolean, or 0 and 1; shape (H, W), in the layout of y. It is
+            copied.
+        centred: whether frequency 0 is in the middle; False: first, as in `torch.fft.fft2`.
 
     Raises:
         TypeError: if mask is no real tensor.
@@ -45,7 +53,10 @@ class MaskedFourier(LinearBase):
 
     family = "masked_fourier"
 
-    def __init__(self, mask: Tensor) -> None:
+    takes_complex = True
+    """Complex numbers may stand for pairs of real and imaginary part."""
+
+    def __init__(self, mask: Tensor, centred: bool = False) -> None:
         if not isinstance(mask, Tensor) or mask.is_complex():
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a boolean or real tensor, got {got}")
@@ -55,11 +66,12 @@ class MaskedFourier(LinearBase):
         if not bool(((mask == 0) | (mask == 1)).all()):
             low, high = float(mask.min()), float(mask.max())
             raise ValueError(f"mask must hold only 0 and 1, got values from {low} to {high}")
-        self.mask = mask.bool()
+        self.mask = mask.detach().clone().bool()
+        self.centred = centred
         self._num_kept = int(self.mask.count_nonzero())
         if self._num_kept == 0:
             raise ValueError("mask must measure at least one frequency, got all zeros")
-        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._tables: Cache[tuple[Tensor, Tensor]] = Cache()
 
     @classmethod
     def lines(
@@ -68,6 +80,7 @@ class MaskedFourier(LinearBase):
         acceleration: float = 4.0,
         centre_fraction: float = 0.08,
         seed: int = 0,
+        centred: bool = False,
     ) -> "MaskedFourier":
         """Measure whole columns of frequencies: all the lowest ones and some others at random.
 
@@ -79,7 +92,8 @@ class MaskedFourier(LinearBase):
             acceleration: how many times fewer columns than W are kept, >= 1.
             centre_fraction: share of the W columns kept around frequency 0, in
                 [0, 1 / acceleration].
-            seed: the same seed gives the same mask, >= 0.
+            seed: the same seed gives the same frequencies, >= 0.
+            centred: the layout of y, see above.
 
         Raises:
             ValueError: if an argument is out of range.
@@ -104,48 +118,46 @@ class MaskedFourier(LinearBase):
         mask = torch.zeros(height, width, dtype=torch.bool)
         mask[:, columns[:centre]] = True
         mask[:, columns[others]] = True
-        return cls(mask)
+        return cls(torch.fft.fftshift(mask) if centred else mask, centred)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return coefficients, 0 where not measured, shape (B, C, H, W, 2)."""
         self._check_sides("x", check_images("x", x).shape)
         mask, _ = self._on(x)
         spectrum = torch.fft.fft2(x.to(mask.dtype), norm="ortho")
+        if self.centred:
+            spectrum = torch.fft.fftshift(spectrum, dim=(-2, -1))
         return (torch.view_as_real(spectrum) * mask).to(x.dtype)
 
     def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
-        """Return (B, C, H, W) for measurements (B, C, H, W, 2)."""
-        if len(y_shape) != 5 or y_shape[4] != 2 or min(y_shape) < 1:
+        """Return (B, C, H, W) for measurements (B, C, H, W, 2), or complex ones (B, C, H, W)."""
+        if len(y_shape) not in (4, 5) or tuple(y_shape[4:]) not in ((), (2,)) or min(y_shape) < 1:
             raise ValueError(
-                f"y_shape must be (B, C, H, W, 2), all at least 1, got {tuple(y_shape)}"
+                "y_shape must be (B, C, H, W, 2), or (B, C, H, W) of complex numbers, all at "
+                f"least 1, got {tuple(y_shape)}"
             )
         self._check_sides("y_shape", y_shape)
         return tuple(int(size) for size in y_shape[:4])
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Return the real part of F^H diag(mask) y, shape (B, C, H, W)."""
-        check_floating("y", y)
-        if y.ndim != 5 or 0 in y.shape or y.shape[4] != 2:
-            raise ValueError(f"y must have shape (B, C, H, W, 2), got {tuple(y.shape)}")
-        self._check_sides("y", y.shape)
-        mask, _ = self._on(y)
-        real, imaginary = (y.to(mask.dtype) * mask).unbind(dim=4)
-        waves: Tensor = torch.fft.ifft2(torch.complex(real, imaginary), norm="ortho")
-        return waves.real.to(y.dtype)
-
-    def measure(self, x: Tensor, sigma_y: float, *, generator: Generators = None) -> Tensor:
-        """Simulate y = A(x) + sigma_y * eps with eps standard normal where A measures.
+        """Return the real part of F^H S^T diag(mask) y, shape (B, C, H, W); S = I if not centred.
 
         Args:
-            x: images, shape (B, C, H, W), in [-1, 1].
-            sigma_y: noise std of the real and of the imaginary part, > 0, in units of y.
-            generator: one source of randomness, or one for each of the B images.
-
-        Returns:
-            Measurements, shape (B, C, H, W, 2); 0 where the mask is 0.
+            y: shape (B, C, H, W, 2), or complex, shape (B, C, H, W).
         """
-        y = super().measure(x, sigma_y, generator=generator)
-        return torch.where(self.mask.to(y.device)[..., None], y, 0)
+        pairs = self._pairs(y)
+        mask, _ = self._on(pairs)
+        real, imaginary = (pairs.to(mask.dtype) * mask).unbind(dim=4)
+        spectrum = torch.complex(real, imaginary)
+        if self.centred:
+            spectrum = torch.fft.ifftshift(spectrum, dim=(-2, -1))
+        waves: Tensor = torch.fft.ifft2(spectrum, norm="ortho")
+        return waves.real.to(pairs.dtype)
+
+    def measured(self, y: Tensor) -> Tensor:
+        """Return y with 0 where the mask is 0, whatever is there, shape (B, C, H, W, 2)."""
+        pairs = self._pairs(y)
+        return pairs.where(self._on(pairs)[0] != 0, 0)
 
     def count_measured(self, y: Tensor) -> Tensor:
         """Return how many entries of each measurement are measured, integers of shape (B,)."""
@@ -177,6 +189,19 @@ class MaskedFourier(LinearBase):
         self._check_sides("like", like.shape)
         return LinearForm(shares=self._on(like)[1][None, None])
 
+    def _pairs(self, y: Tensor) -> Tensor:
+        """Return measurements, complex ones as pairs of real and imaginary part."""
+        if isinstance(y, Tensor) and y.is_complex():
+            y = torch.view_as_real(y.resolve_conj())
+        check_floating("y", y)
+        if y.ndim != 5 or 0 in y.shape or y.shape[4] != 2:
+            raise ValueError(
+                "y must have shape (B, C, H, W, 2), or (B, C, H, W) of complex numbers, got "
+                f"{tuple(y.shape)}"
+            )
+        self._check_sides("y", y.shape)
+        return y
+
     def _check_sides(self, name: str, shape: Sequence[int]) -> None:
         if tuple(shape[2:4]) != tuple(self.mask.shape):
             raise ValueError(
@@ -185,15 +210,17 @@ class MaskedFourier(LinearBase):
             )
 
     def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mask (H, W, 1) and the half spectrum s of A^T A, (H, W // 2 + 1).
+        """Return the mask (H, W, 1) as y has it and the half spectrum s, (H, W // 2 + 1).
 
         Both are on the device of `like` and in the dtype that its transforms use.
         """
-        key = (working_dtype(like.dtype), like.device)
-        if key not in self._tables:
-            with torch.inference_mode(False):  # else no later gradient could pass through them
-                mask = self.mask.to(like.device, key[0])
-                negative = mask.flip(0, 1).roll((1, 1), (0, 1))
-                share = (mask + negative)[:, : mask.shape[1] // 2 + 1] / 2
-                self._tables[key] = mask[..., None], share
-        return self._tables[key]
+        dtype = working_dtype(like.dtype)
+
+        def compute() -> tuple[Tensor, Tensor]:
+            mask = self.mask.to(like.device, dtype)
+            first = torch.fft.ifftshift(mask) if self.centred else mask
+            negative = first.flip(0, 1).roll((1, 1), (0, 1))
+            share = (first + negative)[:, : mask.shape[1] // 2 + 1] / 2
+            return mask[..., None], share
+
+        return self._tables.get((dtype, like.device), compute)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_count, check_finite, check_images
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
-from ncvsd_inverse.protocols import Generators, LinearForm
+from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["Inpaint"]
 
@@ -19,7 +20,8 @@ class Inpaint(LinearBase):
     A = diag(mask): y has the shape of the image and is 0 where nothing is measured.
 
     Args:
-        mask: boolean, or 0 and 1; shape (H, W), (1 or C, H, W) or (1 or B, 1 or C, H, W).
+        mask: boolean, or 0 and 1; shape (H, W), (1 or C, H, W) or (1 or B, 1 or C, H, W). It is
+            copied.
 
     Raises:
         TypeError: if mask is no real tensor.
@@ -41,10 +43,10 @@ class Inpaint(LinearBase):
         if not bool(((mask == 0) | (mask == 1)).all()):
             low, high = float(mask.min()), float(mask.max())
             raise ValueError(f"mask must hold only 0 and 1, got values from {low} to {high}")
-        self.mask = mask.bool().reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        self.mask = mask.detach().clone().bool().reshape(*[1] * (4 - mask.ndim), *mask.shape)
         if not bool(self.mask.flatten(1).any(dim=1).all()):
             raise ValueError("mask must measure at least one pixel of each image, got all zeros")
-        self._placed = self.mask
+        self._placed: Cache[Tensor] = Cache()
 
     @classmethod
     def box(cls, size: tuple[int, int], side: int | tuple[int, int]) -> "Inpaint":
@@ -91,23 +93,9 @@ class Inpaint(LinearBase):
         """Return y where it is measured and 0 elsewhere, shape (B, C, H, W)."""
         return y * self._mask_for("y", y)
 
-    def measure(self, x: Tensor, sigma_y: float, *, generator: Generators = None) -> Tensor:
-        """Simulate y = A(x) + sigma_y * eps with eps standard normal where A measures.
-
-        Args:
-            x: images, shape (B, C, H, W), in [-1, 1].
-            sigma_y: noise std, > 0, in units of y.
-            generator: one source of randomness, or one for each of the B images.
-
-        Returns:
-            Measurements, shape (B, C, H, W); 0 where the mask is 0.
-        """
-        return self(super().measure(x, sigma_y, generator=generator))
-
-    def count_measured(self, y: Tensor) -> Tensor:
-        """Return how many entries of each measurement are measured, integers of shape (B,)."""
-        mask = self._mask_for("y", y).expand(y.shape)
-        return mask.flatten(1).count_nonzero(dim=1)
+    def measured(self, y: Tensor) -> Tensor:
+        """Return y with 0 where the mask is 0, whatever is there, shape (B, C, H, W)."""
+        return y.where(self._mask_for("y", y) != 0, 0)
 
     def repeated(self, times: int) -> "Inpaint":
         """Return the operator for a batch that is tiled `times` times along dimension 0."""
@@ -142,10 +130,8 @@ class Inpaint(LinearBase):
                 f"got {tuple(images.shape[-2:])}"
             )
         check_broadcasts("mask", self.mask, name, images)
-        if (self._placed.dtype, self._placed.device) != (images.dtype, images.device):
-            with torch.inference_mode(False):  # else no later gradient could pass through it
-                self._placed = self.mask.to(images)
-        return self._placed
+        key = images.dtype, images.device
+        return self._placed.get(key, lambda: self.mask.to(images))
 
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -21,9 +21,13 @@ class PhaseRetrieval(BaseOperator):
     frame leave y unchanged, as does its sign (which [-1, 1] excludes), so the posterior has
     several modes.
 
+    Centred, y = S |F P (x + 1)/2| with the permutation S of `torch.fft.fftshift`: frequency 0 is
+    at row h // 2 and column w // 2 of a channel of y, shape (h, w), instead of first.
+
     Args:
         pad: zeros on every side, pixels, >= 0; at least half the image separates most images
             from all others but the ambiguities above.
+        centred: whether frequency 0 is in the middle of y.
 
     Raises:
         ValueError: if pad < 0.
@@ -37,8 +41,9 @@ class PhaseRetrieval(BaseOperator):
     SEARCH_LEVELS: ClassVar[tuple[float, float]] = (1.2, 0.15)
     """Couplings of waves and image at the ends of `search`, in units of y."""
 
-    def __init__(self, pad: int) -> None:
+    def __init__(self, pad: int, centred: bool = False) -> None:
         self.pad = check_count("pad", pad, least=0)
+        self.centred = centred
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return amplitudes, shape (B, C, H + 2 pad, W + 2 pad), all >= 0."""
@@ -62,7 +67,8 @@ class PhaseRetrieval(BaseOperator):
     ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """Return A(x), v -> J v and r -> J^T r for the Jacobian J at images x (B, C, H, W).
 
-        With the waves f = F P (x + 1)/2, J v = Re(conj(f / |f|) F P v / 2); where f is 0 so is J.
+        With the waves f = S F P (x + 1)/2, S = I if not centred, J v = Re(conj(f / |f|) S F P v
+        / 2); where f is 0 so is J.
         """
         check_images("x", x)
         waves = self._waves((x.to(working_dtype(x.dtype)) + 1) / 2)
@@ -123,6 +129,8 @@ class PhaseRetrieval(BaseOperator):
         check_count("iterations", iterations)
         first, last = self.SEARCH_LEVELS
         size = tuple(y.shape[-2:])
+        if self.centred:
+            y = torch.fft.ifftshift(y, dim=(-2, -1))
         # Real images have equal amplitudes at a frequency and its negative; noise that differs
         # there would only pile up in the multipliers.
         mirrored = y.flip(-2, -1).roll((1, 1), (-2, -1))
@@ -154,13 +162,15 @@ class PhaseRetrieval(BaseOperator):
         return waves
 
     def _waves(self, unit: Tensor) -> Tensor:
-        """Return the Fourier transform of images (B, C, H, W) padded with zeros."""
+        """Return the Fourier transform, laid out as y, of images (B, C, H, W) padded by zeros."""
         padded = torch.nn.functional.pad(unit, (self.pad,) * 4)
         waves: Tensor = torch.fft.fft2(padded, norm="ortho")
-        return waves
+        return torch.fft.fftshift(waves, dim=(-2, -1)) if self.centred else waves
 
     def _crop(self, waves: Tensor) -> Tensor:
         """Return the images (B, C, H, W) in the middle of the frame: the adjoint of `_waves`."""
+        if self.centred:
+            waves = torch.fft.ifftshift(waves, dim=(-2, -1))
         return self._middle(torch.fft.ifft2(waves, norm="ortho").real)
 
     def _middle(self, frame: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_choice, check_count, check_images
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_image_shape
 from ncvsd_inverse.protocols import LinearForm
@@ -46,9 +47,9 @@ class SuperResolution(LinearBase):
         self.factor = check_count("factor", factor)
         check_choice("filter", filter, get_args(Filter))
         self.filter: Filter = filter
-        self._matrices: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-        self._systems: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self._spectra: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._matrices: Cache[Tensor] = Cache()
+        self._systems: Cache[tuple[Tensor, Tensor, Tensor]] = Cache()
+        self._spectra: Cache[tuple[Tensor, Tensor]] = Cache()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the smaller images, shape (B, C, H / factor, W / factor)."""
@@ -115,11 +116,8 @@ class SuperResolution(LinearBase):
 
     def _matrix(self, side: int, like: Tensor) -> Tensor:
         """Return R, shape (side / factor, side), in the dtype and device of `like`."""
-        key = (side, like.dtype, like.device)
-        if key not in self._matrices:
-            with torch.inference_mode(False):  # else no later gradient could pass through it
-                self._matrices[key] = self._build_matrix(side).to(like)
-        return self._matrices[key]
+        key = side, like.dtype, like.device
+        return self._matrices.get(key, lambda: self._build_matrix(side).to(like))
 
     def singular_system(self, side: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return U, S and V of the reduction R = U S V^T of one axis, float64 on the CPU.
@@ -131,21 +129,22 @@ class SuperResolution(LinearBase):
             U, shape (side / factor, side / factor); the singular values, largest first, shape
             (side / factor,); V with the kernel of R in its last columns, shape (side, side).
         """
-        if side not in self._systems:
-            with torch.inference_mode(False):  # else no later gradient could pass through it
-                left, values, right_t = torch.linalg.svd(self._build_matrix(side))
-                self._systems[side] = left, values, right_t.T.contiguous()
-        return self._systems[side]
+
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            left, values, right_t = torch.linalg.svd(self._build_matrix(side))
+            return left, values, right_t.T.contiguous()
+
+        return self._systems.get(side, compute)
 
     def _spectrum(self, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return V, shape (side, side), and the eigenvalues of R^T R, shape (side,)."""
-        key = (side, like.dtype, like.device)
-        if key not in self._spectra:
-            with torch.inference_mode(False):
-                _, values, basis = self.singular_system(side)
-                power = torch.nn.functional.pad(values.square(), (0, side - len(values)))
-                self._spectra[key] = basis.to(like), power.to(like)
-        return self._spectra[key]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            _, values, basis = self.singular_system(side)
+            power = torch.nn.functional.pad(values.square(), (0, side - len(values)))
+            return basis.to(like), power.to(like)
+
+        return self._spectra.get((side, like.dtype, like.device), compute)
 
     def _build_matrix(self, side: int) -> Tensor:
         if self.filter == "box":

@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -30,6 +32,15 @@ def test_every_task_measures_images_of_its_size(name, size, generator):
     assert tuple(task.operator.input_shape(tuple(y.shape))) == tuple(x.shape)
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.sigma_y = 0.1
+
+
+@pytest.mark.parametrize("name", list_tasks(all=True))
+def test_tasks_survive_pickles_and_copies(name, generator):
+    task, x = make_task(name, 16), torch.rand(1, 3, 16, 16, generator=generator)
+    y = task.operator(x)
+    for twin in (pickle.loads(pickle.dumps(task)), copy.deepcopy(task)):
+        assert (twin.name, twin.sigma_y, twin.title) == (name, task.sigma_y, task.title)
+        assert torch.equal(twin.operator(x), y)
 
 
 def test_boxes_hide_half_of_each_side():

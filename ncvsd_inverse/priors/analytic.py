@@ -19,6 +19,7 @@ from ncvsd_inverse.checks import (
     check_positive,
     check_shape,
 )
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.protocols import Covariance, Generators, Statistics
@@ -317,7 +318,7 @@ class _MixtureStatistics:
 
     def __init__(self, prior: GaussianMixturePrior) -> None:
         self._prior = prior
-        self._kept: dict[float, _Eigenpairs] = {}
+        self._kept: Cache[_Eigenpairs] = Cache(128)
 
     def mean_image(self, like: Tensor) -> Tensor:
         weights = self._prior._log_weights.exp()
@@ -325,9 +326,8 @@ class _MixtureStatistics:
         return (weights @ means).reshape(1, *self._prior.image_shape).to(like)
 
     def covariance(self, sigma: float, like: Tensor) -> Covariance:
-        if sigma not in self._kept:
-            self._kept[sigma] = self._average(sigma)
-        values, vectors = (part.to(like) for part in self._kept[sigma])
+        kept = self._kept.get(sigma, lambda: self._average(sigma))
+        values, vectors = (part.to(like) for part in kept)
         return DenseCovariance(vectors, values, self._prior.image_shape)
 
     def _average(self, sigma: float) -> "_Eigenpairs":
@@ -463,17 +463,14 @@ class _CachedLaw:
 
     def __init__(self, exact: _Law) -> None:
         self.exact = exact
-        self._casts: dict[tuple[torch.dtype, torch.device], _Law] = {}
+        self._casts: Cache[_Law] = Cache()
 
     def cast(self, like: Tensor) -> _Law:
-        key = (like.dtype, like.device)
-        if key not in self._casts:
-            self._casts[key] = self.exact.to(like)
-        return self._casts[key]
+        return self._casts.get((like.dtype, like.device), lambda: self.exact.to(like))
 
 
 def _exact_law(mean: Tensor, variances: Tensor, basis: _Basis) -> _Law:
-    return _Law(mean.detach().flatten().to("cpu", torch.float64), variances, basis)
+    return _Law(mean.detach().clone().flatten().to("cpu", torch.float64), variances, basis)
 
 
 def _check_mean(mean: Tensor) -> None:

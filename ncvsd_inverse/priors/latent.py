@@ -64,6 +64,9 @@ class LatentPrior:
         self.nfe_per_sample = prior.nfe_per_sample
         self._loaded: AutoencoderKL | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_loaded": None}  # the VAE is named, and loaded where it is used
+
     def conditioned_on(self, label: int) -> Self:
         """Return a prior of the pictures of one class; arguments as for `NCVSDPrior`."""
         return type(self)(self.prior.conditioned_on(label), vae=self.vae)

@@ -18,7 +18,7 @@ from ncvsd_inverse.checks import (
     check_shape,
     check_stays_finite,
 )
-from ncvsd_inverse.machine import Kept
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.protocols import Denoiser, Prior, PriorTraits
@@ -63,8 +63,8 @@ class ImageStatistics:
     levels: tuple[float, ...]
     radii: tuple[float, ...]
     spectra: Tensor
-    _covariances: Kept[SpectralCovariance] = field(
-        default_factory=lambda: Kept(KEPT_BYTES), init=False, repr=False
+    _covariances: Cache[SpectralCovariance] = field(
+        default_factory=lambda: Cache(256, KEPT_BYTES), init=False, repr=False
     )
     note: ClassVar[str] = ""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.machine import Kept
+from ncvsd_inverse.machine import Cache
 
 __all__ = [
     "KEPT_MASKS",
@@ -29,10 +29,10 @@ FEW_IMAGES = 4
 STEEP = 1000.0
 """Least condition of a matrix that iterations would find slow."""
 
-KEPT_MASKS: Kept["DenseMask"] = Kept(MASK_BYTES)
+KEPT_MASKS: Cache["DenseMask"] = Cache(256, MASK_BYTES)
 """The matrices of masks that were used last, by what they follow from."""
 
-KEPT_TENSORS: Kept[Tensor] = Kept(TENSOR_BYTES)
+KEPT_TENSORS: Cache[Tensor] = Cache(256, TENSOR_BYTES)
 """Other matrices that were used last."""
 
 

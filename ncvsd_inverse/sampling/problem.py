@@ -24,7 +24,7 @@ class Problem:
     """A batch of measurements y = A(x0) + sigma_y * noise to restore.
 
     Attributes:
-        y: measurements, shape (B, ...).
+        y: measurements, shape (B, ...), 0 where the operator does not measure.
         operator: the forward model A, on images in [-1, 1].
         sigma_y: noise std, > 0, units of y.
         keys: for each measurement the integers that its random numbers follow from.
@@ -40,7 +40,9 @@ class Problem:
         """Check what a user gave.
 
         Args:
-            y: measurements, shape (B, ...), float32 or float64.
+            y: measurements, shape (B, ...), float32 or float64; complex64 or complex128 where the
+                operator takes pairs of real and imaginary part. What it holds where the operator
+                does not measure is of no account.
             operator: the forward model.
             sigma_y: noise std, > 0; None takes the operator's own, else 0.05.
             seed: see `solve`.
@@ -53,6 +55,9 @@ class Problem:
             raise TypeError(
                 f"operator must be callable and have input_shape, got {type(operator).__name__}"
             )
+        traits = OperatorTraits.of(operator)
+        if traits.takes_complex and isinstance(y, Tensor) and y.is_complex():
+            y = torch.view_as_real(y.resolve_conj())
         check_floating("y", y)
         if y.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"y must be float32 or float64, got {y.dtype}")
@@ -75,6 +80,8 @@ class Problem:
         if sigma_y is None and isinstance(operator, HasNoiseLevel):
             sigma_y = operator.sigma_y
         level = SIGMA_Y if sigma_y is None else check_positive("sigma_y", sigma_y)
+        if traits.measured is not None:
+            y = traits.measured(y)
         return cls(y, operator, level, _read_keys(seed, len(y)))
 
     @cached_property
@@ -92,15 +99,24 @@ class Problem:
         return make_generators(self.keys, self.y.device)
 
     def misfit(self, x0: Tensor) -> Tensor:
-        """Return ||y - A x0|| for images (B, C, H, W), shape (B,)."""
-        misfit: Tensor = torch.linalg.vector_norm((self.y - self.operator(x0)).flatten(1), dim=1)
+        """Return ||y - A x0|| for images (B, C, H, W), shape (B,), float64."""
+        error = self.y.double() - self.operator(x0).double()
+        misfit: Tensor = torch.linalg.vector_norm(error.flatten(1), dim=1)
         return misfit
 
     def residual(self, x0: Tensor) -> Tensor:
-        """Return ||y - A x0|| / (sigma_y sqrt(number of measured entries)), shape (B,)."""
-        count = self.traits.count_measured
-        measured = self.y.new_tensor(self.y[0].numel()) if count is None else count(self.y)
-        return self.misfit(x0) / (self.sigma_y * measured.to(self.y.dtype).sqrt())
+        """Return ||y - A x0|| / (sigma_y sqrt(number of measured entries)), shape (B,).
+
+        The norm is over measured entries; it is computed in float64 and returned in y's dtype.
+        """
+        traits = self.traits
+        if traits.count_measured is not None:
+            count = traits.count_measured(self.y)
+        else:
+            ones = torch.ones_like(self.y)
+            seen = ones if traits.measured is None else traits.measured(ones)
+            count = seen.flatten(1).count_nonzero(1)
+        return (self.misfit(x0) / (self.sigma_y * count.double().sqrt())).to(self.y.dtype)
 
     def chains(self, *, num_samples: int, restarts: int, batch_size: int) -> list["Problem"]:
         """Cut restarts * num_samples chains of every image into problems of their own.

@@ -1,5 +1,6 @@
 """deepinv's physics as operators against dense matrices and posteriors; our models in deepinv."""
 
+import copy
 import logging
 import math
 import subprocess
@@ -372,6 +373,29 @@ def test_only_measured_entries_count(dp):
     physics = dp.Inpainting((1, 6, 5), mask=mask, noise_model=dp.GaussianNoise(0.1))
     operator, y = from_deepinv(physics, physics(torch.rand(2, 1, 6, 5)))
     assert operator.count_measured(y).tolist() == [int(mask.sum())] * 2
+
+
+@pytest.mark.parametrize("kind", ["pixels", "pixels of each image", "frequencies"])
+def test_what_is_not_measured_is_of_no_account(dp, kind):
+    shape = (2, 6, 5) if kind == "frequencies" else (1, 6, 5)
+    mask = some(2 if kind == "pixels of each image" else 1, 1, 6, 5).float()
+    noise = dp.GaussianNoise(SIGMA_Y)
+    if kind == "frequencies":
+        physics = dp.MRI(mask=mask, img_size=shape, noise_model=noise).double()
+    else:
+        physics = dp.Inpainting(shape, mask=mask, noise_model=noise).double()
+    y = physics(torch.rand(2, *shape).double())
+    junk = torch.where(mask != 0, y, 30.0)
+    settings = {"operator": physics, "prior": gaussian_prior(shape), "nfe": 2, "num_samples": 2}
+    clean, other = solve(y, **settings), solve(junk, **settings)
+    assert torch.equal(other.x0, clean.x0)
+    assert torch.equal(other.residual, clean.residual)
+    assert float(clean.residual.max()) < 3
+    operator, packed = from_deepinv(physics, junk)
+    count = mask.expand(y.shape).flatten(1).count_nonzero(1)
+    for same in (operator, copy.deepcopy(operator)):
+        assert torch.equal(same.count_measured(packed), count)
+        assert torch.equal(same.adjoint(packed), operator.adjoint(packed))
 
 
 def test_what_does_not_fit_is_refused(dp):

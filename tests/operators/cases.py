@@ -92,6 +92,7 @@ def make_local():
 def make_mixing():
     odd, flat = (2, 3, 5, 7), (2, 2, 6, 8)
     sensing, fourier = "compressed_sensing", "masked_fourier"
+    centred = ops.MaskedFourier.lines((6, 8), 2, 0.25, centred=True)
     return [
         Case("luma", ops.Colorize(), odd, (2, 1, 5, 7), "colorization"),
         Case("mean", ops.Colorize("mean"), (2, 3, 1, 4), (2, 1, 1, 4), "colorization"),
@@ -104,6 +105,8 @@ def make_mixing():
         Case("fourier_odd", ops.MaskedFourier(some(5, 7)), odd, (*odd, 2), fourier),
         Case("fourier_even", ops.MaskedFourier(some(6, 8).float()), flat, (*flat, 2), fourier),
         Case("fourier_all", ops.MaskedFourier(torch.ones(5, 7)), odd, (*odd, 2), fourier),
+        Case("fourier_centred", ops.MaskedFourier(some(5, 7), True), odd, (*odd, 2), fourier),
+        Case("fourier_centred_even", centred, flat, (*flat, 2), fourier),
         Case("lines", ops.MaskedFourier.lines((6, 8), 2, 0.25), flat, (*flat, 2), fourier),
         Case("mri", ops.MaskedFourier.lines((3, 1), 1, 1), (2, 1, 3, 1), (2, 1, 3, 1, 2), fourier),
     ]

@@ -1,11 +1,18 @@
 """What every operator must do, against its dense matrix."""
 
+import copy
 import math
+import pickle
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from ncvsd_inverse import operators as ops
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.protocols import DiagonalOperator, LinearOperator, Operator, SolvableOperator
 from tests.operators.cases import (
     BOUNDARIES,
@@ -18,7 +25,9 @@ from tests.operators.cases import (
     make_local,
     make_mixing,
     normal,
+    positive,
     seeded,
+    some,
 )
 
 HOLD_IMAGES = {
@@ -30,6 +39,14 @@ HOLD_IMAGES = {
     "user_outer",
 }
 """Operators with something for each image of a batch."""
+
+OTHERS = [
+    Case("hdr", ops.HDR(), (2, 2, 5, 7), (2, 2, 5, 7), "hdr"),
+    Case("phase", ops.PhaseRetrieval(2, True), (2, 2, 5, 7), (2, 2, 9, 11), "phase_retrieval"),
+    Case("poisson", ops.Poisson(20.0), (2, 2, 5, 7), (2, 2, 5, 7), "poisson"),
+    Case("mixed", ops.Compose(ops.HDR(), ops.Denoise()), (1, 1, 2, 3), (1, 1, 2, 3), "composed"),
+]
+"""Operators that are no matrices."""
 
 
 @each(SOLVABLE + COMPOSITIONS)
@@ -179,6 +196,129 @@ def test_noise_lies_on_measured_entries_only(case):
     assert abs(float(eps[:, measured].mean())) <= 4 / math.sqrt(count)
     assert abs(float(eps[:, measured].square().mean()) - 1) <= 4 * math.sqrt(2 / count)
     assert torch.equal(case.operator.count_measured(clean), measured.flatten(1).sum(dim=1))
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (ops.Inpaint, some(6, 8)),
+        (ops.Inpaint, some(2, 3, 6, 8).double()),
+        (ops.MaskedFourier, some(6, 8)),
+        (ops.MaskedFourier, some(6, 8).double()),
+        (ops.Blur, positive(3, 4)),
+        (ops.Blur, positive(2, 1, 3, 4)),
+    ],
+)
+def test_operators_own_what_they_are_given(make, given, used):
+    """A mask or kernel that changes later, or needs gradients, changes nothing."""
+    given, x = given.clone(), normal(2, 3, 6, 8)
+    expected, op = make(given.clone()), make(given)
+    if used:
+        op(x)
+    given.copy_(given.logical_not() if make is not ops.Blur else 2 * given)
+    y = op(x)
+    assert torch.equal(y, expected(x))
+    assert torch.equal(op.adjoint(y), expected.adjoint(y))
+    assert torch.equal(op.measured(y + 1), expected.measured(y + 1))
+    assert torch.equal(op.solve_normal(x, a=2.0, b=1.0), expected.solve_normal(x, a=2.0, b=1.0))
+    if given.is_floating_point():
+        op = make(given.requires_grad_())
+        assert not any(op(x).requires_grad for _ in range(2))
+        assert torch.equal(op(x), copy.deepcopy(op)(x))
+
+
+def test_operators_made_in_inference_mode_pass_gradients():
+    with torch.inference_mode():
+        cases = make_local() + make_mixing()
+    for case in cases:
+        x = normal(*case.shape).requires_grad_()
+        y = case.operator(x)
+        torch.autograd.grad(case.operator.adjoint(y).sum(), x)
+
+
+@each(make_local() + make_mixing() + make_compositions() + OTHERS)
+def test_operators_survive_pickles_and_copies(case):
+    """Without what they keep from their first use."""
+    op, x = case.operator, normal(*case.shape)
+    unused, y = len(pickle.dumps(op)), op(x)
+    op(x.float())
+    stored = pickle.dumps(op)
+    assert len(stored) == unused
+    for twin in (pickle.loads(stored), copy.deepcopy(op), copy.copy(op)):
+        assert torch.equal(twin(x), y)
+        assert isinstance(twin, LinearOperator) == isinstance(op, LinearOperator)
+        if isinstance(op, SolvableOperator):
+            found, expected = (
+                part.solve_normal(part.adjoint(y), a=2.0, b=1.0) for part in (twin, op)
+            )
+            assert torch.equal(found, expected)
+
+
+@pytest.fixture
+def restless():
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ops.Inpaint(some(8, 8)),
+        lambda: ops.GaussianBlur(1.0, 3),
+        lambda: ops.SuperResolution(2),
+        lambda: ops.CompressedSensing((8, 8)),
+        lambda: ops.MaskedFourier(some(8, 8)),
+    ],
+)
+def test_threads_may_share_an_operator_from_its_first_use(make):
+    images = [normal(1, 1, 8, 8, dtype=kind) for kind in (torch.float32, torch.float64)]
+
+    def use(op, x):
+        return op(x), op.solve_normal(x, a=2.0, b=1.0)
+
+    expected = [use(make(), x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            op = make()
+            found = pool.map(partial(use, op), 100 * images)
+            for results, wanted in zip(found, 100 * expected, strict=True):
+                torch.testing.assert_close(results, wanted, rtol=0, atol=0)
+
+
+def test_operators_keep_little_of_many_sizes():
+    blur, reduction = ops.GaussianBlur(1.0, 3), ops.SuperResolution(1)
+    for side in range(3, 40):
+        for op in (blur, reduction):
+            op.solve_normal(torch.ones(1, 1, side, side), a=1.0, b=1.0)
+            op(torch.ones(1, 1, side, side))
+    kept = (blur._transfers, reduction._matrices, reduction._systems, reduction._spectra)
+    assert [len(cache) for cache in kept] == [16] * 4
+
+
+@pytest.mark.usefixtures("restless")
+def test_a_cache_computes_an_entry_once_and_drops_the_oldest():
+    cache, computed = Cache(2), []
+
+    def compute(key):
+        computed.append(key)
+        time.sleep(0.01)
+        return [key]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda key: cache.get(key, lambda: compute(key)), [0, 1] * 4))
+    assert found == [[0], [1]] * 4
+    assert sorted(computed) == [0, 1]
+    cache.get(2, lambda: compute(2))
+    assert len(cache) == 2
+    first = computed[0]
+    assert cache.get(1 - first, lambda: None) == [1 - first]
+    assert cache.get(first, lambda: "anew") == "anew"
+    assert len(copy.deepcopy(cache)) == len(pickle.loads(pickle.dumps(cache))) == 0
 
 
 @each(SOLVABLE + COMPOSITIONS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from ncvsd_inverse import operators as ops
+from ncvsd_inverse import solve
+from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.protocols import LinearOperator
 from tests.operators.cases import BOUNDARIES, normal, positive, some
 
@@ -179,6 +181,34 @@ def test_phase_retrieval():
     assert op(x.half()).dtype == torch.float16
     assert op.count_measured(y).tolist() == [3 * 11 * 13] * 2
     assert op.repeated(4) is op
+
+
+@pytest.mark.parametrize("size", [(5, 7), (6, 8)])
+def test_centred_amplitudes_are_the_others_shifted(size):
+    first, centred = ops.PhaseRetrieval(2), ops.PhaseRetrieval(2, centred=True)
+    x, v = normal(2, 1, *size), normal(2, 1, *size, seed=1)
+    y = first(x)
+
+    def shifted(z):
+        return torch.fft.fftshift(z, dim=(-2, -1))
+
+    torch.testing.assert_close(centred(x), shifted(y))
+    amplitude, push, pull = first.linearise(x)
+    seen, pushed, pulled = centred.linearise(x)
+    torch.testing.assert_close(seen, shifted(amplitude))
+    torch.testing.assert_close(pushed(v), shifted(push(v)))
+    torch.testing.assert_close(pulled(shifted(y)), pull(y))
+    settings = {"sigma_y": 0.1, "iterations": 5}
+    found = first.search(y, v, lambda u, sigma: u / (1 + sigma**2), **settings)
+    again = centred.search(shifted(y), v, lambda u, sigma: u / (1 + sigma**2), **settings)
+    torch.testing.assert_close(again, found)
+    prior = GaussianPrior.stationary(torch.zeros(1, *size), torch.ones(1, *size))
+    results = [
+        solve(z, operator=operator, prior=prior, nfe=2, sigma_y=0.1, method="gibbs")
+        for z, operator in ((y, first), (shifted(y), centred))
+    ]
+    torch.testing.assert_close(results[0].residual, results[1].residual)
+    torch.testing.assert_close(results[0].x0, results[1].x0)
 
 
 def test_phase_retrieval_contracts_by_half():

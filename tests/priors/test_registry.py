@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from ncvsd_inverse.networks import ConcatDenoiser, ConcatDiscriminator, Denoiser
 from ncvsd_inverse.networks.library import build_converted
 from ncvsd_inverse.priors import (
     DiffusionPrior,
+    GaussianMixturePrior,
+    GaussianPrior,
+    LatentPrior,
     NCVSDPrior,
     PriorCard,
     PriorHandle,
@@ -34,7 +38,9 @@ from ncvsd_inverse.priors import (
 )
 from ncvsd_inverse.priors.files import TensorFile, write_tensors
 from ncvsd_inverse.priors.registry import load_network
-from tests.priors.tiny import CARD, make_network, use_folders
+from ncvsd_inverse.priors.tiled import tiled
+from ncvsd_inverse.protocols import PriorTraits
+from tests.priors.tiny import CARD, SHAPE, make_network, use_folders
 
 
 @pytest.fixture
@@ -464,6 +470,114 @@ def test_handles_travel_as_their_names(saved):
         assert repr(twin) == "<prior 'tiny', not loaded>"
         assert twin.image_shape == (3, 8, 8)
     assert len(pickle.dumps(handle)) < 200
+
+
+def shrink(x, sigma):
+    return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+
+def no_noise(x, time):
+    return 0.1 * x
+
+
+def tiny_prior(cls=NCVSDPrior, network=None, **settings):
+    network = network or make_network(ConcatDenoiser if cls is NCVSDPrior else Denoiser)
+    return cls(network, image_shape=(3, 8, 8), **settings)
+
+
+def of_classes():
+    network = ConcatDenoiser(replace(SHAPE, num_classes=3))
+    return tiny_prior(network=network).conditioned_on(1)
+
+
+def of_latents():
+    network = ConcatDenoiser(replace(SHAPE, image_channels=4))
+    return NCVSDPrior(network, image_shape=(4, 8, 8))
+
+
+def of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    return DiffusionPrior.from_diffusers(unet, diffusers.DDPMScheduler(), num_steps=2)
+
+
+def of_deepinv():
+    denoiser = pytest.importorskip("deepinv").models.MedianFilter()
+    return DiffusionPrior.from_deepinv(denoiser, sigma_max=80.0, num_steps=2)
+
+
+def gaussian(cls=GaussianPrior):
+    mean, covariance = torch.zeros(3, 8, 8).double(), torch.eye(192).double()
+    if cls is GaussianPrior:
+        return GaussianPrior(mean, covariance)
+    return cls(
+        torch.tensor([0.4, 0.6]), torch.stack((mean, mean + 1)), covariance.expand(2, 192, 192)
+    )
+
+
+def stationary():
+    return GaussianPrior.stationary(torch.zeros(3, 8, 8), torch.ones(1, 8, 8))
+
+
+PRIORS = {
+    "ncvsd": tiny_prior,
+    "tempered": lambda: tiny_prior().tempered(0.5),
+    "refined": lambda: tiny_prior().refined((math.inf, 0.3)),
+    "tiled": lambda: tiled(NCVSDPrior(make_network(), image_shape=None), 8, 4),
+    "conditioned": of_classes,
+    "latent": of_latents,
+    "diffusion": lambda: tiny_prior(DiffusionPrior, num_steps=2),
+    "of a function": lambda: DiffusionPrior.from_function(shrink, num_steps=2),
+    "of eps": lambda: DiffusionPrior.from_eps(no_noise, [0.9, 0.5, 0.1], num_steps=2),
+    "of diffusers": of_diffusers,
+    "of deepinv": of_deepinv,
+    "with statistics": lambda: tiny_prior(DiffusionPrior, statistics=stationary().statistics),
+    "gaussian": gaussian,
+    "stationary": lambda: stationary().tempered(0.5),
+    "mixture": lambda: gaussian(GaussianMixturePrior),
+    "shipped": lambda: PriorHandle("ncvsd_faces64"),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_priors_survive_pickles_and_copies(name):
+    """Without what they keep from their first use."""
+    prior = PRIORS[name]()
+    shape = (4, 8, 8) if name == "latent" else PriorTraits.of(prior).image_shape or (3, 16, 16)
+    u = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+    def use(prior):
+        statistics = prior.statistics
+        variances = None if statistics is None else statistics.covariance(0.5, u).variances
+        return prior.sample(u, 0.5, generator=torch.Generator().manual_seed(1)), variances
+
+    unused, expected = len(pickle.dumps(prior)), use(prior)
+    use(prior)
+    stored = pickle.dumps(prior)
+    assert len(stored) == unused
+    for twin in (pickle.loads(stored), copy.deepcopy(prior)):
+        assert type(twin) is type(prior)
+        torch.testing.assert_close(use(twin), expected, rtol=0, atol=0)
+
+
+def test_a_prior_of_latents_travels_without_its_decoder():
+    prior = LatentPrior(of_latents(), vae="nowhere")
+    prior._loaded = torch.nn.Linear(1000, 1000)
+    for twin in (pickle.loads(pickle.dumps(prior)), copy.deepcopy(prior)):
+        assert (twin.vae, twin.nfe_per_sample, twin._loaded) == ("nowhere", 1, None)
+
+
+def test_a_gaussian_owns_its_mean():
+    mean = torch.zeros(1, 2, 3).double()
+    prior = GaussianPrior(mean, torch.eye(6).double())
+    mean += 1
+    assert not prior.denoise(torch.zeros(1, 1, 2, 3).double(), 1.0).any()
 
 
 def test_threads_that_share_a_handle_load_it_once(saved, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.machine import Kept
+from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.sampling import dense_solves
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
@@ -183,7 +183,7 @@ def test_a_skewed_covariance_is_solved_without_mirrors(monkeypatch):
 
 def test_matrices_are_kept_and_shared(monkeypatch):
     made = []
-    monkeypatch.setattr(dense_solves, "KEPT_MASKS", Kept(2**20))
+    monkeypatch.setattr(dense_solves, "KEPT_MASKS", Cache(256, 2**20))
     factor = dense_solves.Box.factor
     monkeypatch.setattr(dense_solves.Box, "factor", lambda *given: made.append(1) or factor(*given))
     covariance = make_covariance(3, 16, 16)
@@ -205,7 +205,7 @@ def test_matrices_are_kept_and_shared(monkeypatch):
 
 
 def test_what_is_kept_is_bounded():
-    kept = Kept(1000)
+    kept = Cache(256, 1000)
     for size in (100, 90, 80):
         kept.get(size, lambda size=size: torch.zeros(size))
     assert kept.nbytes <= 1000

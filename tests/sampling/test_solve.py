@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 import ncvsd_inverse
 from ncvsd_inverse import DivergenceError, Result
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
+from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, ncvsd_natural
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.schedules import karras
 
@@ -202,6 +204,57 @@ def test_result_is_whole_and_frozen():
         result.nfe = 1
 
 
+class UpperRows:
+    """A user's operator that says where it measures, and no more."""
+
+    def __call__(self, x):
+        return self.measured(2 * x)
+
+    adjoint = __call__
+
+    def input_shape(self, y_shape):
+        return tuple(y_shape)
+
+    def measured(self, y):
+        return torch.cat((y[..., :3, :], torch.zeros_like(y[..., 3:, :])), -2)
+
+
+MASKED = {
+    "pixels": box(),
+    "pixels of each image": ops.Inpaint(torch.rand(2, *SHAPE, generator=torch.Generator()) > 0.5),
+    "frequencies": ops.MaskedFourier.lines(SHAPE[1:], 2, 0.25, centred=True),
+    "blurred pixels": ops.Compose(box(), ops.GaussianBlur(1.0, 3)),
+    "a user's": ops.Compose(UpperRows(), ops.Denoise()),
+    "a user's alone": UpperRows(),
+}
+
+
+@pytest.mark.parametrize("method", ["gibbs", "conditioning"])
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_not_measured_is_of_no_account(name, method):
+    """Users leave the picture there, or anything else."""
+    operator = MASKED[name]
+    y = measurement(operator if hasattr(operator, "measure") else ops.Denoise())
+    measured = operator.measured(torch.ones_like(y)) != 0
+    y = y.where(measured, 0)
+    junk = torch.where(measured, y, 30.0)
+    settings = {"operator": operator, "prior": white_prior(), "nfe": 4, "restarts": 2}
+    clean, other = (ncvsd_inverse.solve(z, method=method, **settings) for z in (y, junk))
+    assert torch.equal(other.x0, clean.x0)
+    assert torch.equal(other.residual, clean.residual)
+    error = (y - operator(clean.x0)).double().flatten(1)
+    by_hand = error.norm(dim=1) / (0.05 * measured.flatten(1).sum(1).sqrt())
+    assert torch.allclose(clean.residual.double(), by_hand)
+
+
+def test_residuals_are_computed_in_float64():
+    """The square of 1e25 is no float32."""
+    y, x0, large = measurement(), torch.zeros(2, *SHAPE), 1e25
+    plain = Problem.checked(y, box(), sigma_y=0.05, seed=0).residual(x0)
+    scaled = Problem.checked(large * y, box(), sigma_y=0.05 * large, seed=0).residual(large * x0)
+    torch.testing.assert_close(scaled, plain)
+
+
 def test_output_follows_dtype_and_device(dtype, device):
     y = measurement().to(device, dtype)
     result = solve(y, operator=box(), prior=white_prior(), nfe=2, num_samples=2, restarts=2)
@@ -337,6 +390,29 @@ def test_noise_level_comes_from_the_operator_where_it_has_one():
     assert solve(y, operator=operator, prior=ShrinkPrior(), nfe=1).sigma_lik == 0.3
     given = solve(y, operator=operator, prior=ShrinkPrior(), nfe=1, sigma_y=0.1)
     assert given.sigma_lik == 0.1
+
+
+def test_other_processes_get_what_this_one_does():
+    """Prior and operator travel to a spawned one, the prior of the package by its name."""
+    frequencies = ops.MaskedFourier.lines((16, 16), 2, 0.25, centred=True)
+    picture = measurement(ops.SuperResolution(2), 1, (3, 16, 16))
+    tasks = [
+        (measurement(), {"operator": box(), "prior": white_prior(), "num_samples": 2}),
+        (picture, {"operator": ops.SuperResolution(2), "prior": ncvsd_natural}),
+        (
+            measurement(frequencies, 1, (3, 16, 16)),
+            {"operator": frequencies, "prior": ncvsd_natural},
+        ),
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        promised = [pool.submit(ncvsd_inverse.solve, y, nfe=2, **rest) for y, rest in tasks]
+        for promise, (y, settings) in zip(promised, tasks, strict=True):
+            theirs, ours = promise.result(), ncvsd_inverse.solve(y, nfe=2, **settings)
+            # Another process may sum in another order.
+            torch.testing.assert_close(theirs.samples, ours.samples)
+            torch.testing.assert_close(theirs.residual, ours.residual)
+            assert (theirs.nfe, theirs.schedule) == (ours.nfe, ours.schedule)
 
 
 def test_estimates():
