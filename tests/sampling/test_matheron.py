@@ -146,7 +146,6 @@ def test_the_mean_moves_as_dense_matrices_say(name, sigma_lik, exactly):
     misfit = (y - operator(x)).flatten(1)[..., None]
     expected = gains(matrix, root @ root.T, sigma_lik) @ misfit
     assert_close((moved - x).flatten(1), expected[..., 0], rtol=1e-7, atol=1e-7)
-    assert (conditioning.solver.iterations == 0) == (name in CONVOLUTIONS)
 
 
 def check_law(draws, mean, covariance):
@@ -254,9 +253,8 @@ def test_single_precision_follows_double(name, dtype, monkeypatch):
     conditioning = Matheron(operator, y.to(dtype), SIGMA_LIK)
     draw = conditioning.draw(x.to(dtype), cast)
     assert draw.dtype == dtype
-    assert (conditioning.solver.iterations == 0) == (name == "blur")
-    # Both stop at a residual of 1e-4; single precision may stop an iteration earlier or later.
-    assert_close(draw.double(), exact, rtol=0, atol=2e-3)
+    # Iterations stop at an error of half a hundredth of a std, single ones perhaps one later.
+    assert_close(draw.double(), exact, rtol=0, atol=0.02)
 
 
 REAL = {
@@ -271,7 +269,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("rho", [math.inf, 0.4, 0.05])
 def test_conjugate_gradients_are_few(name, rho):
-    """With images like photographs; 1 to 101 iterations were seen."""
+    """With images like photographs."""
     operator = REAL[name]
     prior = GaussianPrior.stationary(torch.zeros(3, 32, 32), power_law(32, 32).float())
     x, other = (prior.draw(2, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -280,7 +278,8 @@ def test_conjugate_gradients_are_few(name, rho):
     covariance = prior.statistics.covariance(rho, x)
     start = other if math.isinf(rho) else x + covariance.colour(other)
     moved = conditioning.draw(start, covariance, generator=torch.Generator().manual_seed(3))
-    assert 0 < conditioning.solver.iterations < 120
+    assert conditioning.solver.iterations < 120
+    assert float(conditioning.error.max()) < 0.05
     measured = operator.count_measured(y).sum()
     misfit = ((operator(moved) - y).square().sum() / measured).sqrt() / 0.05
     assert 0.7 < float(misfit) < 1.2
