@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.protocols import Generators, Tangent
 
 __all__ = [
@@ -196,6 +197,7 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tangent:
     return value.detach(), push, pull
 
 
+@exact_arithmetic()
 def ensemble_crps(draws: Tensor, truth: Tensor) -> Tensor:
     """Return the continuous ranked probability score of draws, for every entry on its own.
 

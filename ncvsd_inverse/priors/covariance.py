@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ncvsd_inverse.machine import exact_arithmetic
+
 __all__ = ["DenseCovariance", "SpectralCovariance"]
 
 
@@ -26,10 +28,12 @@ class DenseCovariance:
         self._vectors = vectors
         self._image_shape = tuple(image_shape)
 
+    @exact_arithmetic()
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, D, 1, 1, 1) of images (B, C, H, W)."""
         return (x.flatten(1) @ self._vectors)[:, :, None, None, None]
 
+    @exact_arithmetic()
     def images(self, z: Tensor) -> Tensor:
         """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
         return (z.flatten(1) @ self._vectors.T).reshape(-1, *self._image_shape)
@@ -61,17 +65,19 @@ class SpectralCovariance:
         self.variances = spectrum[..., None]
         self.size = (spectrum.shape[1], width)
         # Columns between the first and the last stand for their negative frequencies too.
-        weights = torch.full((spectrum.shape[2], 1), math.sqrt(2.0)).to(spectrum)
+        weights = spectrum.new_full((spectrum.shape[2], 1), math.sqrt(2.0))
         weights[0] = 1
         if width % 2 == 0:
             weights[-1] = 1
         self._weights = weights
 
+    @exact_arithmetic()
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, C, H, W // 2 + 1, 2) of images (B, C, H, W)."""
         mixed = torch.einsum("kc,bchw->bkhw", self.mixing, x)
         return torch.view_as_real(torch.fft.rfft2(mixed, norm="ortho")) * self._weights
 
+    @exact_arithmetic()
     def images(self, z: Tensor) -> Tensor:
         """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
         waves = torch.view_as_complex(z / self._weights)
