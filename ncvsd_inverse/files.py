@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
         OSError: if a file cannot be written.
     """
     targets = [Path(path) for path in paths]
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.part") for path in targets]
+    # Processes and threads that write one file do not share what they have written so far.
+    writer = f"{os.getpid()}.{threading.get_ident()}"
+    temporary = [path.with_name(f".{path.name}.{writer}.part") for path in targets]
     try:
         yield temporary
         for written in temporary:

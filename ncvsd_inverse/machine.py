@@ -1,5 +1,6 @@
-"""The machine: device choice, network passes, memory, caches, time and progress bars."""
+"""The machine: device, arithmetic, network passes, memory, caches, time and progress bars."""
 
+import copy
 import math
 import os
 import sys
@@ -9,6 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -19,14 +21,22 @@ __all__ = [
     "PassCounter",
     "PeakMemory",
     "Signal",
+    "callers_autocast",
     "count_passes",
+    "exact_arithmetic",
     "find_device",
+    "out_of_inference",
     "progress_bar",
     "time_now",
     "track",
 ]
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_PLAIN = (type, ModuleType, FunctionType, BuiltinFunctionType)
+"""What holds no tensors of an object, though it has attributes."""
 
 
 @runtime_checkable
@@ -102,8 +112,86 @@ def find_device(name: str | None = None) -> torch.device:
         raise ValueError(f"--device must be usable here, got {name!r}: {reason}") from None
 
 
+class _Outside(threading.local):
+    """What a thread had in force when it entered `exact_arithmetic`.
+
+    Attributes:
+        autocast: dtype of each kind of device that autocast was on for; None: it is not within.
+    """
+
+    autocast: dict[str, torch.dtype] | None = None
+
+
+_outside = _Outside()
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Compute in the dtypes that tensors have: autocast is off, and inference mode left.
+
+    Gradients are recorded only if they were. As torch's own modes do, it holds for one thread. What
+    is within is no inference tensor unless it comes from outside (see `out_of_inference`); networks
+    that are a user's run under `callers_autocast`.
+    """
+    before = _outside.autocast
+    autocast = {
+        kind: torch.get_autocast_dtype(kind)
+        for kind in _AUTOCAST_DEVICES
+        if torch.is_autocast_enabled(kind)
+    }
+    with ExitStack() as modes:
+        for kind in autocast:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())  # which leaving inference mode would undo
+        _outside.autocast = autocast if autocast or before is None else before
+        try:
+            yield
+        finally:
+            _outside.autocast = before
+
+
+@contextmanager
+def callers_autocast() -> Iterator[None]:
+    """Compute under the autocast that was on where this thread entered `exact_arithmetic`."""
+    outside = _outside.autocast
+    with ExitStack() as modes:
+        for kind, dtype in (outside or {}).items():
+            modes.enter_context(torch.autocast(kind, dtype=dtype))
+        _outside.autocast = None
+        try:
+            yield
+        finally:
+            _outside.autocast = outside
+
+
+def out_of_inference(value: Value) -> Value:
+    """Return, outside inference mode, a copy of what was made in it; anything else as it is.
+
+    Autograd takes no inference tensors.
+
+    Args:
+        value: a tensor, or an object that holds some, which is copied deeply if one was made so.
+    """
+    return copy.deepcopy(value) if _holds_inference(value, set()) else value
+
+
+def _holds_inference(value: object, seen: set[int]) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_inference()
+    if id(value) in seen or isinstance(value, _PLAIN):
+        return False
+    seen.add(id(value))
+    if isinstance(value, dict):
+        return any(_holds_inference(part, seen) for part in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_inference(part, seen) for part in value)
+    return any(_holds_inference(part, seen) for part in getattr(value, "__dict__", {}).values())
+
+
 class PassCounter:
-    """Images that went through networks, and gradients that came back.
+    """Images that went through networks in the thread that counts, and gradients that came back.
 
     Attributes:
         forward: images that went through a network.
@@ -113,16 +201,26 @@ class PassCounter:
     def __init__(self) -> None:
         self.forward = 0
         self.backward = 0
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
 
-    def _count(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if not (args and isinstance(args[0], Tensor)):
-            return
-        self.forward += args[0].shape[0]
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+    def _count(self, args: tuple[object, ...], output: object) -> bool:
+        """Count a pass; tell whether it was one of this thread."""
+        if threading.get_ident() != self._thread:
+            return False
+        if args and isinstance(args[0], Tensor):
+            self.forward += args[0].shape[0]
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        return True
 
     def _count_backward(self, gradient: Tensor) -> None:
-        self.backward += gradient.shape[0]
+        # Autograd has threads of its own, one for each GPU.
+        with self._lock:
+            self.backward += gradient.shape[0]
+
+
+_registering = threading.Lock()
 
 
 @contextmanager
@@ -131,6 +229,10 @@ def count_passes(
 ) -> Iterator[PassCounter]:
     """Count, by a hook, the images that go through networks as long as the context lasts.
 
+    Only passes of the thread that entered the context count, so that threads can share a network.
+    A network that spreads a pass over threads, as `nn.DataParallel` does, is called in the first:
+    name the whole, not its replicas. Gradients count wherever autograd computes them.
+
     Args:
         networks: the modules; one that is named twice counts once.
         on_pass: called after each pass.
@@ -138,14 +240,19 @@ def count_passes(
     counter = PassCounter()
 
     def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        counter._count(module, args, output)
-        if on_pass is not None:
+        if counter._count(args, output) and on_pass is not None:
             on_pass(counter)
 
-    with ExitStack() as hooks:
-        for network in set(networks):
-            hooks.callback(network.register_forward_hook(hook).remove)
+    modules = set(networks)
+    # torch numbers hooks without a lock: two of one number would replace each other.
+    with _registering:
+        handles = [module.register_forward_hook(hook) for module in modules]
+    try:
         yield counter
+    finally:
+        with _registering:
+            for handle in handles:
+                handle.remove()
 
 
 def time_now(device: torch.device) -> float:

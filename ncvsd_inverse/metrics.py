@@ -1,12 +1,14 @@
-"""Metrics: PSNR and SSIM by piq, LPIPS by lpips, CRPS and coverage of draws, FD-alex.
+"""Metrics: PSNR, SSIM by piq, LPIPS by lpips, CRPS and coverage of draws, FD-alex.
 
 Images are clamped to [-1, 1] first, except for `crps` and `coverage`: a picture cannot show more.
+They may be of any floating-point dtype; values are computed and returned in float32 or wider, and
+neither autocast nor torch's default dtype changes them.
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,8 @@ from ncvsd_inverse.checks import (
     check_shape,
 )
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.numerics import Moments, ensemble_crps, frechet_distance
+from ncvsd_inverse.machine import exact_arithmetic
+from ncvsd_inverse.numerics import Moments, ensemble_crps, frechet_distance, working_dtype
 
 __all__ = [
     "COVERAGE_DRAWS",
@@ -48,9 +51,15 @@ COVERAGE_DRAWS = 19
 SMALLEST_SIDE = {"psnr": 1, "ssim": 11, "lpips": 32, "alex_features": 32}
 """Pixels below which a metric's windows or networks do not fit the image."""
 
+_PSNR_CAP = 80.0
 
+_networks: dict[tuple[str, str | None, torch.device], nn.Module] = {}
+_loading = threading.Lock()
+
+
+@exact_arithmetic()
 def psnr(x: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, peak to peak 2; 80 dB for equal images.
+    """Peak signal-to-noise ratio in dB, peak to peak 2, at most 80: the value of equal images.
 
     Args:
         x: restored images, shape (B, C, H, W), in [-1, 1].
@@ -63,13 +72,13 @@ def psnr(x: Tensor, reference: Tensor) -> Tensor:
         TypeError: if an argument is no floating-point tensor.
         ValueError: if the shapes differ or a value is not finite.
     """
-    import piq
+    x01, reference01 = _unit_pair(x, reference, metric="psnr")
+    error = (x01.double() - reference01.double()).square().flatten(1).mean(1)
+    decibel: Tensor = -10 * error.log10()
+    return decibel.clamp(max=_PSNR_CAP).to(x01.dtype)
 
-    unit = _unit_pair(x, reference, metric="psnr")
-    result: Tensor = piq.psnr(*unit, data_range=1.0, reduction="none")
-    return result
 
-
+@exact_arithmetic()
 def ssim(x: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity (11-pixel Gaussian window of std 1.5, no downsampling), 1 if equal.
 
@@ -94,6 +103,7 @@ def ssim(x: Tensor, reference: Tensor) -> Tensor:
     return result
 
 
+@exact_arithmetic()
 @torch.no_grad()
 def lpips(
     x: Tensor, reference: Tensor, *, net: Literal["alex", "squeeze", "vgg"] = "alex"
@@ -127,11 +137,12 @@ def lpips(
     check_choice("net", net, ("alex", "squeeze", "vgg"))
     x01, reference01 = _unit_pair(x, reference, metric="lpips")
     _check_rgb(x, metric="LPIPS")
-    model = _lpips_model(net, os.environ.get(WEIGHTS_VARIABLE)).to(x.device)
+    model = _lpips_model(net, x.device)
     distance: Tensor = model(2 * x01.float() - 1, 2 * reference01.float() - 1)
     return distance.flatten()
 
 
+@exact_arithmetic()
 def crps(draws: Tensor, reference: Tensor) -> Tensor:
     """Continuous ranked probability score of posterior draws, averaged over pixels.
 
@@ -153,10 +164,11 @@ def crps(draws: Tensor, reference: Tensor) -> Tensor:
     Source:
         Gneiting & Raftery, JASA 102 (2007); fair form: Ferro, QJRMS 140 (2014).
     """
-    _check_draws(draws, reference, least=2)
+    draws, reference = _checked_draws(draws, reference, least=2)
     return ensemble_crps(draws, reference).flatten(1).mean(1)
 
 
+@exact_arithmetic()
 def coverage(draws: Tensor, reference: Tensor) -> Tensor:
     """Share of pixels that lie within the 90% interval of their own draws: 0.9 if these are right.
 
@@ -177,7 +189,7 @@ def coverage(draws: Tensor, reference: Tensor) -> Tensor:
         TypeError: if an argument is no floating-point tensor.
         ValueError: if the shapes do not fit or a value is not finite.
     """
-    _check_draws(draws, reference, least=COVERAGE_DRAWS)
+    draws, reference = _checked_draws(draws, reference, least=COVERAGE_DRAWS)
     # Rounded, so that 19 draws give 1 and not a little less.
     place = round((1 - NOMINAL_COVERAGE) / 2 * (len(draws) + 1), 9)
     outer = int(place)
@@ -191,6 +203,7 @@ def coverage(draws: Tensor, reference: Tensor) -> Tensor:
     return wide + (place - outer) * (narrow - wide)
 
 
+@exact_arithmetic()
 @torch.no_grad()
 def alex_features(x: Tensor) -> Tensor:
     """What FD-alex compares: the last of AlexNet's five ReLU stages, averaged over its pixels.
@@ -223,7 +236,7 @@ def alex_features(x: Tensor) -> Tensor:
     """
     _check_images("x", x, metric="alex_features")
     _check_rgb(x, metric="AlexNet")
-    model = _lpips_model("alex", os.environ.get(WEIGHTS_VARIABLE)).to(x.device)
+    model = _lpips_model("alex", x.device)
     backbone, scaled = model.get_submodule("net"), model.get_submodule("scaling_layer")
     features: Tensor = backbone(scaled(x.clamp(-1, 1).float())).relu5.mean((2, 3))
     return features
@@ -253,8 +266,8 @@ def fd_alex(x: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     return frechet_distance(first, second)
 
 
-def _check_draws(draws: Tensor, reference: Tensor, *, least: int) -> None:
-    """Raise unless `draws` are finite and at least `least` for each image of `reference`."""
+def _checked_draws(draws: Tensor, reference: Tensor, *, least: int) -> tuple[Tensor, Tensor]:
+    """Return both in one dtype; raise unless `draws` are finite and `least` or more an image."""
     check_finite("reference", check_images("reference", reference))
     check_finite("draws", check_floating("draws", draws))
     if draws.ndim != 5 or len(draws) < least:
@@ -262,6 +275,13 @@ def _check_draws(draws: Tensor, reference: Tensor, *, least: int) -> None:
             f"draws must have shape (at least {least}, B, C, H, W), got {tuple(draws.shape)}"
         )
     check_shape("draws", draws, (len(draws), *reference.shape))
+    return _in_one_dtype(draws, reference)
+
+
+def _in_one_dtype(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the wider dtype of the two, float32 or wider."""
+    dtype = working_dtype(torch.promote_types(x.dtype, reference.dtype))
+    return x.to(dtype), reference.to(dtype)
 
 
 def _unit_pair(x: Tensor, reference: Tensor, *, metric: str) -> tuple[Tensor, Tensor]:
@@ -269,6 +289,7 @@ def _unit_pair(x: Tensor, reference: Tensor, *, metric: str) -> tuple[Tensor, Te
     _check_images("x", x, metric=metric)
     check_finite("reference", check_images("reference", reference))
     check_shape("reference", reference, x.shape)
+    x, reference = _in_one_dtype(x, reference)
     return (x.clamp(-1, 1) + 1) / 2, (reference.clamp(-1, 1) + 1) / 2
 
 
@@ -288,9 +309,17 @@ def _check_rgb(x: Tensor, *, metric: str) -> None:
         raise ValueError(f"x must have 3 channels for {metric}, got {tuple(x.shape)}")
 
 
-@cache
-def _lpips_model(net: str, folder: str | None) -> nn.Module:
-    """Return the LPIPS network on the CPU or wherever its last call left it."""
+def _lpips_model(net: str, device: torch.device) -> nn.Module:
+    """Return the LPIPS network on a device, loaded once: threads share it."""
+    folder = os.environ.get(WEIGHTS_VARIABLE)
+    key = (net, folder, device)
+    with _loading:
+        if key not in _networks:
+            _networks[key] = _load_lpips(net, folder).to(device, torch.float32)
+        return _networks[key]
+
+
+def _load_lpips(net: str, folder: str | None) -> nn.Module:
     import lpips as package
 
     file = f"lpips_{net}_features.safetensors"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.machine import Signal
+from ncvsd_inverse.machine import Signal, exact_arithmetic
 from ncvsd_inverse.protocols import Generators, Tangent
 
 __all__ = [
@@ -247,6 +247,7 @@ def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tangent:
     return value.detach(), push, pull
 
 
+@exact_arithmetic()
 def ensemble_crps(draws: Tensor, truth: Tensor) -> Tensor:
     """Return the continuous ranked probability score of draws, for every entry on its own.
 

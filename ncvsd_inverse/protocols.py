@@ -333,11 +333,19 @@ class NetworkInfo(Protocol):
 
 @dataclass(frozen=True)
 class NetworkTraits:
-    """`NetworkInfo` of a network of any origin; one that says nothing takes anything."""
+    """`NetworkInfo` of a network of any origin; one that says nothing takes anything.
+
+    Attributes:
+        image_channels: see `NetworkInfo`.
+        size_multiple: likewise.
+        num_classes: likewise.
+        compute_dtype: dtype in which it computes whatever autocast says; None: that of autocast.
+    """
 
     image_channels: int | None = None
     size_multiple: int = 1
     num_classes: int = 0
+    compute_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, network: object) -> Self:

@@ -12,10 +12,16 @@ from ncvsd_inverse.checks import (
     check_non_negative,
     check_positive,
 )
+from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import Generators
 
 __all__ = ["BaseOperator", "LinearBase", "check_broadcasts", "check_image_shape"]
+
+
+EXACT = {"__call__", "adjoint", "measure", "_solve_normal", "solve_normal_spread"}
+EXACT |= {"linearise", "search", "linear_form"}
+"""Methods of operators that compute."""
 
 
 class BaseOperator(ABC):
@@ -29,6 +35,12 @@ class BaseOperator(ABC):
 
     lipschitz: float | None = None
     """Largest singular value of the Jacobian anywhere; None: not known."""
+
+    def __init_subclass__(cls, **given: object) -> None:
+        """Let what a subclass defines compute in the dtypes of its tensors under any autocast."""
+        super().__init_subclass__(**given)
+        for name in EXACT & set(vars(cls)):
+            setattr(cls, name, exact_arithmetic()(vars(cls)[name]))
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def statistics(
         clean = torch.cat([centre_crop(x, sides) for x in read_images(data, number)]).to(where)
     measured = own_statistics(loaded, data=clean, images=images, image_shape=shape)
     kept = store.write(measured)
-    like = torch.zeros(16, len(measured.mean), *sides)
+    like = torch.zeros(16, len(measured.mean), *sides, dtype=torch.float32)
     noise = draw_normal(like, torch.Generator().manual_seed(0))
     for sigma in (*measured.levels, math.inf):
         std = float(measured.covariance(sigma, like).colour(noise).std())

@@ -131,7 +131,7 @@ class UNet(Embedding):
         self.enc = encoder_blocks(shape, in_channels + 1)
         self.dec = decoder_blocks(shape)
         self.out_conv = MPConv(shape.channels[0], out_channels, 3)
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.out_gain = nn.Parameter(torch.zeros([], dtype=torch.float32))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map scaled input (B, Cin, H, W) and embedding (B, E) to (B, Cout, H, W)."""
@@ -190,9 +190,11 @@ class _DecoderBranch(Embedding):
         super().__init__(shape)
         self.dec = decoder_blocks(shape)
         self.out_conv = MPConv(shape.channels[0], out_channels, 3)
-        self.out_gain = nn.Parameter(torch.zeros([]))
-        self.additional_x_weight = nn.Parameter(torch.zeros(1))
-        self.additional_skips_weight = nn.Parameter(torch.zeros(len(skip_channels(shape))))
+        self.out_gain = nn.Parameter(torch.zeros([], dtype=torch.float32))
+        self.additional_x_weight = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.additional_skips_weight = nn.Parameter(
+            torch.zeros(len(skip_channels(shape)), dtype=torch.float32)
+        )
 
     def forward(
         self, outputs: list[Tensor], control: list[Tensor], noise: Tensor, labels: Tensor | None
@@ -273,7 +275,7 @@ class ConcatUNet(UNet):
     def __init__(self, shape: UNetShape, in_channels: int, out_channels: int) -> None:
         super().__init__(shape, 2 * in_channels, out_channels)
         self.emb_condition = MPConv(shape.channels[0], shape.embedding_channels, 0)
-        self.condition_weight = nn.Parameter(torch.zeros([]))
+        self.condition_weight = nn.Parameter(torch.zeros([], dtype=torch.float32))
 
     def embed_pair(self, noise: Tensor, condition_noise: Tensor, labels: Tensor | None) -> Tensor:
         """Embed both noise levels, each (B,), into (B, E), float32."""

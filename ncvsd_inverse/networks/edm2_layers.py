@@ -77,7 +77,9 @@ class FourierFeatures(nn.Module):
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         for name, draw in (("freqs", torch.randn), ("phases", torch.rand)):
-            values = torch.empty(num_channels) if _is_hollow() else 2 * math.pi * draw(num_channels)
+            values = torch.empty(num_channels, dtype=torch.float32)
+            if not _is_hollow():
+                values = 2 * math.pi * draw(num_channels, dtype=torch.float32)
             self.register_buffer(name, values)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,9 +101,9 @@ class MPConv(nn.Module):
             (out_channels, in_channels, kernel, kernel) if kernel else (out_channels, in_channels)
         )
         layout = torch.channels_last if kernel else torch.contiguous_format
-        weight = torch.empty(shape, memory_format=layout)
+        weight = torch.empty(shape, memory_format=layout, dtype=torch.float32)
         if not _is_hollow():
-            weight.copy_(torch.randn(shape))
+            weight.copy_(torch.randn(shape, dtype=torch.float32))
         self.weight = nn.Parameter(weight)
         self.scale = 1 / math.sqrt(weight[0].numel())
 

@@ -1,5 +1,6 @@
 """Denoisers x0 = D(x, sigma) over networks whose architecture a library carries."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, TypeAlias
 
@@ -37,12 +38,14 @@ class LibraryDenoiser(nn.Module):
         resolution: side of the images, pixels.
         size_multiple: what both sides must be a multiple of.
         num_classes: number of class labels, 0 for none.
+        compute_dtype: dtype in which it computes, whatever autocast says.
     """
 
     image_channels: int
     resolution: int
     size_multiple: int
     num_classes = 0
+    compute_dtype: torch.dtype | None = torch.float32
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class VPDenoiser(LibraryDenoiser):
     def __init__(self, network: nn.Module, *, prediction: Prediction, num_levels: int) -> None:
         super().__init__(network)
         self.prediction = prediction
-        self.register_buffer("log_sigmas", torch.zeros(num_levels))
+        self.register_buffer("log_sigmas", torch.zeros(num_levels, dtype=torch.float32))
 
     def predict(self, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
         """Call the network on scaled images (B, C, H, W) at times (B,)."""
@@ -179,6 +182,9 @@ LIBRARY: dict[str, Callable[..., LibraryDenoiser]] = {
 }
 """Kinds of networks, as cards name them, beside those of `networks.build_network`."""
 
+_building = threading.Lock()
+"""torch keeps the default device of all threads in one place while it is changed."""
+
 
 def build_converted(config: Mapping[str, Any], device: str) -> Network | LibraryDenoiser:
     """Build the network of a card without drawing its weights; "meta" takes no memory for them.
@@ -189,7 +195,7 @@ def build_converted(config: Mapping[str, Any], device: str) -> Network | Library
     entries = dict(config)
     kind = entries.pop("kind", None)
     try:
-        with torch.device("meta"):
+        with _building, torch.device("meta"):
             if isinstance(kind, str) and kind in LIBRARY:
                 network: Network | LibraryDenoiser = LIBRARY[kind](**entries)
             else:
@@ -197,4 +203,5 @@ def build_converted(config: Mapping[str, Any], device: str) -> Network | Library
     except Exception as error:
         # A wrong configuration can break the construction anywhere.
         raise ValueError(f"its configuration cannot be built: {error}") from error
+    network = network.float()  # libraries take torch's default dtype
     return network if device == "meta" else network.to_empty(device=device)

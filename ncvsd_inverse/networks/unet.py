@@ -130,7 +130,7 @@ class Block(nn.Module):
         self.resample = resample
         self.heads = out_channels // head_channels if head_channels else 0
         self.dropout = 0.0
-        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.emb_gain = nn.Parameter(torch.zeros([], dtype=torch.float32))
         self.conv_res0 = MPConv(out_channels if not decodes else in_channels, out_channels, 3)
         self.emb_linear = MPConv(embedding_channels, out_channels, 0)
         self.conv_res1 = MPConv(out_channels, out_channels, 3)
@@ -189,7 +189,7 @@ class Embedding(nn.Module):
         if self.emb_label is not None:
             num_classes = self.emb_label.weight.shape[1]
             if labels is None:
-                labels = torch.zeros(noise.shape[0], num_classes, device=noise.device)
+                labels = noise.new_zeros(noise.shape[0], num_classes)
             label = self.emb_label(labels.float() * math.sqrt(num_classes))
             embedding = mp_sum(embedding, label, LABEL_WEIGHT)
         return mp_silu(embedding)

@@ -19,7 +19,7 @@ from ncvsd_inverse.checks import (
     check_positive,
     check_shape,
 )
-from ncvsd_inverse.machine import Cache
+from ncvsd_inverse.machine import Cache, exact_arithmetic
 from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.protocols import Covariance, Generators, Statistics
@@ -51,6 +51,7 @@ class GaussianPrior:
             positive semi-definite up to the rounding of its dtype.
     """
 
+    @exact_arithmetic()
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
         _check_mean(mean)
         check_floating("covariance", covariance)
@@ -58,6 +59,7 @@ class GaussianPrior:
         self._set(mean, *_eigen("covariance", covariance, _triple(mean.shape)))
 
     @classmethod
+    @exact_arithmetic()
     def stationary(cls, mean: Tensor, spectrum: Tensor) -> Self:
         """Return a Gaussian whose covariance is a circular convolution of each channel.
 
@@ -83,7 +85,7 @@ class GaussianPrior:
                 f"got {tuple(spectrum.shape)}"
             )
         check_finite("spectrum", spectrum)
-        values = spectrum.detach().to("cpu", torch.float64)
+        values = _exact(spectrum)
         if float(values.min()) < 0:
             raise ValueError(f"spectrum must be non-negative, got {float(values.min()):g}")
         negative = values.flip(1, 2).roll((1, 1), (1, 2))
@@ -105,6 +107,7 @@ class GaussianPrior:
         self._law = _CachedLaw(_exact_law(mean, variances, basis))
         self.statistics: Statistics = _GaussianStatistics(self._law, self.image_shape)
 
+    @exact_arithmetic()
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """One exact draw of x0 ~ p(x0 | u).
 
@@ -132,6 +135,7 @@ class GaussianPrior:
         twin._temperature = self._temperature * float(temperature)
         return twin
 
+    @exact_arithmetic()
     def denoise(self, u: Tensor, sigma: float | Tensor) -> Tensor:
         """Return the posterior mean E[x0 | u]: an exact teacher.
 
@@ -150,6 +154,7 @@ class GaussianPrior:
         coordinates = law.posterior_mean(law.coordinates(x), level)
         return law.pixels(coordinates).reshape(u.shape).to(u.dtype)
 
+    @exact_arithmetic()
     def draw(self, num: int, *, generator: Generators = None) -> Tensor:
         """Draw `num` images from the prior, shape (num, C, H, W), dtype and device of `mean`."""
         eps = _draw_standard(self._like, num, math.prod(self.image_shape), generator)
@@ -182,6 +187,7 @@ class GaussianMixturePrior:
             positive semi-definite, or the weights are no probabilities.
     """
 
+    @exact_arithmetic()
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor) -> None:
         check_images("means", means)
         check_finite("means", means)
@@ -199,7 +205,7 @@ class GaussianMixturePrior:
         self.sigma_min = 0.0
         self.sigma_max = math.inf
         self._like = torch.empty(0, dtype=means.dtype, device=means.device)
-        self._log_weights = weights.detach().to("cpu", torch.float64).log()
+        self._log_weights = _exact(weights).log()
         self._components = [
             _CachedLaw(
                 _exact_law(mean, *_eigen(f"covariances[{k}]", covariances[k], self.image_shape))
@@ -208,6 +214,7 @@ class GaussianMixturePrior:
         ]
         self.statistics: Statistics = _MixtureStatistics(self)
 
+    @exact_arithmetic()
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """One exact draw of x0 ~ p(x0 | u).
 
@@ -234,6 +241,7 @@ class GaussianMixturePrior:
             out[own] = law.pixels(draws)
         return out.reshape(u.shape).to(u.dtype)
 
+    @exact_arithmetic()
     def denoise(self, u: Tensor, sigma: float | Tensor) -> Tensor:
         """Return the posterior mean E[x0 | u]: an exact teacher.
 
@@ -256,6 +264,7 @@ class GaussianMixturePrior:
             out = out + log_probabilities[:, k, None].exp() * mean
         return out.reshape(u.shape).to(u.dtype)
 
+    @exact_arithmetic()
     def draw(self, num: int, *, generator: Generators = None) -> Tensor:
         """Draw `num` images from the prior, shape (num, C, H, W), dtype and device of `means`."""
         eps = _draw_standard(self._like, num, math.prod(self.image_shape), generator)
@@ -296,9 +305,11 @@ class _GaussianStatistics:
     image_shape: tuple[int, int, int]
     note: ClassVar[str] = ""
 
+    @exact_arithmetic()
     def mean_image(self, like: Tensor) -> Tensor:
         return self.law.cast(like).mean.reshape(1, *self.image_shape)
 
+    @exact_arithmetic()
     def covariance(self, sigma: float, like: Tensor) -> Covariance:
         law = self.law.cast(like)
         left = law.variances
@@ -320,11 +331,13 @@ class _MixtureStatistics:
         self._prior = prior
         self._kept: Cache[_Eigenpairs] = Cache(128)
 
+    @exact_arithmetic()
     def mean_image(self, like: Tensor) -> Tensor:
         weights = self._prior._log_weights.exp()
         means = torch.stack([part.exact.mean for part in self._prior._components])
         return (weights @ means).reshape(1, *self._prior.image_shape).to(like)
 
+    @exact_arithmetic()
     def covariance(self, sigma: float, like: Tensor) -> Covariance:
         kept = self._kept.get(sigma, lambda: self._average(sigma))
         values, vectors = (part.to(like) for part in kept)
@@ -422,7 +435,9 @@ class _Hartley:
     def covariance(self, variances: Tensor) -> Covariance:
         channels, _, width = self.shape
         half = variances.reshape(self.shape)[..., : width // 2 + 1]
-        return SpectralCovariance(torch.eye(channels).to(variances), half, width)
+        return SpectralCovariance(
+            torch.eye(channels, dtype=variances.dtype).to(variances), half, width
+        )
 
 
 @dataclass(frozen=True)
@@ -470,7 +485,12 @@ class _CachedLaw:
 
 
 def _exact_law(mean: Tensor, variances: Tensor, basis: _Basis) -> _Law:
-    return _Law(mean.detach().clone().flatten().to("cpu", torch.float64), variances, basis)
+    return _Law(_exact(mean).flatten(), variances, basis)
+
+
+def _exact(parameter: Tensor) -> Tensor:
+    """Return a copy in float64 on the CPU."""
+    return parameter.detach().to("cpu", torch.float64, copy=True)
 
 
 def _check_mean(mean: Tensor) -> None:
@@ -486,7 +506,7 @@ def _eigen(
 ) -> tuple[Tensor, _Eigenvectors]:
     """Return eigenvalues (D,) >= 0 and eigenvectors of a covariance (D, D), in float64."""
     check_finite(name, covariance)
-    matrix = covariance.detach().to("cpu", torch.float64)
+    matrix = _exact(covariance)
     rounding = torch.finfo(covariance.dtype).eps * float(matrix.abs().max())
     if float((matrix - matrix.T).abs().max()) > 100 * rounding:
         raise ValueError(f"{name} must be symmetric")

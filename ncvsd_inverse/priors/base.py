@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_image_size, check_images, check_level
+from ncvsd_inverse.machine import callers_autocast
 from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
 from ncvsd_inverse.priors.cache import StatisticsStore
 from ncvsd_inverse.priors.card import PriorCard
@@ -172,6 +173,13 @@ class NetworkPrior(ABC):
             )
         x = u.to(torch.promote_types(u.dtype, torch.float32))
         return x, expand_level(sigma, x).flatten()
+
+    def _call(self, *arguments: Tensor | None) -> object:
+        """Call the network, under the caller's autocast unless it has a dtype of its own."""
+        if NetworkTraits.of(self.network).compute_dtype is not None:
+            return self.network(*arguments)
+        with callers_autocast():
+            return self.network(*arguments)
 
     def _labels(self, x: Tensor) -> Tensor | None:
         """Return the class of each image of `x`, one-hot, shape (B, num_classes)."""

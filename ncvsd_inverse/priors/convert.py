@@ -15,6 +15,7 @@ from ncvsd_inverse.checkpoints.parsed import Options, ParsedCheckpoint, Schedule
 from ncvsd_inverse.checkpoints.parsing import parse_checkpoint
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import file_sha256, whole_files
+from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.networks import Network, inference_dtype
 from ncvsd_inverse.networks.adm import AttentionOrder
 from ncvsd_inverse.networks.library import ADMDenoiser, LibraryDenoiser, build_converted
@@ -30,6 +31,7 @@ __all__ = ["UNSAID", "convert", "load_foreign"]
 UNSAID = "not said by the file; ask those who published it"
 
 
+@exact_arithmetic()
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -131,6 +133,7 @@ def convert(
     return card
 
 
+@exact_arithmetic()
 def load_foreign(
     src: str | Path,
     device: torch.device | str | None = None,

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ncvsd_inverse.machine import exact_arithmetic
+
 __all__ = ["DenseCovariance", "SpectralCovariance"]
 
 
@@ -33,10 +35,12 @@ class DenseCovariance:
         values = self.variances.flatten().double()
         return DenseCovariance(self._vectors.double(), values, self._image_shape)
 
+    @exact_arithmetic()
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, D, 1, 1, 1) of images (B, C, H, W)."""
         return (x.flatten(1) @ self._vectors)[:, :, None, None, None]
 
+    @exact_arithmetic()
     def images(self, z: Tensor) -> Tensor:
         """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
         return (z.flatten(1) @ self._vectors.T).reshape(-1, *self._image_shape)
@@ -103,7 +107,7 @@ class SpectralCovariance:
     @cached_property
     def _weights(self) -> Tensor:
         # Columns between the first and the last stand for their negative frequencies too.
-        weights = torch.full((self.spectrum.shape[2], 1), math.sqrt(2.0)).to(self.spectrum)
+        weights = self.spectrum.new_full((self.spectrum.shape[2], 1), math.sqrt(2.0))
         weights[0] = 1
         if self.size[1] % 2 == 0:
             weights[-1] = 1
@@ -126,10 +130,12 @@ class SpectralCovariance:
         """Return the images whose mixtures are x, (B, C, H, W)."""
         return (self.mixing.T @ x.flatten(2)).view(x.shape)
 
+    @exact_arithmetic()
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, C, H, W // 2 + 1, 2) of images (B, C, H, W)."""
         return torch.view_as_real(torch.fft.rfft2(self.mix(x), norm="ortho")) * self._weights
 
+    @exact_arithmetic()
     def images(self, z: Tensor) -> Tensor:
         """Return the images (B, C, H, W) of coordinates: inverse and adjoint of `coordinates`."""
         waves = torch.view_as_complex(z / self._weights)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_level, check_positive, check_shape
+from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.networks.library import Prediction
 from ncvsd_inverse.numerics import draw_normal, expand_level
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, as_module, check_output
@@ -236,6 +237,7 @@ class DiffusionPrior(NetworkPrior):
         twin._temperature = self._temperature * temperature
         return twin
 
+    @exact_arithmetic()
     def denoise(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Return E[x0 | x], one denoiser call; gradients pass.
 
@@ -252,6 +254,7 @@ class DiffusionPrior(NetworkPrior):
         images, level = self._prepare("x", x, sigma)
         return self._mean(images, level).to(x.dtype)
 
+    @exact_arithmetic()
     @torch.no_grad()
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """Draw x0 ~ p(x0 | u), approximately; `num_steps` denoiser calls.
@@ -307,6 +310,7 @@ class DiffusionPrior(NetworkPrior):
         assert self.statistics is not None
         return self.statistics.covariance(sigma, like)
 
+    @exact_arithmetic()
     @torch.no_grad()
     def generate(
         self,
@@ -371,5 +375,5 @@ class DiffusionPrior(NetworkPrior):
     def _mean(self, x: Tensor, level: Tensor) -> Tensor:
         labels = self._labels(x)
         arguments = (x, level.flatten()) if labels is None else (x, level.flatten(), labels)
-        x0 = check_output(self.network(*arguments))
+        x0 = check_output(self._call(*arguments))
         return check_shape("the denoiser's output", x0, x.shape).to(x.dtype)

@@ -3,6 +3,7 @@
 Source: Karras et al., arXiv 2312.02696, whose VAE, pixel range and constants these are.
 """
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -33,6 +34,8 @@ LATENT_CHANNELS = 4
 
 LATENT_SIGMA = 0.5
 """Std of each channel of a latent that is trained on."""
+
+_loading = threading.Lock()
 
 _RAW_MEANS = (5.81, 3.25, 0.12, -2.15)
 _RAW_STDS = (4.17, 4.62, 3.71, 3.28)
@@ -90,8 +93,9 @@ class LatentPrior:
             ValueError: if an argument is out of range or there is no such VAE.
         """
         latents = self.prior.generate(num, num_steps, seed, batch_size=batch_size)
-        if self._loaded is None:
-            self._loaded = load_vae(self.vae, device=latents.device)
+        with _loading:
+            if self._loaded is None:
+                self._loaded = load_vae(self.vae, device=latents.device)
         return decode_latents(self._loaded, latents)
 
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
@@ -163,5 +167,6 @@ def decode_latents(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
 
 def latent_constants(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the means of raw latents and what brings them to std 0.5, each (1, 4, 1, 1)."""
-    means, stds = torch.tensor([_RAW_MEANS, _RAW_STDS], device=device).view(2, 1, -1, 1, 1)
+    constants = torch.tensor([_RAW_MEANS, _RAW_STDS], device=device, dtype=torch.float32)
+    means, stds = constants.view(2, 1, -1, 1, 1)
     return means, LATENT_SIGMA / stds

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_noise_scale, check_non_negative, check_positive
+from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.numerics import draw_normal, expand_level, interpolate
-from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior
+from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, check_output
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.observations import combine_observations, raise_noise
 from ncvsd_inverse.protocols import Generators, Statistics
@@ -92,6 +93,7 @@ class NCVSDPrior(NetworkPrior):
         self.noise_scale = check_noise_scale("noise_scale", noise_scale)
         self.nfe_per_sample = 1
 
+    @exact_arithmetic()
     @torch.no_grad()
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """Draw x0 ~ q(x0 | u); one network call.
@@ -139,6 +141,7 @@ class NCVSDPrior(NetworkPrior):
         """
         return RefinedPrior(self, levels, zeta=zeta)
 
+    @exact_arithmetic()
     def generate(
         self,
         num: int,
@@ -182,7 +185,7 @@ class NCVSDPrior(NetworkPrior):
             stds, factors = (z.new_tensor(row) for row in zip(*self.noise_scale, strict=True))
             z = expand_level(interpolate(level.log(), stds.log(), factors), z) * z
         x, raised = raise_noise(u, level, z, self.gamma)
-        x0: Tensor = self.network(x, raised, u, level, self._labels(u))
+        x0 = check_output(self._call(x, raised, u, level, self._labels(u)))
         return x0.to(u.dtype)
 
 
@@ -235,6 +238,7 @@ class RefinedPrior:
         self.card = prior.card
         self.statistics = prior.statistics
 
+    @exact_arithmetic()
     @torch.no_grad()
     def sample(self, u: Tensor, sigma: float | Tensor, *, generator: Generators = None) -> Tensor:
         """Draw x0 ~ q(x0 | u); one network call for each level.

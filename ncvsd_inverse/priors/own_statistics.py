@@ -11,7 +11,13 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_count, check_stays_finite
-from ncvsd_inverse.machine import PassCounter, count_passes, progress_bar
+from ncvsd_inverse.machine import (
+    PassCounter,
+    callers_autocast,
+    count_passes,
+    exact_arithmetic,
+    progress_bar,
+)
 from ncvsd_inverse.priors.base import NetworkPrior
 from ncvsd_inverse.priors.ncvsd import RefinedPrior
 from ncvsd_inverse.priors.statistics import LEVELS, ImageStatistics, measure_statistics
@@ -35,7 +41,7 @@ SIGMA_OF_PURE_NOISE = 10.0
 SLOW = 2.0
 """Seconds of measuring after which it is announced."""
 
-_measuring = threading.Lock()
+_measuring = threading.RLock()
 
 
 def num_images(size: Sequence[int]) -> int:
@@ -43,6 +49,7 @@ def num_images(size: Sequence[int]) -> int:
     return min(MOST_IMAGES, max(LEAST_IMAGES, PIXELS // math.prod(size)))
 
 
+@exact_arithmetic()
 def own_statistics(
     prior: Prior,
     *,
@@ -78,7 +85,8 @@ def own_statistics(
     num = images or num_images(size)
     with _announced(prior, num, generates=True, shown=progress):
         options = {"batch_size": _batch_size(size)} if isinstance(source, NetworkPrior) else {}
-        generated = source.generate(num, **options)
+        with callers_autocast():
+            generated = source.generate(num, **options)
         check_stays_finite("generated images", generated, "the prior's network")
         return _measured(prior, generated)
 
@@ -89,8 +97,7 @@ def lacks_statistics(prior: Prior) -> str:
     "" if it has them or can; no network is called to find out.
     """
     own = _own(prior)
-    known = isinstance(own, HasStatistics) and own.statistics is not None
-    return "" if known else _cannot_generate(own)
+    return "" if _known(own) else _cannot_generate(own)
 
 
 def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
@@ -104,9 +111,11 @@ def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
         ValueError: if it has none and cannot generate the images; it says why.
     """
     own = _own(prior)
+    if known := _known(own):
+        return known
     with _measuring:
-        if isinstance(own, HasStatistics) and own.statistics is not None:
-            return own.statistics
+        if known := _known(own):
+            return known
         fixed = own.image_shape if isinstance(own, NetworkPrior) else None
         channels = own.image_channels if isinstance(own, NetworkPrior) else None
         shape = None if fixed is not None or channels is not None else image_shape
@@ -123,6 +132,11 @@ def with_own_statistics(prior: Prior, image_shape: Sequence[int]) -> Statistics:
 def _own(prior: Prior) -> Prior:
     """Return what is measured: the prior itself, or that of which a draw takes several calls."""
     return prior.prior if isinstance(prior, RefinedPrior) else prior
+
+
+def _known(own: Prior) -> Statistics | None:
+    """Return the statistics that a prior has."""
+    return own.statistics if isinstance(own, HasStatistics) else None
 
 
 def _cannot_generate(prior: Prior) -> str:

@@ -1,6 +1,7 @@
 """The priors that their authors publish: what they are, fetched and converted once."""
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,10 @@ def check_published_kind(name: str, stem: Path, source: Path | None = None) -> N
         )
 
 
+_fetching = threading.RLock()
+"""Held while a checkpoint is fetched or converted: threads that want one file do it once."""
+
+
 def fetch_published(name: str, convert: Converter | None = None) -> Path:
     """Return the path, without suffix, of a prior that its authors publish as a pickle.
 
@@ -132,7 +137,12 @@ def fetch_published(name: str, convert: Converter | None = None) -> Path:
         CheckpointError: if the file cannot be had or converted, which says what to fetch; if it is
             not the one that is known, or a prior of another kind.
     """
-    entry = PUBLISHED[name]
+    with _fetching:
+        return _fetched(PUBLISHED[name], convert)
+
+
+def _fetched(entry: PublishedPrior, convert: Converter | None) -> Path:
+    name = entry.name
     record, accepted = record_path(name), accepted_file(name)
     digest, revision = accepted or (None, None)
     source = kept_file(entry)
@@ -178,7 +188,8 @@ def convert_once(source: Path, name: str, convert: Converter | None = None) -> P
     Raises:
         CheckpointError: if the file is damaged or cannot be converted.
     """
-    return _converted(source, _checked_sha256(source), name, convert)
+    with _fetching:
+        return _converted(source, _checked_sha256(source), name, convert)
 
 
 def _converted(source: Path, sha256: str, name: str, convert: Converter | None) -> Path:

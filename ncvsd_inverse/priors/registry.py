@@ -11,6 +11,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import file_sha256
+from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.networks import inference_dtype
 from ncvsd_inverse.networks.library import LibraryDenoiser
 from ncvsd_inverse.priors.cache import StatisticsStore
@@ -60,6 +61,7 @@ RUN_FILES = ("state.safetensors", "log.jsonl")
 """Files by which the folder of a training run is known before it holds a prior."""
 
 
+@exact_arithmetic()
 def load_prior(
     name_or_path: str | Path,
     device: torch.device | str | None = None,
@@ -152,6 +154,7 @@ def _weights_digest(place: Path) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
+@exact_arithmetic()
 def load_network(name_or_path: str | Path) -> TrainedNetwork:
     """Load the network of a trained prior as it was trained, float32 on the CPU, to train on.
 

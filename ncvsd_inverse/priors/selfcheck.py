@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.images import read_image
+from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors.diffusion import DiffusionPrior
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
 
@@ -92,7 +93,7 @@ def denoising_errors(
         if not known.sigma_min <= sigma <= known.sigma_max:
             continue
         generator = torch.Generator().manual_seed(0)
-        u = x0 + sigma * torch.randn(x0.shape, generator=generator)
+        u = x0 + sigma * draw_normal(x0, generator)
         out = (
             known.sample(u, sigma, generator=generator)
             if isinstance(known, NCVSDPrior)

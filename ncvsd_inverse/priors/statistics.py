@@ -18,7 +18,7 @@ from ncvsd_inverse.checks import (
     check_shape,
     check_stays_finite,
 )
-from ncvsd_inverse.machine import Cache
+from ncvsd_inverse.machine import Cache, callers_autocast, exact_arithmetic
 from ncvsd_inverse.numerics import draw_normal, make_generators, working_dtype
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.protocols import Denoiser, Prior, PriorTraits
@@ -84,7 +84,9 @@ class ImageStatistics:
                 raise ValueError(f"{name} must increase from at least {least:g}, got {numbers}")
         if float(self.spectra.min()) <= 0:
             raise ValueError(f"spectra must be positive, got {float(self.spectra.min()):g}")
-        product = self.mixing @ self.mixing.T - torch.eye(channels).to(self.mixing)
+        product = self.mixing @ self.mixing.T - torch.eye(channels, dtype=self.mixing.dtype).to(
+            self.mixing
+        )
         if float(product.abs().max()) > 1e-3:
             raise ValueError("mixing must have orthonormal rows")
 
@@ -177,6 +179,7 @@ class ImageStatistics:
         return (1 - share) * logs[low] + share * logs[low + 1]
 
 
+@exact_arithmetic()
 @torch.no_grad()
 def measure_statistics(
     prior: Prior,
@@ -227,7 +230,8 @@ def measure_statistics(
     differences = [_restored_minus_truth(prior, clean, s, seed, batch_size) for s in levels]
     everything = [*((difference, share) for difference in differences), (deviation, 1.0)]
     colours = [torch.einsum("bchw,bdhw->cd", e, e) for e, _ in everything]
-    mixing = torch.linalg.eigh(sum((c / c.trace() for c in colours), torch.zeros(())))[1].T.flip(0)
+    total = torch.stack([c / c.trace() for c in colours]).sum(0)
+    mixing = torch.linalg.eigh(total)[1].T.flip(0)
     bins, radii = _radial_bins(*clean.shape[2:])
     spectra = torch.stack([share * _radial_mean(e, mixing, bins) for e, share in everything])
     return ImageStatistics(
@@ -250,10 +254,11 @@ def _restored_minus_truth(
         keys = [(seed, first + i, _NOISE_STREAM) for i in range(len(x0))]
         sources = make_generators(keys, x0.device)
         u = x0 + sigma * draw_normal(x0, sources)
-        if isinstance(prior, Denoiser):
-            restored = prior.denoise(u, sigma)
-        else:
-            restored = prior.sample(u, sigma, generator=sources)
+        with callers_autocast():
+            if isinstance(prior, Denoiser):
+                restored = prior.denoise(u, sigma)
+            else:
+                restored = prior.sample(u, sigma, generator=sources)
         check_stays_finite("what the prior returns", restored, f"its call at sigma = {sigma:g}")
         parts.append(restored - x0)
     return torch.cat(parts)

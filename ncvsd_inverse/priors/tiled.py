@@ -74,6 +74,7 @@ class TiledNetwork(nn.Module):
         self.image_channels = traits.image_channels
         self.size_multiple = traits.size_multiple
         self.num_classes = traits.num_classes
+        self.compute_dtype = traits.compute_dtype
         for name, length in (("tile", tile), ("overlap", overlap)):
             if check_count(name, length) % self.size_multiple:
                 raise ValueError(f"{name} must be a multiple of {self.size_multiple}, got {length}")
@@ -108,12 +109,12 @@ class TiledNetwork(nn.Module):
         """Return where the tiles along a side lie, and their weights, which add to 1."""
         tile, overlap = min(self.tile, side), self.overlap
         starts = [*range(0, side - tile, self.tile - overlap), side - tile]
-        weights = torch.zeros(len(starts), side)
-        from_edge = torch.arange(tile) + 0.5
+        weights = torch.zeros(len(starts), side, dtype=torch.float64)
+        from_edge = torch.arange(tile, dtype=torch.float64) + 0.5
         rising = (2 * from_edge / overlap - 0.5).clamp(0, 1)
         for row, start in zip(weights, starts, strict=True):
-            before = rising if start > 0 else torch.ones(tile)
-            after = rising.flip(0) if start < side - tile else torch.ones(tile)
+            before = rising if start > 0 else torch.ones_like(rising)
+            after = rising.flip(0) if start < side - tile else torch.ones_like(rising)
             row[start : start + tile] = torch.minimum(before, after)
         weights /= weights.sum(0)
         spans = [slice(start, start + tile) for start in starts]

@@ -44,6 +44,7 @@ class NoisePredictor(VPDenoiser):
     Attributes:
         sigma_min: noise std of the first time, image units.
         sigma_max: of the last.
+        compute_dtype: None: its network is the user's, and so is the autocast.
 
     Raises:
         ValueError: if the scales do not decrease within (0, 1), or the prediction is unknown.
@@ -68,6 +69,7 @@ class NoisePredictor(VPDenoiser):
                 f"{float(alphas[-1]):g} to {float(alphas[0]):g}"
             )
         super().__init__(as_module(function), prediction=prediction, num_levels=len(alphas))
+        self.compute_dtype = None
         self.log_sigmas.copy_(((1 - alphas) / alphas).log() / 2)
         self.sigma_min = math.exp(float(self.log_sigmas[0]))
         self.sigma_max = math.exp(float(self.log_sigmas[-1]))

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count
-from ncvsd_inverse.machine import PassCounter, count_passes
+from ncvsd_inverse.machine import PassCounter, callers_autocast, count_passes
 from ncvsd_inverse.protocols import Generators, NetworkBacked, Prior, PriorTraits
 
 __all__ = ["CountedPrior", "network_of"]
@@ -21,8 +22,9 @@ def network_of(prior: Prior) -> nn.Module | None:
 class CountedPrior:
     """A prior that counts forward passes.
 
-    Where the prior shows its `network`, the images that go through it count; elsewhere every image
-    that is drawn counts `nfe_per_sample`.
+    Where the prior shows its `network`, the images that go through it count, those of this thread
+    only; elsewhere every image that is drawn counts `nfe_per_sample`. The prior runs under the
+    autocast in which the solver was called.
 
     Args:
         prior: the prior.
@@ -65,7 +67,11 @@ class CountedPrior:
                 `nfe_per_sample` times an image.
         """
         before = self.forwards
-        x0 = self.prior.sample(u, sigma, generator=generator)
+        with callers_autocast():
+            is_mixed = torch.is_autocast_enabled(u.device.type)
+            x0 = self.prior.sample(u, sigma, generator=generator)
+        if is_mixed and isinstance(x0, Tensor) and x0.is_floating_point():
+            x0 = x0.to(u.dtype)
         if not isinstance(x0, Tensor) or (x0.shape, x0.dtype) != (u.shape, u.dtype):
             came = f"{tuple(x0.shape)}, {x0.dtype}" if isinstance(x0, Tensor) else f"{type(x0)}"
             raise ValueError(f"prior must draw x0 as {tuple(u.shape)}, {u.dtype}, got {came}")

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_choice, check_count
-from ncvsd_inverse.machine import progress_bar, time_now
+from ncvsd_inverse.machine import (
+    exact_arithmetic,
+    out_of_inference,
+    progress_bar,
+    time_now,
+)
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
 from ncvsd_inverse.protocols import Operator, Prior, Statistics
@@ -45,6 +50,7 @@ PIXELS_AT_ONCE = 4_000_000
 """Pixels (channels not counted) of all chains that run together when `batch_size` is None."""
 
 
+@exact_arithmetic()
 @torch.no_grad()
 def solve(
     y: Tensor,
@@ -77,6 +83,9 @@ def solve(
       generates; these calls are no part of `nfe`.
     - "gibbs", the published split-Gibbs loop, draws u given x0 and y, then x0 given u. It is exact
       in the limit of many levels, for any operator.
+
+    Autocast, inference mode and torch's default dtype change nothing but the network of a user's
+    prior, which runs under the autocast that is on. Threads may share prior and operator.
 
     Args:
         y: measurements, shape (B, ...), float32 or float64; the result has their dtype and device.
@@ -119,7 +128,7 @@ def solve(
     check_choice("estimate", estimate, get_args(Estimate))
     check_count("num_samples", num_samples)
     check_count("restarts", restarts)
-    operator, y = adapt(operator, y)
+    operator, y = adapt(out_of_inference(operator), out_of_inference(y))
     if preset is not None and isinstance(operator, PhysicsOperator):
         raise ValueError(
             f"preset must be None for a deepinv physics, got {preset!r}: its values are for images "
@@ -155,7 +164,7 @@ def solve(
     if method == "conditioning" and statistics is not None:
         notes.append(statistics.note)
     for note in filter(None, notes):
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)
 
     average = default_average(problem.traits.family) if estimate == "ema" else None
     counted = CountedPrior(tempered)

@@ -112,7 +112,7 @@ class DistillationTrainer(Trainer[DistillConfig]):
         self._score = self.add("score", self.score)
         self._discriminator = self.add("discriminator", self.discriminator, rate=rate)
         levels = karras(config.num_levels, config.sigma_max, config.sigma_min)
-        self._levels = torch.tensor(levels, device=self.device)
+        self._levels = torch.tensor(levels, device=self.device, dtype=torch.float32)
 
     def train_step(self, microbatches: list[Microbatch]) -> None:
         """Take a step of the generator, of the score model and of the discriminator."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ncvsd_inverse.images import write_image
 from ncvsd_inverse.machine import progress_bar
-from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
 from ncvsd_inverse.training.distillation import DistillationTrainer
@@ -127,7 +127,8 @@ def picture_grid(
     images = images.to(run.device)
     shape = tuple(images.shape[1:])
     sources = make_generators([(0, i) for i in range(len(images))], run.device)
-    eps = torch.stack([torch.randn(shape, generator=g, device=run.device) for g in sources])
+    like = torch.empty(len(images), *shape, device=run.device, dtype=torch.float32)
+    eps = draw_normal(like, sources)
     size = (shape[1], shape[2])
     rows = [images]
     if isinstance(run, DistillationTrainer):

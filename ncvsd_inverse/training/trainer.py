@@ -525,7 +525,7 @@ class Trainer(ABC, Generic[Config]):
         combined = dict(self.modules[name].state_dict())
         for key, _ in self.modules[name].named_parameters():
             parts = torch.stack([state[key].float() for _, _, state in stored])
-            combined[key] = torch.tensordot(torch.tensor(weights), parts, dims=1)
+            combined[key] = torch.tensordot(parts.new_tensor(weights), parts, dims=1)
         return combined
 
 

@@ -103,8 +103,8 @@ class Sampler:
             ]
         )
         (source,) = make_generators([(self.seed, _ORDER_STREAM, number, 1)])
-        mirrored = (torch.rand(self.size, generator=source) < 0.5) & self.flip
-        corners = torch.rand(self.size, 2, generator=source)
+        mirrored = (torch.rand(self.size, generator=source, dtype=torch.float32) < 0.5) & self.flip
+        corners = torch.rand(self.size, 2, generator=source, dtype=torch.float32)
         return Draws(
             indices[self.rows].tolist(),
             corners[self.rows].tolist(),
