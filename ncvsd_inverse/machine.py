@@ -94,6 +94,12 @@ class Cache(Generic[Item]):
             self._asked.append(key)
             return False
 
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._asked.clear()
+
     def __reduce__(self) -> tuple[type[Self], tuple[int, float]]:
         return type(self), (self.size, self.most_bytes)
 

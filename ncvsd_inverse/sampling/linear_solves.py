@@ -42,8 +42,8 @@ class Move(NamedTuple):
 
     Attributes:
         images: S A^T (A S A^T + s^2 I)^-1 misfit, shape (B, C, H, W).
-        error: root mean square of what is missing, in stds of S, as measured after the solve,
-            shape (B,); 0 for solves in closed form.
+        error: root mean square of what is missing, in stds of the law of x given y, a bound or an
+            estimate from what the solve left of its equations, shape (B,); 0 for closed forms.
     """
 
     images: Tensor
@@ -67,12 +67,13 @@ class LinearSolver:
       preconditioned by the unknown block of T + s^2 I; scattered pixels need nothing;
     - forms that hold but for the edges of images: conjugate gradients on A S A^T + s^2 I,
       preconditioned by the periodic form;
-    - dense S: least squares for w, the move in stds, by a QR factorisation;
+    - small images of dense S, or under blurs with other edges and little noise: least squares for
+      w, the move in stds, by a QR factorisation;
     - all else: conjugate gradients for w, preconditioned by the diagonal of A^T A over
       frequencies, as noise images show it.
 
-    Iterations stop once the error of w is about `tolerance` in the root mean square. All moves of
-    a solver are of one dtype and device.
+    Iterations stop once the error of a move is about `tolerance` stds of x given y, root mean
+    square. All moves of a solver are of one dtype and device.
 
     Args:
         operator: the matrix A.
@@ -87,10 +88,10 @@ class LinearSolver:
         of the precision.
     """
 
-    tolerance: ClassVar[float] = 0.005
-    """Root mean square error of a move, in stds of S, at which iterations stop."""
+    tolerance: ClassVar[float] = 0.01
+    """Root mean square error of a move, in stds of x given y, at which iterations stop."""
 
-    max_iterations: ClassVar[int] = 500
+    max_iterations: ClassVar[int] = 1000
     """Most iterations of a solve."""
 
     PROBES: ClassVar[int] = 8
@@ -137,20 +138,34 @@ class LinearSolver:
             like: images (B, C, H, W), in the dtype of the misfit.
         """
         self.iterations = 0
-        if isinstance(covariance, SpectralCovariance):
-            form = self._read_form(like)
-            if form is None:
-                gram = self._look(like, covariance)
-                form = LinearForm(shares=gram.diagonal[..., 0]) if gram.is_all else None
-            if form is not None and form.shares is not None:
-                return self._by_quotient(misfit, form, form.shares, covariance)
-            if form is not None and form.mask is None and self._can_fold(form):
-                return self._by_folding(misfit, form, covariance)
-            if form is not None and form.mask is not None and form.exact and form.stride == 1:
-                return self._by_filling_in(misfit, form, form.mask, covariance)
-        elif isinstance(covariance, DenseCovariance) and self._can_be_written_out(like):
+        if not isinstance(covariance, SpectralCovariance):
+            if isinstance(covariance, DenseCovariance) and self._can_be_written_out(like):
+                return self._by_least_squares(misfit, covariance, like)
+            return self._by_coordinates(misfit, covariance, like)
+        form = self._read_form(like)
+        if form is None:
+            gram = self._look(like, covariance)
+            form = LinearForm(shares=gram.diagonal[..., 0]) if gram.is_all else None
+        if form is not None and form.shares is not None:
+            return self._by_quotient(misfit, form, form.shares, covariance)
+        if self._is_steep(form) and self._can_be_written_out(like):
             return self._by_least_squares(misfit, covariance, like)
-        return self._by_coordinates(misfit, covariance, like)
+        if form is not None and form.mask is None:
+            return self._by_folding(misfit, form, covariance)
+        if form is None or form.mask is None or self._is_steep(form) or not form.exact:
+            return self._by_coordinates(misfit, covariance, like)
+        return self._by_filling_in(misfit, form, form.mask, covariance)
+
+    def _is_steep(self, form: LinearForm | None) -> bool:
+        """Return whether little noise makes A S A^T + s^2 I of these steps hard to invert.
+
+        Where a blur leaves little, a small error of the inverse is no small one of the move. Steps
+        that are diagonal, whole pixels that are missing, and reductions bear any noise.
+        """
+        if self.sigma_lik >= LEAST_IN_SINGLE:
+            return False
+        blurs = form is not None and form.transfer is not None and form.stride == 1
+        return form is None or (blurs and (form.mask is not None or not form.exact))
 
     def _read_form(self, like: Tensor) -> LinearForm | None:
         if not self._is_read and isinstance(self.operator, StructuredOperator):
@@ -179,15 +194,15 @@ class LinearSolver:
             waves = waves if form.transfer is None else form.transfer.conj() * waves
             return Move(_leave(waves, form, covariance), misfit.new_zeros(len(misfit)))
         if form.exact:
-            z, energy = _filter(entered, inverse), misfit.new_zeros(len(misfit))
+            z, error = _filter(entered, inverse), misfit.new_zeros(len(misfit))
         elif form.axes is not None and math.prod(misfit.shape[2:]) <= self.SMALL:
-            z, energy = self._by_matrix(entered, form, form.axes, covariance)
+            z, error = self._by_matrix(entered, form, form.axes, covariance)
         elif form.axes is not None and form.stride == 1:
-            z, energy = self._in_singular_vectors(entered, form, form.axes, covariance)
+            z, error = self._in_singular_vectors(entered, form, form.axes, covariance)
         else:
-            z, energy = self._near_the_periodic(entered, form, inverse, covariance)
+            z, error = self._near_the_periodic(entered, form, inverse, covariance)
         waves = torch.fft.rfft2(_backward(form, z))
-        return Move(_leave(waves, form, covariance), (energy / covariance.dimension).sqrt())
+        return Move(_leave(waves, form, covariance), error)
 
     def _by_matrix(
         self,
@@ -196,7 +211,7 @@ class LinearSolver:
         axes: tuple[Tensor, Tensor],
         covariance: SpectralCovariance,
     ) -> tuple[Tensor, Tensor]:
-        """Return (A S A^T + s^2 I)^-1 rhs by the inverse, kept, and the squared error (B,)."""
+        """Return (A S A^T + s^2 I)^-1 rhs by the inverse, kept, and the error (B,)."""
         noise, spectrum = self.sigma_lik**2, _mixed(form, covariance)
         weights = None if form.weights is None else tuple(form.weights.tolist())
         key = (self._digest(axes), covariance.digest, weights, noise, rhs.dtype, rhs.device)
@@ -211,7 +226,7 @@ class LinearSolver:
         flat = rhs.flatten(2).permute(1, 2, 0)  # (K, n, B)
         z = (KEPT_TENSORS.get(key, make) @ flat).permute(2, 0, 1).view(rhs.shape)
         seen = _forward(form, _filter(_backward(form, z), spectrum)) + noise * z
-        return z, squared_norm(rhs - seen) / noise
+        return z, (squared_norm(rhs - seen) / rhs[0].numel() / noise).sqrt()
 
     def _digest(self, axes: tuple[Tensor, Tensor]) -> str:
         if self._axes_digest is None:
@@ -225,7 +240,7 @@ class LinearSolver:
         axes: tuple[Tensor, Tensor],
         covariance: SpectralCovariance,
     ) -> tuple[Tensor, Tensor]:
-        """Return (A S A^T + s^2 I)^-1 rhs, and the squared error (B,), for a separable blur.
+        """Return (A S A^T + s^2 I)^-1 rhs, and the error (B,), for a separable blur.
 
         In the singular vectors of A the blur is diagonal and S nearly so: its own diagonal there
         is the preconditioner.
@@ -250,13 +265,13 @@ class LinearSolver:
             return apply, lambda r: own * r
 
         start = left.T @ rhs @ left_w
-        z, energy = self._iterate(start, maps, covariance, measure=lambda r: inverse * r)
-        return left @ z @ left_w.T, energy
+        z, error = self._invert(start, maps)
+        return left @ z @ left_w.T, error
 
     def _near_the_periodic(
         self, rhs: Tensor, form: LinearForm, inverse: Tensor, covariance: SpectralCovariance
     ) -> tuple[Tensor, Tensor]:
-        """Return (A S A^T + s^2 I)^-1 rhs, and the squared error (B,)."""
+        """Return (A S A^T + s^2 I)^-1 rhs and the error (B,)."""
         spectra = _mixed(form, covariance)
         noise = self.sigma_lik**2
 
@@ -269,8 +284,7 @@ class LinearSolver:
 
             return apply, partial(_filter, spectrum=filtered)
 
-        measure = partial(_filter, spectrum=inverse)
-        return self._iterate(rhs, maps, covariance, measure=measure)
+        return self._invert(rhs, maps)
 
     def _by_filling_in(
         self, misfit: Tensor, form: LinearForm, mask: Tensor, covariance: SpectralCovariance
@@ -345,37 +359,28 @@ class LinearSolver:
 
             return apply, widen if some else None
 
-        filling, energy = self._iterate(
-            -through(begin, precision),
-            maps,
-            covariance,
-            # At least the inverse of the matrix, so that this bounds the error.
-            measure=partial(through, spectrum=noisy),
-            meet=meet,
-        )
+        dimension = covariance.dimension / (1 if meet else begin.shape[1])
+        etol = self.tolerance * math.sqrt(dimension)
+        rhs = -through(begin, precision)
+        filling, left = self._iterate(rhs, maps, etol=etol, meet=meet)
+        # The block of T + s^2 I is at least the inverse of the matrix, so that this is a bound.
+        energy = _energy(left, partial(through, spectrum=noisy))
         filled = begin + filling
         return _enter(filled, form, covariance) if meet else filled, energy
 
-    def _by_least_squares(self, misfit: Tensor, covariance: DenseCovariance, like: Tensor) -> Move:
+    def _by_least_squares(
+        self, misfit: Tensor, covariance: DenseCovariance | SpectralCovariance, like: Tensor
+    ) -> Move:
         """Solve min |A L w - misfit|^2 / s^2 + |w|^2 for w, with S = L L^T."""
         size = like[0].numel()
-        basis = torch.eye(size, dtype=like.dtype, device=like.device)[..., None, None, None]
-        roots = covariance.images(covariance.variances.sqrt() * basis)
+        units = torch.eye(size, dtype=like.dtype, device=like.device)
+        roots = covariance.colour(units.view(size, *like.shape[1:]))
         seen = self.operator(roots).flatten(1).T
-        noise = self.sigma_lik * torch.eye(size, dtype=like.dtype, device=like.device)
-        q, r = torch.linalg.qr(torch.cat((seen, noise)))
+        q, r = torch.linalg.qr(torch.cat((seen, self.sigma_lik * units)))
         onto = misfit.flatten(1) @ q[: len(seen)]
         w = torch.linalg.solve_triangular(r, onto.T, upper=True).T
         images = (w @ roots.flatten(1)).view(like.shape)
         return Move(images, images.new_zeros(len(images)))
-
-    def _can_fold(self, form: LinearForm) -> bool:
-        """Return whether A S A^T + s^2 I is near enough to that of the periodic form.
-
-        Blurs whose edges differ need w at small s: a small error of (A S A^T + s^2 I)^-1 is none
-        of the move where the blur leaves little.
-        """
-        return form.exact or form.stride > 1 or self.sigma_lik >= LEAST_IN_SINGLE
 
     def _can_be_written_out(self, like: Tensor) -> bool:
         repeated = OperatorTraits.of(self.operator).repeated
@@ -399,8 +404,7 @@ class LinearSolver:
         def precondition(r: Tensor) -> Tensor:
             return inverse * r
 
-        size = like[0].numel()
-        right = gather(misfit)
+        right, size = gather(misfit), like[0].numel()
         w = conjugate_gradient(
             apply,
             right,
@@ -417,35 +421,47 @@ class LinearSolver:
         self,
         rhs: Tensor,
         maps: Callable[[Tensor], tuple[Map, Map | None]],
-        covariance: SpectralCovariance,
         *,
-        measure: Map,
+        atol: float = 0.0,
+        etol: float = 0.0,
         meet: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Run conjugate gradients until the error of w is as tolerated.
+        """Run conjugate gradients.
 
         Args:
             rhs: right-hand sides, shape (B, K, h, w).
             maps: places along K -> the matrix and the preconditioner of these.
-            covariance: covariance S.
-            measure: about the inverse of the matrix.
+            atol: norm of the residual at which one of the K stops,
+            etol: or norm of the error.
             meet: whether the K are one problem, not K of them.
 
         Returns:
-            The solutions, and the squared norm (B,), by `measure`, of what is left of `rhs`.
+            The solutions and what is left of `rhs`, both of its shape.
         """
         apply, precondition = maps(torch.arange(rhs.shape[1]))
-        parts = 1 if meet else rhs.shape[1]
         solved = conjugate_gradient(
             apply,
             rhs,
             rtol=0.0,
-            etol=self.tolerance * math.sqrt(covariance.dimension / parts),
+            atol=atol,
+            etol=etol,
             max_iterations=self.max_iterations,
             precondition=precondition,
             narrow=None if meet else maps,
         )
-        return solved, _energy(rhs - apply(solved), measure)
+        return solved, rhs - apply(solved)
+
+    def _invert(
+        self, rhs: Tensor, maps: Callable[[Tensor], tuple[Map, Map | None]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return (A S A^T + s^2 I)^-1 rhs, (B, K, h, w), and the error of the move, (B,).
+
+        What is left of rhs, over s, bounds the error of the move in the norm of the precision
+        S^-1 + A^T A / s^2 of the law given y.
+        """
+        each = math.sqrt(math.prod(rhs.shape[2:]))
+        z, left = self._iterate(rhs, maps, atol=self.tolerance * self.sigma_lik * each)
+        return z, (squared_norm(left) / rhs[0].numel()).sqrt() / self.sigma_lik
 
     def _look(self, like: Tensor, covariance: Covariance) -> "_Gram":
         if self._gram is None:

@@ -31,7 +31,7 @@ class Matheron:
 
     Attributes:
         solver: what finds the moves in the precision of y.
-        error: largest error of a move so far, root mean square in stds of S, shape (B,).
+        error: largest error of a move so far, root mean square in stds of x given y, shape (B,).
 
     Raises:
         ValueError: if sigma_lik <= 0 or y is not finite.
