@@ -676,3 +676,34 @@ def test_bad_statistics_are_named(saved, change, message):
         CheckpointError, match=rf"tiny\.json must be the card of a prior: .*{message}"
     ):
         load_prior(saved)
+
+
+def test_loading_does_not_depend_on_the_callers_arithmetic(saved, arithmetic):
+    expected = load_prior("tiny").network.state_dict()
+    with arithmetic():
+        network = load_prior("tiny").network
+        trained = load_network("tiny")
+    found = network.state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+    tensors = [*network.parameters(), *trained.parameters(), *trained.buffers()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    assert all(tensor.dtype == torch.float32 for tensor in trained.parameters())
+
+
+def test_threads_that_load_at_once_get_the_same_prior(saved, at_once):
+    u = torch.rand(1, 3, 8, 8)
+
+    def draw(prior):
+        return prior.sample(u, 0.5, generator=torch.Generator().manual_seed(0))
+
+    alone = draw(load_prior("tiny"))
+    handle = PriorHandle("tiny")
+    drawn = at_once([lambda: draw(load_prior("tiny")), lambda: draw(handle)] * 4)
+    assert all(torch.equal(one, alone) for one in drawn)
+    # Networks are first built on another device, which torch remembers for all threads.
+    assert torch.utils._device.CURRENT_DEVICE is None
+    found = at_once([handle.load] * 8)
+    assert len({id(prior) for prior in found}) == 1
