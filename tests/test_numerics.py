@@ -18,6 +18,7 @@ from ncvsd_inverse.machine import (
 from ncvsd_inverse.numerics import (
     conjugate_gradient,
     draw_normal,
+    ensemble_crps,
     expand_level,
     make_generators,
     working_dtype,
@@ -215,7 +216,16 @@ def test_exact_arithmetic_nests_and_gives_the_callers_autocast_back():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with exact_arithmetic(), exact_arithmetic():
             assert dtypes() == torch.bfloat16
+            with callers_autocast(), torch.autocast("cpu", enabled=False), exact_arithmetic():
+                assert dtypes() == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_scores_do_not_depend_on_the_callers_arithmetic(arithmetic):
+    draws, truth = torch.rand(5, 8, dtype=torch.float32), torch.rand(8, dtype=torch.float32)
+    expected = ensemble_crps(draws, truth)
+    with arithmetic():
+        assert torch.equal(ensemble_crps(draws, truth), expected)
 
 
 @pytest.mark.parametrize("gradients", [True, False])

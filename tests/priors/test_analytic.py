@@ -343,7 +343,7 @@ def small_mixture():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: GaussianPrior(random_images(1)[0].float(), random_covariance().float()),
+        lambda: GaussianPrior(random_images(1)[0], random_covariance()),
         lambda: GaussianPrior.stationary(
             random_images(1)[0].float(), symmetric_spectrum(*SHAPE).float()
         ),
@@ -374,9 +374,10 @@ def test_draws_do_not_depend_on_the_callers_arithmetic(make, made_within, arithm
         prior = make() if made_within else prior
         found = everything(prior)
     for value, wanted in zip(found, expected, strict=True):
-        assert value.dtype == torch.float32
+        assert value.dtype == wanted.dtype
         assert torch.equal(value, wanted)
     # What was kept for later calls takes gradients.
-    u.requires_grad_()
-    prior.denoise(u, 0.5).sum().backward()
-    assert u.grad is not None
+    for x in (u, u.double()):
+        x.requires_grad_()
+        prior.denoise(x, 0.5).sum().backward()
+        assert x.grad is not None

@@ -325,7 +325,7 @@ def test_weights_are_read_one_at_a_time(saved, monkeypatch):
         assert torch.equal(trained.state_dict()[name], value)
 
 
-def test_a_network_of_a_library_stays_in_float32(tmp_path):
+def test_a_network_of_a_library_stays_in_float32(tmp_path, arithmetic):
     arguments = {"sample_size": 8, "block_out_channels": [32, 32], "layers_per_block": 1}
     arguments |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     config = {
@@ -349,6 +349,11 @@ def test_a_network_of_a_library_stays_in_float32(tmp_path):
     x = torch.rand(1, 3, 8, 8)
     expected = network.eval()(x, torch.ones(1))
     torch.testing.assert_close(loaded.denoise(x, 1.0), expected)
+    with arithmetic():
+        again = load_prior(tmp_path / "theirs")
+        found = again.denoise(x, 1.0)
+    assert torch.equal(found, loaded.denoise(x, 1.0))
+    assert {value.dtype for value in again.network.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("broken_step", ["write_bytes", "replace"])
@@ -703,7 +708,5 @@ def test_threads_that_load_at_once_get_the_same_prior(saved, at_once):
     handle = PriorHandle("tiny")
     drawn = at_once([lambda: draw(load_prior("tiny")), lambda: draw(handle)] * 4)
     assert all(torch.equal(one, alone) for one in drawn)
-    # Networks are first built on another device, which torch remembers for all threads.
-    assert torch.utils._device.CURRENT_DEVICE is None
     found = at_once([handle.load] * 8)
     assert len({id(prior) for prior in found}) == 1

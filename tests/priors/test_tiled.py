@@ -162,7 +162,7 @@ def test_the_shipped_prior_restores_tiled_and_whole_alike():
 
 
 def test_weights_of_tiles_do_not_depend_on_the_callers_arithmetic(arithmetic):
-    network = TiledNetwork(Local(), 16, 8)
+    network = TiledNetwork(Local(), 24, 12)
     expected = network._places(40)
     with arithmetic():
         found = network._places(40)

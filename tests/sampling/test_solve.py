@@ -532,12 +532,27 @@ def test_solving_does_not_depend_on_the_callers_arithmetic(name, method, arithme
     assert found.nfe == expected.nfe == 2
 
 
+class UsersCurve:
+    """A user's operator that is not linear and holds a tensor."""
+
+    def __init__(self):
+        self.gains = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
+
+    def __call__(self, x):
+        return torch.tanh(self.gains * x)
+
+    def input_shape(self, y_shape):
+        return tuple(y_shape)
+
+
 @pytest.mark.parametrize("method", ["conditioning", "gibbs"])
-def test_what_was_made_in_inference_mode_is_solved(method):
+@pytest.mark.parametrize(
+    "users", [UsersCurve, lambda: ops.Compose(ops.HDR(), ops.Blur(torch.full((3, 3), 1 / 9)))]
+)
+def test_what_was_made_in_inference_mode_is_solved(method, users):
     def make():
-        kernel = torch.full((3, 3), 1 / 9)
-        operator = ops.Compose(ops.HDR(), ops.Blur(kernel))
-        return measurement(operator, batch=1), {"operator": operator, "prior": white_prior()}
+        operator, y = users(), measurement(batch=1)
+        return y, {"operator": operator, "prior": white_prior()}
 
     y, arguments = make()
     expected = solve(y, **arguments, method=method, nfe=2)
