@@ -62,7 +62,6 @@ class Cache(Generic[Item]):
         self.size = size
         self.most_bytes = most_bytes
         self._entries: OrderedDict[Hashable, Item] = OrderedDict()
-        self._asked: deque[Hashable] = deque(maxlen=1024)
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -86,19 +85,10 @@ class Cache(Generic[Item]):
                 self._entries.popitem(last=False)
             return entry
 
-    def was_asked(self, key: Hashable) -> bool:
-        """Return whether a key is kept or was asked for here before."""
-        with self._lock:
-            if key in self._entries or key in self._asked:
-                return True
-            self._asked.append(key)
-            return False
-
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
-            self._asked.clear()
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, float]]:
         return type(self), (self.size, self.most_bytes)

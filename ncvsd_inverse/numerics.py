@@ -107,6 +107,7 @@ def conjugate_gradient(
     *,
     rtol: float = 1e-6,
     atol: float = 0.0,
+    ptol: float = 0.0,
     etol: float = 0.0,
     max_iterations: int = 1000,
     precondition: Map | None = None,
@@ -114,7 +115,7 @@ def conjugate_gradient(
 ) -> Tensor:
     """Solve M x = rhs for symmetric positive definite M, every item on its own.
 
-    An item stops changing once one of three bounds holds, or after `max_iterations`. A GPU is not
+    An item stops changing once one of four bounds holds, or after `max_iterations`. A GPU is not
     waited for: it may go on for some iterations, in which nothing changes.
 
     Args:
@@ -122,6 +123,7 @@ def conjugate_gradient(
         rhs: right-hand sides, shape (B, ...): B items; with `narrow` (B, K, ...): B K items.
         rtol: the residual norm is at most rtol * ||rhs||,
         atol: or at most this,
+        ptol: or the residual is at most this in the norm of the preconditioner,
         etol: or the last iteration moved x by at most this in the norm of M. Near the end that is
             what x is off by, in the same norm, to a factor of order one.
         max_iterations: most applications of M.
@@ -173,7 +175,7 @@ def conjugate_gradient(
         residual = torch.addcmul(residual, step, image, value=-1)
         z = precondition(residual) if precondition else residual
         rz_next = dot(residual, z)
-        active = moves & (step * rz > etol**2) & (rz_next > 0)
+        active = moves & (step * rz > etol**2) & (rz_next > ptol**2)
         if by_residual:
             active &= (dot(residual, residual) if precondition else rz_next) > least
         direction = torch.addcmul(z, torch.where(active, rz_next / rz, 0.0), direction)

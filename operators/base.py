@@ -39,8 +39,9 @@ class BaseOperator(ABC):
     def __init_subclass__(cls, **given: object) -> None:
         """Let what a subclass defines compute in the dtypes of its tensors under any autocast."""
         super().__init_subclass__(**given)
-        for name in EXACT & set(vars(cls)):
-            setattr(cls, name, exact_arithmetic()(vars(cls)[name]))
+        for name, method in list(vars(cls).items()):
+            if name in EXACT and callable(method):
+                setattr(cls, name, exact_arithmetic()(method))
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def from_deepinv(
     linear = LinearPhysicsOperator(physics, y, packed, shape)
     white = packed.new_full((packed.shape[0], *shape), 1.0)
     source = torch.Generator().manual_seed(0)
-    probe = torch.randn(shape, generator=source).to(packed).expand(white.shape)
+    probe = torch.randn(shape, generator=source, dtype=torch.float32).to(packed).expand(white.shape)
     seen = linear(probe)
     power, pulled = (seen * seen).sum(), (probe * linear.adjoint(seen)).sum()
     if not bool((power - pulled).abs() <= MISMATCH * power):
@@ -192,7 +192,7 @@ class PhysicsOperator:
     def _takes_any_batch(self, like: Tensor) -> bool:
         """Whether one more image than there are measurements changes nothing for the others."""
         source = torch.Generator().manual_seed(0)
-        probe = torch.rand(self._image_shape, generator=source).to(like)
+        probe = torch.rand(self._image_shape, generator=source, dtype=torch.float32).to(like)
         try:
             seen = self._forward(probe.expand(self._batch + 1, *self._image_shape))
         except Exception:  # a wrong number of images can break a physics anywhere

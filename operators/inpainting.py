@@ -79,7 +79,8 @@ class Inpaint(LinearBase):
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be in (0, 1], got {keep}")
         generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
-        return cls(torch.rand(_check_size(size), generator=generator) < keep)
+        draws = torch.rand(_check_size(size), generator=generator, dtype=torch.float32)
+        return cls(draws < keep)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x where it is measured and 0 elsewhere, shape (B, C, H, W)."""

@@ -1,4 +1,7 @@
+import contextlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,52 @@ def weights_folder():
 def parity_folder():
     """Folder with weights and outputs of the published networks."""
     return folder_from("NCVSD_PARITY")
+
+
+@contextlib.contextmanager
+def default_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+ARITHMETIC = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference mode": torch.inference_mode,
+    "default float64": default_float64,
+    "deterministic": deterministic,
+}
+
+
+@pytest.fixture(params=ARITHMETIC)
+def arithmetic(request):
+    """What a caller may have in force that must not change what we compute: makes the context."""
+    return ARITHMETIC[request.param]
+
+
+@pytest.fixture
+def at_once():
+    """Call functions in eight threads that begin together; return what they return, in order."""
+
+    def run(functions):
+        together = threading.Barrier(8)
+
+        def call(function):
+            together.wait(60)
+            return function()
+
+        with ThreadPoolExecutor(8) as threads:
+            return list(threads.map(call, functions))
+
+    return run

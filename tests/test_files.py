@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from ncvsd_inverse.files import whole_files, write_whole
@@ -27,3 +29,14 @@ def test_text_is_utf8_with_its_own_line_ends(tmp_path):
     write_whole(str(tmp_path / "a.txt"), b"newer")
     assert (tmp_path / "a.txt").read_bytes() == b"newer"
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
+
+
+def test_threads_that_write_one_file_leave_each_other_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    with ThreadPoolExecutor(1) as other:
+        with whole_files(path) as (part,):
+            part.write_text("first")
+            other.submit(write_whole, path, "second").result()
+            assert path.read_text() == "second"
+        assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,5 @@
 import math
+import time
 import warnings
 from urllib.error import URLError
 
@@ -312,3 +313,78 @@ def test_alex_features_refuse_other_images():
         metrics.alex_features(torch.zeros(1, 1, 64, 64))
     with pytest.raises(ValueError, match="x must be finite"):
         metrics.alex_features(torch.full((1, 3, 64, 64), math.nan))
+
+
+@pytest.fixture
+def any_lpips(monkeypatch):
+    """Stand in for LPIPS, whose weights may not be here, with convolutions; count the loads."""
+    loads = []
+
+    class Distance(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 4, 3, bias=False).requires_grad_(False)
+            fill = torch.arange(108, dtype=torch.float32).view(4, 3, 3, 3)
+            self.layer.weight.copy_((fill / 7).sin())
+
+        def forward(self, x, reference):
+            apart = self.layer(x) - self.layer(reference)
+            return apart.square().mean((1, 2, 3), keepdim=True)
+
+    def load(net, folder):
+        loads.append(net)
+        time.sleep(0.02)
+        return Distance()
+
+    monkeypatch.setattr(metrics, "_networks", {})
+    monkeypatch.setattr(metrics, "_load_lpips", load)
+    return loads
+
+
+def all_metrics(x, reference):
+    draws = torch.stack([x + 0.01 * place for place in range(20)])
+    return {
+        "psnr": metrics.psnr(x, reference),
+        "ssim": metrics.ssim(x, reference),
+        "lpips": metrics.lpips(x, reference),
+        "crps": metrics.crps(draws, reference),
+        "coverage": metrics.coverage(draws, reference),
+    }
+
+
+def test_metrics_do_not_depend_on_the_callers_arithmetic(arithmetic, pair, any_lpips):
+    expected = all_metrics(*pair)
+    metrics._networks.clear()
+    with arithmetic():
+        found = all_metrics(*pair)
+    for name, values in expected.items():
+        assert values.dtype == torch.float32
+        assert torch.equal(found[name], values), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_of_reduced_precision_are_those_of_the_same_numbers(dtype, pair, any_lpips):
+    x, reference = (image.to(dtype) for image in pair)
+    draws = torch.stack([x + 0.01 * place for place in range(20)])
+    for metric in (metrics.psnr, metrics.ssim, metrics.lpips):
+        assert torch.equal(metric(x, reference), metric(x.float(), reference.float()))
+        assert torch.equal(metric(x, pair[1]), metric(x.float(), pair[1]))
+    for metric in (metrics.crps, metrics.coverage):
+        assert torch.equal(metric(draws, reference), metric(draws.float(), reference.float()))
+
+
+@pytest.mark.parametrize("decibel", [10.0, 60.0, 75.0, 79.9])
+def test_psnr_is_exact_up_to_its_cap(decibel):
+    reference = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    x = reference + 2 * 10 ** (-decibel / 20)
+    assert float(metrics.psnr(x, reference)) == pytest.approx(decibel, abs=1e-9)
+    assert float(metrics.psnr(x.float(), reference.float())) == pytest.approx(decibel, abs=1e-2)
+    assert float(metrics.psnr(reference + 1e-5, reference)) == 80.0
+
+
+def test_threads_load_a_network_once(at_once, pair, any_lpips):
+    alone = metrics.lpips(*pair)
+    metrics._networks.clear()
+    any_lpips.clear()
+    assert all(torch.equal(found, alone) for found in at_once([lambda: metrics.lpips(*pair)] * 8))
+    assert any_lpips == ["alex"]

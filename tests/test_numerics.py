@@ -1,14 +1,24 @@
 """Numerical tools against what they stand for."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from ncvsd_inverse.machine import (
+    callers_autocast,
+    count_passes,
+    exact_arithmetic,
+    out_of_inference,
+)
 from ncvsd_inverse.numerics import (
     conjugate_gradient,
     draw_normal,
+    ensemble_crps,
     expand_level,
     interpolate,
     make_generators,
@@ -185,3 +195,100 @@ def test_expand_level():
     assert expand_level(torch.tensor(2.0), like).unique().tolist() == [2.0]
     with pytest.raises(ValueError, match=r"sigma must be a float or have shape \(3,\)"):
         expand_level(torch.ones(2), like)
+
+
+def test_threads_count_their_own_passes(at_once):
+    network = nn.Linear(3, 1, bias=False)
+
+    def count(images):
+        counted = []
+        for _ in range(50):
+            x = torch.ones(images, 3)
+            with count_passes([network, network]) as passes:
+                network(x).sum().backward()
+                network(x)
+            counted.append((passes.forward, passes.backward))
+        return counted
+
+    counted = at_once([partial(count, images) for images in range(1, 9)])
+    assert counted == [[(2 * images, images)] * 50 for images in range(1, 9)]
+    assert not network._forward_hooks
+
+
+def test_a_pass_that_is_spread_over_threads_counts_once():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            with ThreadPoolExecutor(2) as threads:
+                return torch.cat(list(threads.map(self.inner, x.chunk(2))))
+
+    network = Spread()
+    seen = []
+    with count_passes([network], on_pass=lambda passes: seen.append(passes.forward)) as passes:
+        network(torch.zeros(4, 3))
+    assert passes.forward == 4
+    assert seen == [4]
+
+
+def test_exact_arithmetic_nests_and_gives_the_callers_autocast_back():
+    x = torch.rand(4, 4)
+
+    def dtypes():
+        with callers_autocast():
+            inner = (x @ x).dtype
+            with exact_arithmetic():
+                assert (x @ x).dtype == torch.float32
+                with callers_autocast():
+                    assert (x @ x).dtype == inner
+        assert (x @ x).dtype == torch.float32
+        return inner
+
+    with exact_arithmetic():
+        assert dtypes() == torch.float32
+        with torch.autocast("cpu", dtype=torch.float16), exact_arithmetic():
+            assert dtypes() == torch.float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with exact_arithmetic(), exact_arithmetic():
+            assert dtypes() == torch.bfloat16
+            with callers_autocast(), torch.autocast("cpu", enabled=False), exact_arithmetic():
+                assert dtypes() == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_scores_do_not_depend_on_the_callers_arithmetic(arithmetic):
+    draws, truth = torch.rand(5, 8, dtype=torch.float32), torch.rand(8, dtype=torch.float32)
+    expected = ensemble_crps(draws, truth)
+    with arithmetic():
+        assert torch.equal(ensemble_crps(draws, truth), expected)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_exact_arithmetic_records_gradients_only_if_they_were(gradients):
+    with torch.set_grad_enabled(gradients), exact_arithmetic():
+        assert torch.is_grad_enabled() == gradients
+    with torch.inference_mode(), exact_arithmetic():
+        assert not torch.is_grad_enabled()
+        assert not torch.zeros(1).is_inference()
+
+
+def test_what_was_made_in_inference_mode_is_copied():
+    class Holder:
+        def __init__(self, tensor):
+            self.inner = [{"tensor": tensor}, self]
+
+    plain, module = torch.zeros(2), nn.Linear(2, 2)
+    with torch.inference_mode():
+        made = torch.ones(2)
+        other = nn.Linear(2, 2)
+    holder = Holder(made)
+    for value in (plain, module, Holder(plain), "text"):
+        assert out_of_inference(value) is value
+    assert not out_of_inference(made).is_inference()
+    copied = out_of_inference(holder)
+    assert not copied.inner[0]["tensor"].is_inference()
+    assert copied.inner[1] is copied
+    assert holder.inner[0]["tensor"] is made
+    assert not out_of_inference(other).weight.is_inference()

@@ -1,6 +1,5 @@
 """Denoisers x0 = D(x, sigma) over networks whose architecture a library carries."""
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, TypeAlias
 
@@ -182,9 +181,6 @@ LIBRARY: dict[str, Callable[..., LibraryDenoiser]] = {
 }
 """Kinds of networks, as cards name them, beside those of `networks.build_network`."""
 
-_building = threading.Lock()
-"""torch keeps the default device of all threads in one place while it is changed."""
-
 
 def build_converted(config: Mapping[str, Any], device: str) -> Network | LibraryDenoiser:
     """Build the network of a card without drawing its weights; "meta" takes no memory for them.
@@ -195,7 +191,7 @@ def build_converted(config: Mapping[str, Any], device: str) -> Network | Library
     entries = dict(config)
     kind = entries.pop("kind", None)
     try:
-        with _building, torch.device("meta"):
+        with torch.device("meta"):
             if isinstance(kind, str) and kind in LIBRARY:
                 network: Network | LibraryDenoiser = LIBRARY[kind](**entries)
             else:

@@ -85,7 +85,7 @@ class GaussianPrior:
                 f"got {tuple(spectrum.shape)}"
             )
         check_finite("spectrum", spectrum)
-        values = _exact(spectrum)
+        values = spectrum.detach().to("cpu", torch.float64)
         if float(values.min()) < 0:
             raise ValueError(f"spectrum must be non-negative, got {float(values.min()):g}")
         negative = values.flip(1, 2).roll((1, 1), (1, 2))
@@ -205,7 +205,7 @@ class GaussianMixturePrior:
         self.sigma_min = 0.0
         self.sigma_max = math.inf
         self._like = torch.empty(0, dtype=means.dtype, device=means.device)
-        self._log_weights = _exact(weights).log()
+        self._log_weights = weights.detach().to("cpu", torch.float64).log()
         self._components = [
             _CachedLaw(
                 _exact_law(mean, *_eigen(f"covariances[{k}]", covariances[k], self.image_shape))
@@ -485,12 +485,7 @@ class _CachedLaw:
 
 
 def _exact_law(mean: Tensor, variances: Tensor, basis: _Basis) -> _Law:
-    return _Law(_exact(mean).flatten(), variances, basis)
-
-
-def _exact(parameter: Tensor) -> Tensor:
-    """Return a copy in float64 on the CPU."""
-    return parameter.detach().to("cpu", torch.float64, copy=True)
+    return _Law(mean.detach().flatten().to("cpu", torch.float64), variances, basis)
 
 
 def _check_mean(mean: Tensor) -> None:
@@ -506,7 +501,7 @@ def _eigen(
 ) -> tuple[Tensor, _Eigenvectors]:
     """Return eigenvalues (D,) >= 0 and eigenvectors of a covariance (D, D), in float64."""
     check_finite(name, covariance)
-    matrix = _exact(covariance)
+    matrix = covariance.detach().to("cpu", torch.float64)
     rounding = torch.finfo(covariance.dtype).eps * float(matrix.abs().max())
     if float((matrix - matrix.T).abs().max()) > 100 * rounding:
         raise ValueError(f"{name} must be symmetric")

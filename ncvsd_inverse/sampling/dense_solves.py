@@ -23,9 +23,6 @@ MASK_BYTES, TENSOR_BYTES = 128 * 2**20, 32 * 2**20
 MOST_PIXELS = 1536
 """Most pixels of a matrix; a hole that is a box has four, of a quarter of its pixels each."""
 
-FEW_IMAGES = 4
-"""Least images for which matrices are made at once; for fewer they are made at the second call."""
-
 STEEP = 1000.0
 """Least condition of a matrix that iterations would find slow."""
 
@@ -240,7 +237,6 @@ class MaskMatrices:
         noisy: Tensor,
         key: tuple[object, ...],
         *,
-        images: int,
         condition: float,
         is_even: bool,
     ) -> DenseMask | None:
@@ -249,7 +245,6 @@ class MaskMatrices:
         Args:
             noisy: spectrum of T + s^2 I, shape (1, K, H, W // 2 + 1).
             key: what the spectrum follows from.
-            images: number of images to solve for.
             condition: of T + s^2 I.
             is_even: whether T stays the same if images are mirrored on one axis.
         """
@@ -257,8 +252,6 @@ class MaskMatrices:
         if box is None and (not 0 < len(self._places) <= MOST_PIXELS or condition < STEEP):
             return None
         key = (self._digest, *key)
-        if images < FEW_IMAGES and not KEPT_MASKS.was_asked(key):
-            return None
 
         def make() -> DenseMask:
             spectrum = noisy[0] if box is None and self._are_known else 1 / noisy[0]

@@ -268,7 +268,8 @@ class Langevin:
         if self._lipschitz is not None:
             return x.new_full((x.shape[0],), float(self._lipschitz) ** 2)
         _, push, pull = jacobian(self.operator, x)
-        start = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
+        source = torch.Generator().manual_seed(0)
+        start = torch.randn(x.shape[1:], generator=source, dtype=torch.float32)
         direction = start.to(x).expand(x.shape)
         for _ in range(self.POWER_ITERATIONS):
             norm = squared_norm(direction).sqrt().clamp(min=torch.finfo(x.dtype).tiny)

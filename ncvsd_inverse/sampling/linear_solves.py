@@ -127,7 +127,8 @@ class LinearSolver:
             return False
         least, most = covariance.extremes
         noise = self.sigma_lik**2
-        return (most + noise) / ((least if exact else 0.0) + noise) > CONDITION_IN_SINGLE
+        known = least if exact and form is not None and form.transfer is None else 0.0
+        return (most + noise) / (known + noise) > CONDITION_IN_SINGLE
 
     def move(self, misfit: Tensor, covariance: Covariance, like: Tensor) -> Move:
         """Return how far images move.
@@ -292,7 +293,7 @@ class LinearSolver:
         """Fill the misfit in where the mask hides it, then divide."""
         noisy = _seen(form, covariance) + self.sigma_lik**2
         known = nn.functional.pad(misfit, form.margins)
-        dense = self._find_dense(noisy, form, mask, covariance, len(misfit))
+        dense = self._find_dense(noisy, form, mask, covariance)
         if dense is not None:
             waves, energy = dense.solve(_enter(known, form, covariance), noisy)
         else:
@@ -308,7 +309,6 @@ class LinearSolver:
         form: LinearForm,
         mask: Tensor,
         covariance: SpectralCovariance,
-        images: int,
     ) -> DenseMask | None:
         if form.transfer is not None or mask.shape[:2] != (1, 1):
             return None
@@ -319,7 +319,6 @@ class LinearSolver:
         return self._matrices.find(
             noisy,
             (covariance.digest, weights, self.sigma_lik, noisy.dtype, noisy.device),
-            images=images,
             condition=most / least,
             is_even=covariance.is_even,
         )
@@ -338,6 +337,8 @@ class LinearSolver:
         if self._holes is None:
             self._holes = _find_holes(mask)
         holes = self._holes
+        if form.transfer is not None:
+            holes = torch.ones_like(holes)
         some, every = bool(holes.any()), bool(holes.all())
         meet = mask.shape[1] > 1  # mixtures of colours meet where a channel alone is known
         begin = known if meet else _enter(known, form, covariance)
@@ -360,9 +361,11 @@ class LinearSolver:
             return apply, widen if some else None
 
         dimension = covariance.dimension / (1 if meet else begin.shape[1])
-        etol = self.tolerance * math.sqrt(dimension)
+        most = self.tolerance * math.sqrt(dimension)
+        # Where a blur leaves little, steps are much smaller than the error.
+        ptol, etol = (0.0, most) if form.transfer is None else (most, 0.0)
         rhs = -through(begin, precision)
-        filling, left = self._iterate(rhs, maps, etol=etol, meet=meet)
+        filling, left = self._iterate(rhs, maps, ptol=ptol, etol=etol, meet=meet)
         # The block of T + s^2 I is at least the inverse of the matrix, so that this is a bound.
         energy = _energy(left, partial(through, spectrum=noisy))
         filled = begin + filling
@@ -405,14 +408,16 @@ class LinearSolver:
             return inverse * r
 
         right, size = gather(misfit), like[0].numel()
+        # What A does not see has no place among the frequencies of such a diagonal.
+        chosen = precondition if gram.has_rank else None
+        # The matrix is at least I: without a preconditioner what is left bounds the error.
         w = conjugate_gradient(
             apply,
             right,
             rtol=0.0,
-            etol=self.tolerance * math.sqrt(size),
+            ptol=self.tolerance * math.sqrt(size),
             max_iterations=self.max_iterations,
-            # What A does not see has no place among the frequencies of such a diagonal.
-            precondition=precondition if gram.has_rank else None,
+            precondition=chosen,
         )
         error = (_energy(right - apply(w), precondition) / size).sqrt()
         return Move(covariance.images(root * w), error)
@@ -423,6 +428,7 @@ class LinearSolver:
         maps: Callable[[Tensor], tuple[Map, Map | None]],
         *,
         atol: float = 0.0,
+        ptol: float = 0.0,
         etol: float = 0.0,
         meet: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -432,7 +438,8 @@ class LinearSolver:
             rhs: right-hand sides, shape (B, K, h, w).
             maps: places along K -> the matrix and the preconditioner of these.
             atol: norm of the residual at which one of the K stops,
-            etol: or norm of the error.
+            ptol: or its norm by the preconditioner,
+            etol: or norm of the last step.
             meet: whether the K are one problem, not K of them.
 
         Returns:
@@ -444,6 +451,7 @@ class LinearSolver:
             rhs,
             rtol=0.0,
             atol=atol,
+            ptol=ptol,
             etol=etol,
             max_iterations=self.max_iterations,
             precondition=precondition,
@@ -478,7 +486,8 @@ class LinearSolver:
         sums: list[Tensor] = []
         has_rank = False
         for number in range(self.PROBES):
-            white = torch.randn(like.shape[1:], generator=source, device=like.device)
+            single = torch.empty(like.shape[1:], dtype=torch.float32, device=like.device)
+            white = single.normal_(generator=source)
             probe = white.to(like).expand(like.shape)
             y = self.operator(probe)
             sent = covariance.coordinates(probe)

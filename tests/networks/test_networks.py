@@ -281,3 +281,16 @@ with torch.device("meta"):
 assert "sympy" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("cls", [Denoiser, *CONDITIONAL])
+def test_new_networks_do_not_depend_on_the_callers_arithmetic(cls, arithmetic):
+    shape = dataclasses.replace(SHAPE, num_classes=3)
+    torch.manual_seed(0)
+    expected = cls(shape).state_dict()
+    torch.manual_seed(0)
+    with arithmetic():
+        found = cls(shape).state_dict()
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], value), name

@@ -301,7 +301,7 @@ def test_operators_keep_little_of_many_sizes():
 
 
 @pytest.mark.usefixtures("restless")
-def test_a_cache_computes_an_entry_once_and_drops_the_oldest():
+def test_a_cache_computes_an_entry_once_and_drops_the_one_unused_longest():
     cache, computed = Cache(2), []
 
     def compute(key):
@@ -313,11 +313,11 @@ def test_a_cache_computes_an_entry_once_and_drops_the_oldest():
         found = list(pool.map(lambda key: cache.get(key, lambda: compute(key)), [0, 1] * 4))
     assert found == [[0], [1]] * 4
     assert sorted(computed) == [0, 1]
+    cache.get(0, lambda: "anew")
     cache.get(2, lambda: compute(2))
     assert len(cache) == 2
-    first = computed[0]
-    assert cache.get(1 - first, lambda: None) == [1 - first]
-    assert cache.get(first, lambda: "anew") == "anew"
+    assert cache.get(0, lambda: "anew") == [0]
+    assert cache.get(1, lambda: "anew") == "anew"
     assert len(copy.deepcopy(cache)) == len(pickle.loads(pickle.dumps(cache))) == 0
 
 

@@ -332,3 +332,52 @@ def test_bad_spectra_are_refused(spectrum, message):
 def test_bad_mixtures_are_refused(weights, covariances, message):
     with pytest.raises(ValueError, match=message):
         GaussianMixturePrior(weights, torch.zeros(2, *SHAPE), covariances)
+
+
+def small_mixture():
+    covariances = torch.stack([random_covariance(seed=seed) for seed in (0, 1)]).float()
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float32)
+    return GaussianMixturePrior(weights, random_images(2).float(), covariances)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GaussianPrior(random_images(1)[0], random_covariance()),
+        lambda: GaussianPrior.stationary(
+            random_images(1)[0].float(), symmetric_spectrum(*SHAPE).float()
+        ),
+        small_mixture,
+    ],
+    ids=["dense", "stationary", "mixture"],
+)
+@pytest.mark.parametrize("made_within", [True, False])
+def test_draws_do_not_depend_on_the_callers_arithmetic(make, made_within, arithmetic):
+    u = random_images(3).float()
+
+    def everything(prior):
+        def source():
+            return torch.Generator().manual_seed(0)
+
+        covariance = prior.statistics.covariance(0.5, u)
+        return (
+            prior.sample(u, 0.5, generator=source()),
+            prior.denoise(u, 0.5),
+            prior.draw(3, generator=source()),
+            prior.statistics.mean_image(u),
+            covariance.colour(u),
+        )
+
+    expected = everything(make())
+    prior = make()
+    with arithmetic():
+        prior = make() if made_within else prior
+        found = everything(prior)
+    for value, wanted in zip(found, expected, strict=True):
+        assert value.dtype == wanted.dtype
+        assert torch.equal(value, wanted)
+    # What was kept for later calls takes gradients.
+    for x in (u, u.double()):
+        x.requires_grad_()
+        prior.denoise(x, 0.5).sum().backward()
+        assert x.grad is not None

@@ -645,3 +645,16 @@ def test_the_teacher_under_the_name_of_the_student_is_refused(tmp_path, monkeypa
             assert len(convert.sources) == times
         assert files.accepted_file(name) is None
         assert describe_prior(name) is PUBLISHED[name]
+
+
+def test_threads_fetch_and_convert_once(hub, tmp_path, at_once):
+    hub.publish(REPOSITORY, {FILE: PICKLE})
+    convert = Convert()
+    stems = at_once([lambda: fetch_published("ncvsd_ffhq", convert)] * 8)
+    assert len(set(stems)) == 1
+    assert convert.sources == [PICKLE]
+    path = tmp_path / "other.pkl"
+    path.write_bytes(OTHER)
+    stems = at_once([lambda: convert_once(path, "mine", convert)] * 8)
+    assert len(set(stems)) == 1
+    assert convert.sources == [PICKLE, OTHER]

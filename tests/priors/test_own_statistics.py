@@ -415,3 +415,45 @@ def test_a_class_of_a_prior_does_not_keep_its_statistics_as_the_priors(saved):
     assert prior.statistics_store is not None
     assert prior.conditioned_on(1).statistics_store is None
     assert json.loads(saved.with_suffix(".json").read_text())["statistics"] is None
+
+
+def test_statistics_do_not_depend_on_the_callers_arithmetic(arithmetic):
+    images = exact().draw(4, generator=torch.Generator().manual_seed(0))
+    denoising, painting = exact(), Painter()
+    painting.sample, painting.generate = denoising.sample, lambda num: images[:num]
+
+    def measure():
+        return [measure_statistics(denoising, images), own_statistics(painting, images=4)]
+
+    expected = measure()
+    with arithmetic():
+        found = measure()
+    for statistics, wanted in zip(found, expected, strict=True):
+        for name in ("mean", "mixing", "spectra"):
+            value = getattr(statistics, name)
+            assert value.dtype == torch.float32
+            assert not value.is_inference()
+            assert torch.equal(value, getattr(wanted, name)), name
+
+
+def test_a_prior_with_statistics_does_not_wait_for_one_without():
+    ready, slow = teacher().with_statistics(exact().statistics), Painter()
+    measuring, go_on = threading.Event(), threading.Event()
+
+    def generate(num):
+        measuring.set()
+        assert go_on.wait(60)
+        return exact().draw(num)
+
+    slow.generate = generate
+    thread = threading.Thread(target=with_own_statistics, args=(slow, SHAPE))
+    thread.start()
+    assert measuring.wait(60)
+    other = threading.Thread(target=with_own_statistics, args=(ready, SHAPE))
+    other.start()
+    other.join(60)
+    waits = other.is_alive()
+    go_on.set()
+    thread.join(60)
+    other.join(60)
+    assert not waits

@@ -331,7 +331,7 @@ def test_weights_are_read_one_at_a_time(saved, monkeypatch):
         assert torch.equal(trained.state_dict()[name], value)
 
 
-def test_a_network_of_a_library_stays_in_float32(tmp_path):
+def test_a_network_of_a_library_stays_in_float32(tmp_path, arithmetic):
     arguments = {"sample_size": 8, "block_out_channels": [32, 32], "layers_per_block": 1}
     arguments |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     config = {
@@ -355,6 +355,11 @@ def test_a_network_of_a_library_stays_in_float32(tmp_path):
     x = torch.rand(1, 3, 8, 8)
     expected = network.eval()(x, torch.ones(1))
     torch.testing.assert_close(loaded.denoise(x, 1.0), expected)
+    with arithmetic():
+        again = load_prior(tmp_path / "theirs")
+        found = again.denoise(x, 1.0)
+    assert torch.equal(found, loaded.denoise(x, 1.0))
+    assert {value.dtype for value in again.network.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("broken_step", ["write_bytes", "replace"])
@@ -790,3 +795,32 @@ def test_bad_statistics_are_named(saved, change, message):
         CheckpointError, match=rf"tiny\.json must be the card of a prior: .*{message}"
     ):
         load_prior(saved)
+
+
+def test_loading_does_not_depend_on_the_callers_arithmetic(saved, arithmetic):
+    expected = load_prior("tiny").network.state_dict()
+    with arithmetic():
+        network = load_prior("tiny").network
+        trained = load_network("tiny")
+    found = network.state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+    tensors = [*network.parameters(), *trained.parameters(), *trained.buffers()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    assert all(tensor.dtype == torch.float32 for tensor in trained.parameters())
+
+
+def test_threads_that_load_at_once_get_the_same_prior(saved, at_once):
+    u = torch.rand(1, 3, 8, 8)
+
+    def draw(prior):
+        return prior.sample(u, 0.5, generator=torch.Generator().manual_seed(0))
+
+    alone = draw(load_prior("tiny"))
+    handle = PriorHandle("tiny")
+    drawn = at_once([lambda: draw(load_prior("tiny")), lambda: draw(handle)] * 4)
+    assert all(torch.equal(one, alone) for one in drawn)
+    found = at_once([handle.load] * 8)
+    assert len({id(prior) for prior in found}) == 1

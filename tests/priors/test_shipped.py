@@ -114,3 +114,19 @@ def test_a_batch_of_photographs_is_drawn_one_by_one(natural):
     both = natural.sample(x, 0.5, generator=make_generators([(0,), (1,)]))
     second = natural.sample(x[1:], 0.5, generator=make_generators([(1,)]))
     assert torch.allclose(both[1:], second, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ncvsd_faces64", "ncvsd_faces64_teacher"])
+def test_draws_do_not_depend_on_the_callers_arithmetic(name, arithmetic):
+    prior = load_prior(name)
+    u = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def draw():
+        drawn = prior.sample(u, 0.5, generator=torch.Generator().manual_seed(0))
+        return torch.cat([drawn, prior.generate(1, 2)])
+
+    expected = draw()
+    with arithmetic():
+        found = draw()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

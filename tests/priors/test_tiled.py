@@ -159,3 +159,14 @@ def test_the_shipped_prior_restores_tiled_and_whole_alike():
         return float(psnr(solve(y, operator=task.operator, prior=prior, nfe=4).x0, truth))
 
     assert abs(quality(tiled(prior, 64, 32)) - quality(prior)) < 0.1
+
+
+def test_weights_of_tiles_do_not_depend_on_the_callers_arithmetic(arithmetic):
+    network = TiledNetwork(Local(), 24, 12)
+    expected = network._places(40)
+    with arithmetic():
+        found = network._places(40)
+    for (span, weights), (place, others) in zip(expected, found, strict=True):
+        assert span == place
+        assert weights.dtype == others.dtype
+        assert torch.equal(weights, others)

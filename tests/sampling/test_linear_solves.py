@@ -195,7 +195,6 @@ def test_matrices_are_kept_and_shared(monkeypatch):
         solver.move(operator(normal(images, 3, 16, 16)), covariance, like)
         return solver.iterations
 
-    assert move(1) > 0  # for few images iterations are faster than matrices that are new
     assert move(1) == 0
     assert move(8) == 0
     assert len(made) == 1

@@ -5,15 +5,16 @@ import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
 from torch import nn
 
 import ncvsd_inverse
-from ncvsd_inverse import DivergenceError, Result
+from ncvsd_inverse import DivergenceError, Result, load_prior
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, ncvsd_natural
+from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, NCVSDPrior, ncvsd_natural
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.schedules import karras
 
@@ -572,3 +573,147 @@ def test_bad_types_name_the_argument(case):
     arguments = {"y": measurement(), "operator": box(), "prior": ShrinkPrior(), **change}
     with pytest.raises(TypeError, match=message):
         solve(**arguments)
+
+
+PROBLEMS = {
+    "super-resolution": (partial(ops.SuperResolution, 4), 64),
+    "hdr": (ops.HDR, 16),
+    "phase retrieval": (partial(ops.PhaseRetrieval, 8), 16),
+}
+
+
+def given(name):
+    """A problem and the arguments that solve it: with a shipped prior, or a Gaussian one."""
+    make, side = PROBLEMS[name]
+    shape = (3, side, side)
+    prior = load_prior("ncvsd_faces64") if side == 64 else white_prior(shape)
+    operator = make()
+    return measurement(operator, batch=1, shape=shape), {"operator": operator, "prior": prior}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+def test_solving_does_not_depend_on_the_callers_arithmetic(name, method, arithmetic):
+    y, arguments = given(name)
+    expected = solve(y, **arguments, method=method, nfe=2)
+    with arithmetic():
+        found = solve(y, **arguments, method=method, nfe=2)
+    for field in ("samples", "x0", "mean", "residual"):
+        value = getattr(found, field)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, getattr(expected, field)), field
+    assert found.nfe == expected.nfe == 2
+
+
+class UsersCurve:
+    """A user's operator that is not linear and holds a tensor."""
+
+    def __init__(self):
+        self.gains = torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
+
+    def __call__(self, x):
+        return torch.tanh(self.gains * x)
+
+    def input_shape(self, y_shape):
+        return tuple(y_shape)
+
+
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+@pytest.mark.parametrize(
+    "users", [UsersCurve, lambda: ops.Compose(ops.HDR(), ops.Blur(torch.full((3, 3), 1 / 9)))]
+)
+def test_what_was_made_in_inference_mode_is_solved(method, users):
+    def make():
+        operator, y = users(), measurement(batch=1)
+        return y, {"operator": operator, "prior": white_prior()}
+
+    y, arguments = make()
+    expected = solve(y, **arguments, method=method, nfe=2)
+    with torch.inference_mode():
+        y, arguments = make()
+        within = solve(y, **arguments, method=method, nfe=2)
+    assert torch.equal(within.x0, expected.x0)
+    assert torch.equal(solve(y, **arguments, method=method, nfe=2).x0, expected.x0)
+
+
+class Watched(nn.Module):
+    """A user's network, which keeps the dtypes in which it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+        self.seen = set()
+
+    def forward(self, x, *arguments):
+        out = 0.5 * self.layer(x)
+        self.seen.add(out.dtype)
+        return out
+
+
+class WatchedPrior:
+    def __init__(self):
+        self.network = Watched()
+
+    def sample(self, u, sigma, *, generator=None):
+        return self.network(u)
+
+
+class WatchedBlur(UsersBlur):
+    def __call__(self, x):
+        self.seen = self.seen | {(x[0, 0] @ x[0, 0].T).dtype}
+        return super().__call__(x)
+
+    seen: frozenset = frozenset()
+    adjoint = __call__
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        WatchedPrior,
+        lambda: DiffusionPrior(Watched(), image_shape=SHAPE),
+        lambda: NCVSDPrior(Watched(), image_shape=SHAPE),
+        lambda: DiffusionPrior.from_eps(Watched(), [0.9, 0.5, 1e-4], image_shape=SHAPE),
+    ],
+    ids=["prior", "denoiser", "generative denoiser", "noise predictor"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_users_network_alone_runs_under_the_callers_autocast(make, dtype):
+    torch.manual_seed(0)
+    prior, operator = make(), WatchedBlur(torch.ones(1))
+    y = measurement(operator=box(), batch=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        result = solve(y, operator=operator, prior=prior, nfe=2)
+        layers = prior.network.modules()
+        assert next(layer for layer in layers if isinstance(layer, Watched)).seen == {dtype}
+        assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
+    assert operator.seen == {torch.float32}
+    assert result.x0.dtype == torch.float32
+
+
+def test_threads_that_share_a_prior_get_what_each_gets_alone(at_once):
+    prior = load_prior("ncvsd_faces64")
+    shape = (3, 64, 64)
+    operators = [
+        ops.SuperResolution(4),
+        ops.Denoise(),
+        ops.Inpaint.box(shape[1:], 20),
+        ops.GaussianBlur(1.0, 5),
+    ]
+
+    def call(place):
+        operator = operators[place % 4]
+        nfe = 2 + place % 2
+        y = measurement(operator, batch=1, shape=shape, seed=place)
+        method = ("conditioning", "gibbs")[place % 3 == 0]
+        return nfe, solve(y, operator=operator, prior=prior, nfe=nfe, method=method, seed=place)
+
+    def calls(thread):
+        return [call(place) for place in range(3 * thread, 3 * thread + 3)]
+
+    alone = [calls(thread) for thread in range(8)]
+    together = at_once([partial(calls, thread) for thread in range(8)])
+    for (nfe, expected), (_, found) in zip(chain(*alone), chain(*together), strict=True):
+        assert found.nfe == expected.nfe == nfe
+        assert torch.equal(found.samples, expected.samples)
+    assert not prior.network._forward_hooks

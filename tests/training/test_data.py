@@ -15,6 +15,7 @@ from PIL import Image
 
 from ncvsd_inverse.images import read_image
 from ncvsd_inverse.training.data import ImageData, StreamedData, read_data
+from ncvsd_inverse.training.data.sampler import Sampler
 
 
 def noise(seed, height=8, width=8):
@@ -521,3 +522,13 @@ def test_datasets_that_do_not_fit_are_refused(tmp_path, rows):
     (tmp_path / "broken" / "train.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"broken cannot be read"):
         read_data(tmp_path / "broken")
+
+
+def test_batches_do_not_depend_on_the_callers_arithmetic(arithmetic):
+    sampler = Sampler(10, 6, seed=0, rows=slice(None), flip=True)
+    expected = sampler.draw(3)
+    with arithmetic():
+        found = sampler.draw(3)
+    assert found.indices == expected.indices
+    assert found.corners == expected.corners
+    assert torch.equal(found.mirrored, expected.mirrored)
