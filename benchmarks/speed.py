@@ -1,12 +1,12 @@
 """What the solver adds to the bare network, how exact it stays, and what this machine can do.
 
-    python benchmarks/speed.py [--device cuda] [--write README.md]
+    python benchmarks/speed.py [--device cuda]
 
 Prints one table: the cost of `solve` over the network's own ten calls, with matrices that are kept
 and new ones; the conditioning step on large images; peak memory; the std of draws over its closed
 form for every family of linear operators and small noise; and the time of one call, of
 convolutions, imports and `ncvsd demo`. Ratios are medians over runs that alternate, each over the
-bare run beside it. With --write the table replaces the one between the marks in a file.
+bare run beside it. With --write FILE the table replaces the one between the marks in a file.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -119,7 +120,7 @@ def timed_draws(device: torch.device) -> Iterator[list[float]]:
     kept: list[float] = []
     draw = Matheron.draw
 
-    def timed(step: Matheron, *given: object, **named: object) -> Tensor:
+    def timed(step: Matheron, *given: Any, **named: Any) -> Tensor:
         started = time_now(device)
         out = draw(step, *given, **named)
         kept.append(time_now(device) - started)
@@ -203,8 +204,8 @@ def exactness_rows(device: torch.device, draws: int = 400) -> Iterator[Row]:
         for exponent in range(1, 7):
             sigma_y = 10.0**-exponent
             y = operator.measure(x, sigma_y, generator=generator(device, 1))
-            settings = {"operator": operator, "prior": prior, "nfe": 2, "sigma_y": sigma_y}
-            drawn = solve(y, num_samples=draws, **settings).samples  # type: ignore[arg-type]
+            settings: Any = {"operator": operator, "prior": prior, "nfe": 2, "sigma_y": sigma_y}
+            drawn = solve(y, num_samples=draws, **settings).samples
             std = float(drawn.double().var(0).mean().sqrt())
             ratios.append(std / closed_form_std(operator, prior, sigma_y))
         yield (

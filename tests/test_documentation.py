@@ -207,19 +207,9 @@ COMMANDS: dict[str, Short | Skipped] = {
         "python benchmarks/sanity.py --methods daps ddnm --most-calls 20 --size 8 --replicas 4"
     ),
     "python benchmarks/likelihood.py": Short("python benchmarks/likelihood.py --repeats 1"),
-    "python benchmarks/conditioning.py --data DIR/natural/test.zip": Short(
-        "python benchmarks/conditioning.py --data DIR/natural/test.zip --size 64 --images 1 "
-        "--draws 1",
-        slow=True,
-    ),
-    "python benchmarks/conditioning.py --data DIR/natural/test.zip --draws 2": Short(
-        "python benchmarks/conditioning.py --data DIR/natural/test.zip --size 32 --images 1 "
-        "--draws 2",
-        slow=True,
-    ),
     "python benchmarks/speed.py": Short("python benchmarks/speed.py --repeats 1", slow=True),
-    "python benchmarks/speed.py [--repeats 9] [--prior ncvsd_faces64]": Short(
-        "python benchmarks/speed.py --repeats 1 --prior ncvsd_faces64", slow=True
+    "python benchmarks/speed.py [--device cuda]": Short(
+        "python benchmarks/speed.py --repeats 1 --device cpu", slow=True
     ),
     "python benchmarks/training.py --repeats 7": Short(
         "python benchmarks/training.py --repeats 1 --batch 1 --ways float32", slow=True

@@ -153,7 +153,7 @@ class LinearSolver:
             return self._by_least_squares(misfit, covariance, like)
         if form is not None and form.mask is None:
             return self._by_folding(misfit, form, covariance)
-        if form is None or form.mask is None or self._is_steep(form) or not form.exact:
+        if form is None or form.mask is None or not form.exact:
             return self._by_coordinates(misfit, covariance, like)
         return self._by_filling_in(misfit, form, form.mask, covariance)
 
@@ -408,6 +408,7 @@ class LinearSolver:
             return inverse * r
 
         right, size = gather(misfit), like[0].numel()
+        most = self.tolerance * math.sqrt(size)
         # What A does not see has no place among the frequencies of such a diagonal.
         chosen = precondition if gram.has_rank else None
         # The matrix is at least I: without a preconditioner what is left bounds the error.
@@ -415,7 +416,9 @@ class LinearSolver:
             apply,
             right,
             rtol=0.0,
-            ptol=self.tolerance * math.sqrt(size),
+            ptol=most,
+            # Rounding may keep what is left above that; then steps come to nothing.
+            etol=1e-3 * most,
             max_iterations=self.max_iterations,
             precondition=chosen,
         )
