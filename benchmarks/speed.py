@@ -171,7 +171,7 @@ FAMILIES: dict[str, tuple[BaseOperator, tuple[int, int, int]]] = {
     "grey": (ops.Colorize(), (3, 8, 7)),
     "compressed sensing": (ops.CompressedSensing((12, 14), 0.4), (1, 12, 14)),
     "SR of a blur": (
-        ops.Compose(ops.SuperResolution(2), ops.GaussianBlur(1.0, 5)),  # type: ignore[dict-item]
+        ops.Compose(ops.SuperResolution(2), ops.GaussianBlur(1.0, 5)),
         (1, 12, 14),
     ),
 }

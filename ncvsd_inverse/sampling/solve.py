@@ -43,7 +43,7 @@ from ncvsd_inverse.sampling.settings import Average, default_average
 
 __all__ = ["Estimate", "Method", "Preset", "Problem", "Result", "Seed", "solve"]
 
-CONVERGED = 0.05
+CONVERGED = 0.1
 """Largest error of a linear solve, in stds of the law that is conditioned, that does no harm."""
 
 PIXELS_AT_ONCE = 4_000_000
