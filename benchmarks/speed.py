@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 from unittest import mock
 
 import torch
@@ -39,6 +39,7 @@ from ncvsd_inverse.sampling.matheron import Matheron
 CALLS = 10
 MARKS = ("<!-- written by benchmarks/speed.py -->", "<!-- end of speed.py -->")
 Row = tuple[str, str]
+P = ParamSpec("P")
 
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
@@ -118,15 +119,17 @@ def loop_rows(device: torch.device, repeats: int) -> Iterator[Row]:
 def timed_draws(device: torch.device) -> Iterator[list[float]]:
     """Yield a list that grows by the seconds of every conditioning step."""
     kept: list[float] = []
-    draw = Matheron.draw
 
-    def timed(step: Matheron, *given: Any, **named: Any) -> Tensor:
-        started = time_now(device)
-        out = draw(step, *given, **named)
-        kept.append(time_now(device) - started)
-        return out
+    def timed(draw: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        def run(*given: P.args, **named: P.kwargs) -> Tensor:
+            started = time_now(device)
+            out = draw(*given, **named)
+            kept.append(time_now(device) - started)
+            return out
 
-    with mock.patch.object(Matheron, "draw", timed):
+        return run
+
+    with mock.patch.object(Matheron, "draw", timed(Matheron.draw)):
         yield kept
 
 

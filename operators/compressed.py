@@ -61,8 +61,9 @@ class CompressedSensing(LinearBase):
         generator = torch.Generator().manual_seed(seed)
         with torch.inference_mode(False):  # else no later gradient could pass through them
             self._order = torch.randperm(pixels, generator=generator)
-            self._kept = torch.zeros(pixels, dtype=torch.bool)
-            self._kept[torch.randperm(pixels, generator=generator)[: self.num_measured]] = True
+            drawn = torch.randperm(pixels, generator=generator)[: self.num_measured]
+            # Places, not a mask: a GPU would be waited for to count a mask's pixels.
+            self._kept = drawn.sort().values
             coins = torch.randint(2, (len(self._starts), pixels), generator=generator)
             self._signs = (2 * coins - 1).to(torch.int8)
         self._tables: Cache[tuple[Tensor, Tensor, Tensor, Tensor]] = Cache()
@@ -88,7 +89,8 @@ class CompressedSensing(LinearBase):
             raise ValueError(f"y must have shape (B, C, {self.num_measured}), got {tuple(y.shape)}")
         _, _, kept, _ = self._on(y.device)
         working = y.to(working_dtype(y.dtype))
-        coefficients = working.new_zeros(*y.shape[:2], len(kept))
+        pixels = self.size[0] * self.size[1]
+        coefficients = working.new_zeros(*y.shape[:2], pixels)
         coefficients[..., kept] = working
         return self._transform_back(coefficients).to(y.dtype)
 
@@ -112,7 +114,10 @@ class CompressedSensing(LinearBase):
     def _eigenvalues(self, like: Tensor, a: float, b: float) -> Tensor:
         """Return the eigenvalues of a A^T A + b I, shape (n,), in the order of coefficients."""
         _, _, kept, _ = self._on(like.device)
-        return a * kept.to(working_dtype(like.dtype)) + b
+        pixels = self.size[0] * self.size[1]
+        values = torch.full((pixels,), b, dtype=working_dtype(like.dtype), device=like.device)
+        values[kept] += a
+        return values
 
     def _transform(self, images: Tensor) -> Tensor:
         """Return all coefficients T x of images (B, C, H, W), shape (B, C, n)."""
@@ -143,7 +148,7 @@ class CompressedSensing(LinearBase):
             )
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return permutation, its inverse, kept rows (n,) and signs (windows, n) on a device."""
+        """Return permutation, its inverse, kept rows (m,) and signs (windows, n) on a device."""
 
         def compute() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             order, kept, signs = (

@@ -206,7 +206,6 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python benchmarks/sanity.py [--methods daps ddnm] [--most-calls 1000]": Short(
         "python benchmarks/sanity.py --methods daps ddnm --most-calls 20 --size 8 --replicas 4"
     ),
-    "python benchmarks/likelihood.py": Short("python benchmarks/likelihood.py --repeats 1"),
     "python benchmarks/speed.py": Short("python benchmarks/speed.py --repeats 1", slow=True),
     "python benchmarks/speed.py [--device cuda]": Short(
         "python benchmarks/speed.py --repeats 1 --device cpu", slow=True

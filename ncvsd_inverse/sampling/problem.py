@@ -79,6 +79,13 @@ class Problem:
             )
         if sigma_y is None and isinstance(operator, HasNoiseLevel):
             sigma_y = operator.sigma_y
+        if sigma_y == 0:
+            least = torch.finfo(y.dtype).eps * max(1.0, float(y.abs().max()))
+            raise ValueError(
+                "sigma_y must be positive and finite, got 0: a y without noise still has its "
+                "rounding, so take 0.002 for pictures of 8 bits in [-1, 1], and no less than "
+                f"{least:.1g} for this y of {str(y.dtype)[6:]}"
+            )
         level = SIGMA_Y if sigma_y is None else check_positive("sigma_y", sigma_y)
         if traits.measured is not None:
             y = traits.measured(y)

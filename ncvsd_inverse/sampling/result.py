@@ -29,7 +29,7 @@ class Result:
         schedule: the levels of rho that ran, largest first, image units.
         sigma_lik: noise std that was assumed, units of y.
         method: the loop that ran.
-        converged: whether every linear solve reached its tolerance.
+        converged: whether every linear solve ended within 0.1 of the std of what it conditions.
     """
 
     x0: Tensor

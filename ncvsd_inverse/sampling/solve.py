@@ -88,11 +88,14 @@ def solve(
     prior, which runs under the autocast that is on. Threads may share prior and operator.
 
     Args:
-        y: measurements, shape (B, ...), float32 or float64; the result has their dtype and device.
+        y: measurements, shape (B, ...), float32 or float64, or complex where the operator takes
+            k-space; the result has their precision and device. Values that the operator does not
+            measure, such as those under an `Inpaint` mask, are ignored.
         operator: the forward model A, or a deepinv physics (see `from_deepinv`).
         prior: a prior, or a name or path that `load_prior` accepts.
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
-        sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05.
+        sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05. A y
+            without noise still has its rounding: 0.002 for pictures of 8 bits in [-1, 1].
         num_samples: independent samples for each measurement, >= 1.
         method: the loop; None takes "conditioning", and "gibbs" for presets and for a prior that
             has no statistics and cannot make its own, with a warning.
@@ -119,7 +122,13 @@ def solve(
     Raises:
         ValueError: if an argument is out of range or does not fit the others.
         TypeError: if an argument is of the wrong type or y of another dtype.
-        DivergenceError: if an image stops being finite.
+        DivergenceError: if an image stops being finite, or a linear solve ends so far from its
+            solution that the image would be worthless.
+
+    Warns:
+        UserWarning: if a solve falls short of its tolerance by more than 0.1 of the std of what it
+            conditions (`Result.converged` is then False), and where a choice of the arguments or
+            of the prior calls for a word.
 
     Source:
         Peng et al., arXiv 2506.09416, Alg. 1, for "gibbs", with two deviations: nfe counts every
@@ -179,7 +188,7 @@ def solve(
             f"linear solves fell short by {error:.2g} of the std of what they condition (at most "
             f"{CONVERGED:g} counts as converged): the result may follow y too little; a larger "
             "sigma_lik (or sigma_y) makes them easier",
-            stacklevel=3,
+            stacklevel=4,
         )
     lasts = [outcome.last for outcome in outcomes]
     runs = (restarts, num_samples, *problem.shape)

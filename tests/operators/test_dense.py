@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ncvsd_inverse import operators as ops
 from ncvsd_inverse.machine import Cache
@@ -328,3 +329,19 @@ def test_measure_takes_one_generator_an_image(case):
     again = op.measure(x, 0.1, generator=[seeded(7), seeded(1)])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], again[0])
+
+
+@each(SOLVABLE)
+def test_everything_an_operator_makes_is_on_the_device_of_its_images(case):
+    """Fake tensors of a GPU that is not there: two devices in one operation are an error."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            x = torch.empty(case.shape, dtype=torch.float32, device="cuda")
+            y = case.operator(x)
+            back = case.operator.adjoint(y)
+            solved = case.operator.solve_normal(back, a=2.0, b=1.0)
+        except RuntimeError as error:
+            if "driver" not in str(error):
+                raise
+            pytest.skip("torch asks for a driver to pad")
+        assert {part.device.type for part in (y, back, solved)} == {"cuda"}

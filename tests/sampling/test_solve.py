@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import multiprocessing
+import re
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
@@ -14,7 +16,14 @@ from torch import nn
 import ncvsd_inverse
 from ncvsd_inverse import DivergenceError, Result, load_prior
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, NCVSDPrior, ncvsd_natural
+from ncvsd_inverse.priors import (
+    DiffusionPrior,
+    GaussianMixturePrior,
+    GaussianPrior,
+    NCVSDPrior,
+    ncvsd_natural,
+)
+from ncvsd_inverse.sampling.linear_solves import LinearSolver
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.schedules import karras
 
@@ -717,3 +726,178 @@ def test_threads_that_share_a_prior_get_what_each_gets_alone(at_once):
         assert found.nfe == expected.nfe == nfe
         assert torch.equal(found.samples, expected.samples)
     assert not prior.network._forward_hooks
+
+
+ON_DEVICES = {
+    "box": ops.Inpaint.box((16, 16), 8),
+    "random": ops.Inpaint.random((16, 16), 0.3),
+    "sr": ops.SuperResolution(4),
+    "circular": ops.GaussianBlur(1.0, 5),
+    "reflect": ops.GaussianBlur(1.0, 5, boundary="reflect"),
+    "motion": ops.MotionBlur(5, 0.5, boundary="replicate"),
+    "valid": ops.GaussianBlur(1.0, 5, boundary="valid"),
+    "denoise": ops.Denoise(),
+    "grey": ops.Colorize(),
+    "sensing": ops.CompressedSensing((16, 16), 0.4),
+    "fourier": ops.MaskedFourier.lines((16, 16), 3),
+    "composed": ops.Compose(ops.SuperResolution(2), ops.GaussianBlur(1.0, 5)),
+    "hdr": ops.HDR(),
+    "phase": ops.PhaseRetrieval(8),
+}
+
+
+@pytest.mark.parametrize("name", ON_DEVICES)
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+def test_every_operator_is_solved_on_its_device(name, method, device):
+    operator = ON_DEVICES[name]
+    power = torch.fft.fftfreq(16)[:, None] ** 2 + torch.fft.fftfreq(16) ** 2
+    prior = GaussianPrior.stationary(
+        torch.zeros(3, 16, 16), (1 / (1 + 100 * power)).expand(3, 16, 16)
+    )
+    x = prior.draw(2, generator=torch.Generator().manual_seed(1)).to(device)
+    y = operator.measure(x, 0.05, generator=torch.Generator(device).manual_seed(2))
+    settings = {"operator": operator, "prior": prior, "method": method, "nfe": 4}
+    result = ncvsd_inverse.solve(y, **settings)
+    assert result.x0.device.type == device.type
+    assert result.converged
+    assert torch.isfinite(result.x0).all()
+    if name not in ("hdr", "phase") and method == "conditioning":
+        assert float(result.residual.max()) < 1.6
+
+
+@pytest.mark.parametrize("name", ["ncvsd_faces64", "ncvsd_faces64_teacher", "ncvsd_natural"])
+def test_shipped_priors_run_on_the_device(name, device):
+    prior = load_prior(name, device)
+    y = torch.zeros(2, 3, 64, 64, device=device)
+    operator = ops.Inpaint.box((64, 64), 32)
+    result = ncvsd_inverse.solve(y, operator=operator, prior=prior, nfe=2, seed=3)
+    assert result.x0.device.type == device.type
+    assert result.nfe == 2
+    again = ncvsd_inverse.solve(y, operator=operator, prior=prior, nfe=2, seed=3)
+    assert torch.equal(again.x0, result.x0)
+
+
+def kinds_of_priors(device):
+    def halved(x, sigma):
+        return x / (1 + sigma.view(-1, 1, 1, 1).square())
+
+    mean = torch.zeros(3, 16, 16, device=device)
+    spread = torch.full((3, 16, 16), 0.25, device=device)
+    unit = 0.1 * torch.eye(3, device=device)
+    yield GaussianPrior.stationary(mean, spread)
+    yield GaussianPrior(torch.zeros(3, 1, 1, device=device), unit)
+    yield GaussianMixturePrior(
+        torch.ones(2, device=device) / 2,
+        torch.zeros(2, 3, 1, 1, device=device),
+        unit.expand(2, 3, 3),
+    )
+    yield DiffusionPrior.from_function(halved, image_shape=(3, 16, 16))
+    yield DiffusionPrior.from_eps(Watched().to(device), [0.9, 0.5, 1e-4], image_shape=(3, 16, 16))
+    yield NCVSDPrior(Watched().to(device), image_shape=(3, 16, 16))
+    yield ncvsd_inverse.tiled(load_prior("ncvsd_natural", device), 64)
+    yield load_prior("ncvsd_faces64", device, torch.float16 if device.type == "cuda" else None)
+
+
+@pytest.mark.filterwarnings("ignore:the covariances of a GaussianMixturePrior")
+@pytest.mark.filterwarnings("ignore:prior has no statistics")
+def test_every_kind_of_prior_restores_on_its_device(device):
+    operator = ops.Denoise()
+    for prior in kinds_of_priors(device):
+        shape = getattr(prior, "image_shape", None) or (3, 64, 64)
+        y = torch.zeros(2, *shape, device=device)
+        result = ncvsd_inverse.solve(y, operator=operator, prior=prior, nfe=2)
+        assert result.x0.device.type == device.type
+        assert torch.isfinite(result.x0).all()
+
+
+def test_a_compiled_prior_restores_as_the_plain_one(monkeypatch):
+    compiled = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda network, mode: compiled(network))
+    prior = load_prior("ncvsd_faces64")
+    y = measurement(ops.SuperResolution(4), shape=(3, 64, 64))
+    settings = {"operator": ops.SuperResolution(4), "nfe": 2}
+    plain = ncvsd_inverse.solve(y, prior=prior, **settings)
+    result = ncvsd_inverse.solve(y, prior=prior.compiled(), **settings)
+    assert result.nfe == 2
+    torch.testing.assert_close(result.x0, plain.x0, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+def test_no_noise_at_all_is_refused_with_the_least_that_makes_sense(method):
+    settings = {"operator": box(), "prior": white_prior(), "method": method}
+    with pytest.raises(
+        ValueError, match=r"got 0: .* 0\.002 for pictures .* 1e-07 for this y of fl"
+    ):
+        ncvsd_inverse.solve(torch.zeros(1, *SHAPE), sigma_y=0, **settings)
+    with pytest.raises(ValueError, match=r"no less than 2e-13 for this y of float64"):
+        ncvsd_inverse.solve(torch.full((1, *SHAPE), 1e3).double(), sigma_y=0.0, **settings)
+
+
+class Steep:
+    """A user's matrix whose singular values span four decades, solved by conjugate gradients."""
+
+    def __init__(self):
+        size = math.prod(SHAPE)
+        source = torch.Generator().manual_seed(0)
+        left, right = (
+            torch.linalg.qr(torch.randn(size, size, generator=source, dtype=torch.float64))[0]
+            for _ in range(2)
+        )
+        self.matrix = left @ torch.logspace(0, -4, size, dtype=torch.float64).diag() @ right
+
+    def __call__(self, x):
+        return (x.flatten(1).double() @ self.matrix.T).to(x).view(x.shape)
+
+    def adjoint(self, y):
+        return (y.flatten(1).double() @ self.matrix).to(y).view(y.shape)
+
+    def input_shape(self, y_shape):
+        return tuple(y_shape)
+
+
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+def test_a_solve_that_falls_short_is_told_and_a_worthless_one_refused(method, monkeypatch):
+    operator, prior = Steep(), white_prior()
+    x = prior.draw(2, generator=torch.Generator().manual_seed(1)).double()
+    y = operator(x) + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    settings = {"operator": operator, "prior": prior, "method": method, "sigma_y": 1e-3, "nfe": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = ncvsd_inverse.solve(y, **settings)
+    assert whole.converged
+    warned = []
+    for most in (round(400 / 1.1**step) for step in range(60)):
+        monkeypatch.setattr(LinearSolver, "max_iterations", most)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                result = ncvsd_inverse.solve(y, **settings)
+            except ncvsd_inverse.DivergenceError as error:
+                refused = str(error)
+                break
+        assert result.converged == (not caught)
+        warned += caught
+    else:
+        pytest.fail("no number of iterations is too few")
+    assert re.search(r"sweep \d of 2 .* ended .* stds from its solution", refused)
+    assert warned
+    assert all("linear solves fell short by 0." in str(item.message) for item in warned)
+    assert {item.filename for item in warned} == {__file__}
+
+
+@pytest.mark.parametrize("name", ["box", "random", "sr", "circular", "reflect", "denoise", "grey"])
+@pytest.mark.parametrize("method", ["conditioning", "gibbs"])
+def test_images_fit_y_however_little_noise_there_is(name, method):
+    operator = ON_DEVICES[name]
+    power = torch.fft.fftfreq(16)[:, None] ** 2 + torch.fft.fftfreq(16) ** 2
+    prior = GaussianPrior.stationary(
+        torch.zeros(3, 16, 16), (1 / (1 + 100 * power)).expand(3, 16, 16)
+    )
+    x = prior.draw(2, generator=torch.Generator().manual_seed(1))
+    for sigma_y in (1e-2, 1e-4, 1e-6):
+        y = operator.measure(x, sigma_y, generator=torch.Generator().manual_seed(2))
+        settings = {"operator": operator, "prior": prior, "method": method, "sigma_y": sigma_y}
+        result = ncvsd_inverse.solve(y, nfe=10, **settings)
+        assert result.converged
+        assert 0.4 < float(result.residual.min()) <= float(result.residual.max()) < 1.6
+        assert float(result.x0.abs().max()) < 2 * float(x.abs().max())

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
+from ncvsd_inverse.evaluation import evaluate
 from ncvsd_inverse.networks import UNetShape
 from ncvsd_inverse.priors import GaussianMixturePrior, load_prior
 from ncvsd_inverse.priors.observations import combine_observations
@@ -97,6 +100,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, kind):
     name = next(iter(whole.averages))
     averages = (run.averaged(name).state_dict() for run in (whole, resumed))
     assert all(torch.equal(*pair) for pair in zip(*(a.values() for a in averages), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["concat", "controlled"])
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_teacher_and_student_train_and_are_judged_on_the_device(tmp_path, kind, precision, device):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {"accelerator": Accelerator(cpu=device.type == "cpu")}
+    config = teacher_config(precision=precision, dropout=0.1, microbatch=4)
+    teacher = TeacherTrainer(config, small_images(), tmp_path / "teacher", **settings)
+    assert teacher.run(log_every=1)
+    config = distill_config(precision=precision, kind=kind, energy_images=16)
+    exact = teacher.averaged("teacher")
+    student = DistillationTrainer(config, small_images(), tmp_path / "student", exact, **settings)
+    assert student.run(log_every=1)
+    for run in (teacher, student):
+        assert {value.device.type for value in parameters(run).values()} == {device.type}
+        save_run_prior(run, "noise")
+    prior, judge = (load_prior(str(tmp_path / run), device) for run in ("student", "teacher"))
+    x0 = torch.rand(3, 3, 8, 8, device=device) * 2 - 1
+    result = evaluate(prior, judge, x0, levels=(0.5,), draws=2)
+    assert math.isfinite(result.levels[0].prior.ratio.value)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path):
