@@ -485,7 +485,8 @@ class _CachedLaw:
 
 
 def _exact_law(mean: Tensor, variances: Tensor, basis: _Basis) -> _Law:
-    return _Law(mean.detach().flatten().to("cpu", torch.float64), variances, basis)
+    owned = mean.detach().clone().flatten().to("cpu", torch.float64)
+    return _Law(owned, variances, basis)
 
 
 def _check_mean(mean: Tensor) -> None:
