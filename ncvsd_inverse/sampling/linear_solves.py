@@ -100,6 +100,9 @@ class LinearSolver:
     SMALL: ClassVar[int] = 1024
     """Most pixels of y whose matrix is inverted, if A has axes."""
 
+    EXACT: ClassVar[int] = 12
+    """Singular vectors of each axis of a blur among which its preconditioner is exact."""
+
     DENSE: ClassVar[int] = 2048
     """Most pixels (channels counted) of images whose matrix is written out for a dense S."""
 
@@ -112,7 +115,7 @@ class LinearSolver:
         self._holes: Tensor | None = None
         self._matrices: MaskMatrices | None = None
         self._axes_digest: str | None = None
-        self._vectors: tuple[tuple[Tensor, Tensor, Tensor], ...] | None = None
+        self._vectors: tuple[tuple[Tensor, ...], ...] | None = None
         self._gram: _Gram | None = None
 
     def needs_double(self, covariance: Covariance, like: Tensor) -> bool:
@@ -243,27 +246,51 @@ class LinearSolver:
     ) -> tuple[Tensor, Tensor]:
         """Return (A S A^T + s^2 I)^-1 rhs, and the error (B,), for a separable blur.
 
-        In the singular vectors of A the blur is diagonal and S nearly so: its own diagonal there
-        is the preconditioner.
+        In the singular vectors of A the blur is diagonal and S nearly so. The preconditioner is its
+        diagonal there, and exact among the vectors that A keeps best, which hold most of an image.
         """
         if self._vectors is None:
-            self._vectors = tuple(torch.linalg.svd(axis) for axis in axes)
-        (left, values, right), (left_w, values_w, right_w) = self._vectors
+            self._vectors = tuple(_singular(axis) for axis in axes)
+        (left, values, right, waves), (left_w, values_w, right_w, waves_w) = self._vectors
         gains = torch.outer(values, values_w)
         spectra, noise = _mixed(form, covariance), self.sigma_lik**2
-        spans = [torch.fft.fft(v, dim=1, norm="ortho").abs().square() for v in (right, right_w)]
-        variances = spans[0] @ _whole(spectra, covariance.size[1]) @ spans[1].T
+        whole = _whole(spectra, covariance.size[1])
+        variances = waves.abs().square() @ whole @ waves_w.abs().square().T
         inverse = 1 / (gains.square() * variances + noise)
+        rows, columns = (min(self.EXACT, len(part)) for part in (values, values_w))
+
+        def make() -> Tensor:
+            pairs, pairs_w = (
+                (part[:, None] * part.conj()).flatten(0, 1)
+                for part in (waves[:rows], waves_w[:columns])
+            )
+            block = (pairs @ whole.to(pairs) @ pairs_w.T).real
+            block = block.view(-1, rows, rows, columns, columns).transpose(2, 3).flatten(1, 2)
+            kept = gains[:rows, :columns].flatten()
+            block = kept[:, None] * block.flatten(2) * kept
+            block.diagonal(dim1=1, dim2=2).add_(noise)
+            exact: Tensor = torch.linalg.inv(block)
+            return exact
+
+        weights = None if form.weights is None else tuple(form.weights.tolist())
+        key = ("kept best", self._digest(axes), covariance.digest, weights, noise)
+        exact = KEPT_TENSORS.get((*key, rhs.dtype, rhs.device), make)
 
         def maps(places: Tensor) -> tuple[Map, Map]:
-            spectrum, own = spectra[places], inverse[places]
+            spectrum, own, best = spectra[places], inverse[places], exact[places]
 
             def apply(z: Tensor) -> Tensor:
                 self.iterations += 1
                 images = _filter(right.T @ (gains * z) @ right_w, spectrum)
                 return gains * (right @ images @ right_w.T) + noise * z
 
-            return apply, lambda r: own * r
+            def precondition(r: Tensor) -> Tensor:
+                out, some = own * r, r[..., :rows, :columns]
+                flat = some.flatten(2).transpose(0, 1) @ best
+                out[..., :rows, :columns] = flat.transpose(0, 1).view(some.shape)
+                return out
+
+            return apply, precondition
 
         start = left.T @ rhs @ left_w
         z, error = self._invert(start, maps)
@@ -531,6 +558,12 @@ def _filter(x: Tensor, spectrum: Tensor) -> Tensor:
     """Return images (..., H, W) convolved periodically, by the gains (..., H, W // 2 + 1)."""
     filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * spectrum, s=x.shape[-2:])
     return filtered
+
+
+def _singular(axis: Tensor) -> tuple[Tensor, ...]:
+    """Return U, S and V^T of a matrix, largest values first, and the Fourier transform of V^T."""
+    left, values, right = torch.linalg.svd(axis)
+    return left, values, right, torch.fft.fft(right, dim=1, norm="ortho")
 
 
 def _energy(residual: Tensor, precondition: Callable[[Tensor], Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from ncvsd_inverse import operators as ops
 from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
-from ncvsd_inverse.sampling import dense_solves
+from ncvsd_inverse.sampling import dense_solves, linear_solves
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
 from ncvsd_inverse.sampling.matheron import Matheron
 from tests.operators.cases import COMPOSITIONS, LOCAL, MIXING, dense, normal, some
@@ -260,3 +260,20 @@ def test_an_operator_of_single_precision_is_rounded_to():
     conditioner = Matheron(operator, y, 1e-4)
     drawn = conditioner.draw(torch.zeros(2, 1, 3, 4), make_covariance(1, 3, 4, dtype=torch.float32))
     assert float((operator(drawn) - y).abs().max()) < 1e-3
+
+
+def test_a_blur_is_solved_at_once_among_the_vectors_that_it_keeps_best(monkeypatch):
+    monkeypatch.setattr(LinearSolver, "SMALL", 0)
+    operator = ops.GaussianBlur(1.0, 5, boundary="reflect")
+    covariance = make_covariance(3, 16, 12)
+    like = torch.zeros(2, 3, 16, 12, dtype=torch.float64)
+    steps = {}
+    for exact in (2, 8, 16):
+        monkeypatch.setattr(LinearSolver, "EXACT", exact)
+        monkeypatch.setattr(linear_solves, "KEPT_TENSORS", Cache(8, 2**20))
+        solver = LinearSolver(operator, 0.05)
+        move = solver.move(operator(normal(2, 3, 16, 12)), covariance, like)
+        assert float(move.error.max()) < LinearSolver.tolerance
+        steps[exact] = solver.iterations
+    assert steps[16] == 2  # a step, and a look at what is left
+    assert steps[16] < steps[8] < steps[2]
