@@ -277,3 +277,16 @@ def test_a_blur_is_solved_at_once_among_the_vectors_that_it_keeps_best(monkeypat
         steps[exact] = solver.iterations
     assert steps[16] == 2  # a step, and a look at what is left
     assert steps[16] < steps[8] < steps[2]
+
+
+def test_what_rounding_leaves_of_a_kept_inverse_is_solved_again():
+    covariance = make_covariance(3, 12, 14, dtype=torch.float32)
+    operator = ops.GaussianBlur(1.0, 5, boundary="reflect")
+    like = torch.zeros(4, 3, 12, 14)
+    root = roots_of(make_covariance(3, 12, 14), (3, 12, 14))
+    truth = (normal(4, 504) @ root.T).view(like.shape)
+    solver = LinearSolver(operator, 6.1e-3)
+    move = solver.move(operator(truth).float(), covariance, like)
+    assert not solver.needs_double(covariance, like)
+    assert solver.iterations == 0
+    assert float(move.error.max()) < LinearSolver.tolerance
