@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.protocols import Denoiser, NetworkBacked, Prior
+from ncvsd_inverse.protocols import Denoiser, LinearOperator, NetworkBacked, Prior
 from ncvsd_inverse.sampling import Problem
 
-__all__ = ["Grid", "Method", "Models", "Problem", "Run", "Settings"]
+__all__ = ["Grid", "Method", "Models", "Problem", "Run", "Settings", "misfit_gradient"]
 
 Settings: TypeAlias = Mapping[str, float]
 """The free settings of a method by name; counts are whole numbers."""
@@ -75,3 +76,14 @@ class Method:
     reference: str
     settings: Settings = field(default_factory=dict)
     grid: Grid = field(default_factory=dict)
+
+
+def misfit_gradient(problem: Problem, x: Tensor) -> Tensor:
+    """Return the gradient of ||y - A(x)||^2 / 2, shape (B, C, H, W)."""
+    if isinstance(problem.operator, LinearOperator):
+        return problem.operator.adjoint(problem.operator(x) - problem.y)
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        misfit = (problem.operator(point) - problem.y).square().sum() / 2
+        (gradient,) = torch.autograd.grad(misfit, point)
+    return gradient

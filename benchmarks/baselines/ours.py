@@ -7,6 +7,10 @@ posterior, but nearer to the truth than one.
 `ncvsd-published` is the split Gibbs loop of the paper with its schedule, its tuned noise level of
 the likelihood and its average along the chain, which is no draw of the posterior either.
 
+`teacher-gaussian` is `ncvsd-tempered` with the teacher alone: a draw is its mean plus Gaussian
+noise of the covariance that was measured for the level, in one call, also known as Jacobian-free
+posterior sampling.
+
 Where the operator is not linear a chain can end in a wrong mode, so calls that suffice are spent on
 several chains of `ncvsd`; the one that fits the measurement best is kept and the calls of all are
 counted.
@@ -21,7 +25,8 @@ from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
 from ncvsd_inverse import karras, solve
-from ncvsd_inverse.protocols import LinearOperator
+from ncvsd_inverse.priors import DiffusionPrior
+from ncvsd_inverse.protocols import LinearOperator, Prior
 
 __all__ = ["OURS", "TEMPERED_LAST"]
 
@@ -35,7 +40,7 @@ many calls, the same for all; else one."""
 
 def _run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Draw one posterior sample an image; exactly `nfe` calls of the student."""
-    return _solve(problem, models, nfe)
+    return _solve(problem, models.student, nfe)
 
 
 def _run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
@@ -44,9 +49,21 @@ def _run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings
     The settings are the temperature, the `noise` that the likelihood assumes over sigma_y, and the
     `first` level; 0 takes the schedule of `solve`.
     """
+    return _temper(problem, models.student, nfe, settings)
+
+
+def _run_teacher(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
+    """Estimate an image like `_run_tempered`; exactly `nfe` calls of the teacher."""
+    teacher = models.teacher
+    if not isinstance(teacher, Prior):
+        teacher = DiffusionPrior(teacher.denoise, image_shape=problem.shape[1:])
+    return _temper(problem, teacher, nfe, settings)
+
+
+def _temper(problem: Problem, prior: Prior, nfe: int, settings: Settings) -> Tensor:
     return _solve(
         problem,
-        models,
+        prior,
         nfe,
         temperature=settings["temperature"],
         sigma_lik=settings["noise"] * problem.sigma_y,
@@ -56,12 +73,12 @@ def _run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings
 
 def _run_published(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Estimate an image by the published loop and settings; exactly `nfe` calls of the student."""
-    return _solve(problem, models, nfe, preset="ncvsd")
+    return _solve(problem, models.student, nfe, preset="ncvsd")
 
 
 def _solve(
     problem: Problem,
-    models: Models,
+    prior: Prior,
     nfe: int,
     *,
     preset: Literal["ncvsd"] | None = None,
@@ -74,7 +91,7 @@ def _solve(
     return solve(
         problem.y,
         operator=problem.operator,
-        prior=models.student,
+        prior=prior,
         nfe=calls,
         sigma_y=problem.sigma_y,
         schedule=karras(calls, first, TEMPERED_LAST, 7.0) if first else None,
@@ -115,6 +132,18 @@ OURS = (
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
         settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
+        grid={"temperature": (0.4, 0.7), "noise": (0.5, 0.7), "first": (0.0, 0.4)},
+    ),
+    Method(
+        name="teacher-gaussian",
+        title="Teacher + Gaussian, our loop",
+        run=_run_teacher,
+        network="teacher",
+        samples=False,
+        linear_only=False,
+        calls=(4, 10, 20, 50),
+        reference="peng2025ncvsd",
+        settings={"temperature": 0.6, "noise": 0.7, "first": 0.0},
         grid={"temperature": (0.4, 0.7), "noise": (0.5, 0.7), "first": (0.0, 0.4)},
     ),
     Method(

@@ -22,14 +22,13 @@ Source:
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Method, Models, Problem, Settings, misfit_gradient
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import draw_normal
-from ncvsd_inverse.protocols import LinearOperator
 from ncvsd_inverse.sampling.likelihood import likelihood_step
 from ncvsd_inverse.schedules import variance_preserving
 
-__all__ = ["METHOD", "misfit_gradient", "run"]
+__all__ = ["METHOD", "run"]
 
 _BETA_1, _BETA_2 = 0.9, 0.99
 """Weights that Adam keeps on the past of the gradient and of its square."""
@@ -49,28 +48,17 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     grey = problem.y.new_zeros(problem.shape)
     mu = likelihood.sample(grey, _START_STD, generator=generators)
     first, second = torch.zeros_like(mu), torch.zeros_like(mu)
+    scale = mu[0].numel() / problem.y[0].numel()
     for step, sigma in enumerate(variance_preserving(nfe, models.sigma_max), start=1):
         x = mu + sigma * draw_normal(mu, generators)
         residual = mu - models.teacher.denoise(x, sigma)
-        gradient = misfit_gradient(problem, mu) + settings["lambda"] * residual
+        gradient = scale * misfit_gradient(problem, mu) + settings["lambda"] * residual
         first = _BETA_1 * first + (1 - _BETA_1) * gradient
         second = _BETA_2 * second + (1 - _BETA_2) * gradient**2
-        scale = (second / (1 - _BETA_2**step)).sqrt() + _ADAM_EPS
-        mu = mu - settings["rate"] * first / (1 - _BETA_1**step) / scale
+        spread = (second / (1 - _BETA_2**step)).sqrt() + _ADAM_EPS
+        mu = mu - settings["rate"] * first / (1 - _BETA_1**step) / spread
         check_stays_finite("mu", mu, f"step {step} of {nfe} at sigma = {sigma:.4g}")
     return mu
-
-
-def misfit_gradient(problem: Problem, mu: Tensor) -> Tensor:
-    """Return D / M times the gradient of ||y - A(mu)||^2 / 2, shape (B, C, H, W)."""
-    scale = mu[0].numel() / problem.y[0].numel()
-    if isinstance(problem.operator, LinearOperator):
-        return scale * problem.operator.adjoint(problem.operator(mu) - problem.y)
-    with torch.enable_grad():
-        point = mu.detach().requires_grad_()
-        misfit = (problem.operator(point) - problem.y).square().sum() / 2
-        (gradient,) = torch.autograd.grad(misfit, point)
-    return scale * gradient
 
 
 METHOD = Method(
