@@ -143,7 +143,7 @@ OURS = (
         linear_only=False,
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
-        settings={"temperature": 0.6, "noise": 0.7, "first": 0.0},
+        settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
         grid={"temperature": (0.4, 0.7), "noise": (0.5, 0.7), "first": (0.0, 0.4)},
     ),
     Method(
