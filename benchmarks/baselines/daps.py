@@ -8,7 +8,8 @@ With levels sigma_1 > ... > sigma_N, sigma_(N+1) = 0 and x ~ N(0, sigma_1^2 I), 
     x  = u + sigma_(i+1) eps
 
 and the last x is returned. The ODE is solved by `ode_steps` Euler steps, one call each, on Karras
-levels down to 0.01 and from there to 0. A Langevin step is u + r grad + sqrt(2 r) eps, its rate r
+levels down to 0.01, where it ends. The N levels are the first of N + 1 Karras levels, of which the
+last is `sigma_min`. A Langevin step is u + r grad + sqrt(2 r) eps, its rate r
 falling evenly over the levels from `rate` to a hundredth of it.
 
 The steps are what makes the method: they do not reach the law that they are for. Where y says
@@ -38,7 +39,7 @@ from ncvsd_inverse.protocols import Denoiser
 __all__ = ["METHOD", "follow_ode", "run"]
 
 _ODE_END = 0.01
-"""Level of the last call of an ODE that starts above ten times this; else a tenth of its start."""
+"""Where an ODE ends that starts above ten times this; else it ends at a tenth of its start."""
 
 _STEPS = 100
 """Langevin steps of a level."""
@@ -52,7 +53,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     """Draw one sample an image; ode_steps * (nfe // ode_steps) calls of the teacher."""
     ode_steps = min(int(settings["ode_steps"]), nfe)
     largest = min(settings["sigma_max"], models.sigma_max)
-    levels = (*karras(nfe // ode_steps, largest, settings["sigma_min"]), 0.0)
+    levels = (*karras(nfe // ode_steps + 1, largest, settings["sigma_min"])[:-1], 0.0)
     generators = problem.generators()
     x = largest * draw_normal(problem.y.new_zeros(problem.shape), generators)
     for level, (sigma, following) in enumerate(pairwise(levels)):
@@ -68,8 +69,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
 
 def follow_ode(teacher: Denoiser, x: Tensor, sigma: float, steps: int) -> Tensor:
     """Return the end of the probability-flow ODE from x at level sigma, both (B, C, H, W)."""
-    levels = karras(steps, sigma, min(_ODE_END, sigma / 10))
-    for t, s in pairwise((*levels, 0.0)):
+    for t, s in pairwise(karras(steps + 1, sigma, min(_ODE_END, sigma / 10))):
         mean = teacher.denoise(x, t)
         x = mean + s / t * (x - mean)
     return x

@@ -8,9 +8,11 @@ everything in the coordinates of V, the next x is
 
     a_i > sigma_y / s:  w_i = 1, noise_i = sqrt(s^2 - sigma_y^2 / a_i^2) eps_i
     other a_i > 0:      w_i = a_i s sqrt(1 - eta^2) / sigma_y, noise_i = eta s eps_i
-    a_i = 0:            w_i = 0, noise_i = s (sqrt(1 - eta^2) eps_hat_i + eta eps_i)
+    a_i = 0:            w_i = 0, noise_i = s (sqrt(1 - null^2) eps_hat_i + null eps_i)
 
 so that, with what A^+ y carries, every coordinate has noise of std s. The last x0 is returned. The
+paper has null = eta. The authors' code takes the pixels of eps_hat for its coordinates, which for
+all but masks is as good as fresh noise: null = 1. The
 levels are evenly spaced in the time of the variance-preserving diffusion, as in the paper; there is
 no time travel. In the second case every step pulls towards the same noise of y again, so more steps
 make weak coordinates (of a blur) worse, the less so the nearer eta is to 1.
@@ -58,7 +60,7 @@ def run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tenso
     generators = problem.generators()
     like = problem.y.new_empty(problem.shape)
     levels = variance_preserving(nfe, models.sigma_max)
-    project = _projection(problem, settings["eta"])
+    project = _projection(problem, settings["eta"], settings["null"])
     x = levels[0] * draw_normal(like, generators)
     for step, (sigma, following) in enumerate(pairwise(levels), start=1):
         x0 = models.teacher.denoise(x, sigma)
@@ -75,7 +77,7 @@ class _Projection(Protocol):
         ...
 
 
-def _projection(problem: Problem, eta: float) -> _Projection:
+def _projection(problem: Problem, eta: float, null: float) -> _Projection:
     """Return the step by singular values where their vectors are known, else by a solve."""
     operator = problem.operator
     if not isinstance(operator, LinearOperator):
@@ -83,7 +85,7 @@ def _projection(problem: Problem, eta: float) -> _Projection:
     basis = singular_basis(operator, problem)
     if basis is None:
         return _RegularisedProjection(operator, problem, eta)
-    return _SpectralProjection(operator, problem, eta, basis)
+    return _SpectralProjection(operator, problem, (eta, null), basis)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class _SpectralProjection:
     """The step of the paper, coordinate by coordinate."""
 
     def __init__(
-        self, operator: LinearOperator, problem: Problem, eta: float, basis: Basis
+        self, operator: LinearOperator, problem: Problem, etas: tuple[float, float], basis: Basis
     ) -> None:
         # In float64, because rounding of the squares would pass for singular values.
         ones = problem.y.new_ones(problem.shape, dtype=torch.float64)
@@ -123,7 +125,7 @@ class _SpectralProjection:
         least = _RANK_TOLERANCE * singular.amax(dim=(1, 2, 3), keepdim=True)
         inverse = torch.where(singular > least, 1 / singular, 0.0)
         self.basis = basis
-        self.eta = eta
+        self.eta, self.null = etas
         self.known = inverse > 0
         self.noise = problem.sigma_y * inverse
         self.solution = inverse**2 * basis.analyse(operator.adjoint(problem.y))
@@ -133,10 +135,9 @@ class _SpectralProjection:
         kept = math.sqrt(1 - self.eta**2)
         certain = self.known & (self.noise < level)
         weight = torch.where(certain, 1.0, torch.where(self.known, kept * level / self.noise, 0.0))
-        fresh = torch.where(
-            certain, (level**2 - self.noise**2).clamp(min=0).sqrt(), self.eta * level
-        )
-        predicted = torch.where(self.known, 0.0, kept * level)
+        share = torch.where(self.known, self.eta, self.null)
+        fresh = torch.where(certain, (level**2 - self.noise**2).clamp(min=0).sqrt(), share * level)
+        predicted = torch.where(self.known, 0.0, math.sqrt(1 - self.null**2) * level)
         start = self.basis.analyse(x0)
         noise = fresh * draw_normal(x0, generators) + predicted * self.basis.analyse(eps_hat)
         return self.basis.synthesise(start + weight * (self.solution - start) + noise)
@@ -180,6 +181,6 @@ METHOD = Method(
     linear_only=True,
     calls=(20, 100),
     reference="wang2023ddnm",
-    settings={"eta": 0.85},
+    settings={"eta": 0.85, "null": 0.85},
     grid={"eta": (0.0, 0.5, 0.85, 1.0)},
 )

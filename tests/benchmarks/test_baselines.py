@@ -203,10 +203,10 @@ def test_daps_has_the_law_that_its_equations_give():
     settings = {"ode_steps": 4, "tau": 0.02, "rate": 2e-4, "sigma_min": 0.1}
     restored, calls = run_counted(daps.METHOD, chain.posterior.problem, models, 20, **settings)
     assert calls == 20
-    levels = (*karras(5, 50.0, 0.1), 0.0)
+    levels = (*karras(6, 50.0, 0.1)[:-1], 0.0)
     for number, (sigma, following) in enumerate(pairwise(levels)):
         chain.noise(sigma)
-        for t, s in pairwise((*karras(4, sigma, min(0.01, sigma / 10)), 0.0)):
+        for t, s in pairwise(karras(5, sigma, 0.01)):
             chain.scale(chain.gain(t) + s / t * (1 - chain.gain(t)))
         rate = 2e-4 * (1 - 0.99 * number / 6)
         precision = 2 * chain.squares / 0.02**2 + 1 / sigma**2
@@ -303,11 +303,11 @@ class UsersSolvableBlur(UsersBlur):
         return self.blur.solve_normal(rhs, a=a, b=b)
 
 
-@pytest.mark.parametrize("eta", [0.3, 0.85])
-def test_ddnm_has_the_law_that_its_equations_give(eta):
+@pytest.mark.parametrize(("eta", "null"), [(0.3, 0.3), (0.85, 0.5), (0.85, 1.0)])
+def test_ddnm_has_the_law_that_its_equations_give(eta, null):
     chain = ScalarChains()
     restored, calls = run_counted(
-        ddnm.METHOD, chain.posterior.problem, chain.oracle.models, 20, eta=eta
+        ddnm.METHOD, chain.posterior.problem, chain.oracle.models, 20, eta=eta, null=null
     )
     assert calls == 20
     levels = variance_preserving(20, 80.0)
@@ -319,9 +319,10 @@ def test_ddnm_has_the_law_that_its_equations_give(eta):
     for t, s in pairwise(levels):
         certain = known & (singular > SIGMA_Y / s)
         weight = torch.where(certain, 1.0, known * kept * singular * s / SIGMA_Y)
-        fresh = torch.where(certain, (s**2 - SIGMA_Y**2 / chain.squares).clamp(0).sqrt(), eta * s)
+        share = torch.where(known, eta, null)
+        fresh = torch.where(certain, (s**2 - SIGMA_Y**2 / chain.squares).clamp(0).sqrt(), share * s)
         gain = chain.gain(t)
-        factor = (1 - weight) * gain + ~known * kept * s * (1 - gain) / t
+        factor = (1 - weight) * gain + ~known * math.sqrt(1 - null**2) * s * (1 - gain) / t
         chain.scale(factor, fresh)
         target = chain.adjoint_y / chain.squares - chain.prior_mean
         chain.mean = chain.mean + torch.where(known, weight * target, 0.0)
