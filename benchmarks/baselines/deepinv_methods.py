@@ -1,4 +1,4 @@
-"""DPS, DDRM, DiffPIR and PiGDM by deepinv's own samplers.
+"""DDRM and DiffPIR by deepinv's own samplers.
 
 All follow the linear variance-preserving schedule of Ho et al., arXiv 2006.11239 (beta from 0.1 to
 20 over unit time, noise std 150 to 0.01), spread evenly over the calls asked for. Each image draws
@@ -8,7 +8,7 @@ from its own generator, see `baselines.physics.OwnDraws`.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from baselines.interface import Method, Models, Problem, Settings
 from baselines.physics import (
@@ -23,48 +23,10 @@ from baselines.physics import (
 )
 from ncvsd_inverse.checks import check_count
 
-__all__ = ["METHODS", "run_ddrm", "run_diffpir", "run_dps", "run_pigdm"]
+__all__ = ["METHODS", "run_ddrm", "run_diffpir"]
 
 _FIRST_STEP = 1e-3
 """Time of the least noise that a schedule of 1000 training steps knows."""
-
-
-def run_dps(problem: Problem, models: Models, calls: int, settings: Settings) -> Tensor:
-    """Diffusion posterior sampling: what deepinv.sampling.DPS puts together.
-
-    The guidance is -weight * gradient of ||y - A D(x)||, with `weight` given for one measurement
-    and multiplied by the square root of their number, as the norm grows. deepinv multiplies it by
-    the step beta_t as any score, the paper does not: the paper's step length is beta_t * weight,
-    and deepinv's default weight of 1 returns draws of the prior. The state stays in [-1, 1], where
-    deepinv's clipping of D to [-1, 1] is right; in its default units it is not.
-
-    Source:
-        Chung et al., arXiv 2209.14687.
-    """
-    from deepinv.sampling import DPSDataFidelity
-
-    weight = settings["weight"] * math.sqrt(problem.y[0].numel())
-    physics = make_physics(problem.operator, problem.y.device)
-    fidelity = DPSDataFidelity(weight=weight, clip=(-1, 1))
-    return _reverse_diffusion(problem, models, calls, physics, fidelity)
-
-
-def run_pigdm(problem: Problem, models: Models, calls: int, settings: Settings) -> Tensor:
-    """Pseudo-inverse guidance: deepinv's PiGDMDataFidelity in its ancestral sampler.
-
-    The state stays in [-1, 1]: deepinv's r^2 = sigma^2 / (1 + sigma^2) takes images of unit
-    variance, as the paper does, and in its default units of [0, 1] that is four times as much.
-    The solve is exact, through the operator's singular system. `weight` is a factor on the
-    guidance, 1 in the paper.
-
-    Source:
-        Song et al., ICLR 2023, with their eta = 1.
-    """
-    from deepinv.sampling import PiGDMDataFidelity
-
-    physics = make_decomposed_physics(problem.operator, problem.y, problem.sigma_y)
-    fidelity = PiGDMDataFidelity(weight=settings["weight"], clip=(-1, 1))
-    return _reverse_diffusion(problem, models, calls, physics, fidelity)
 
 
 @torch.no_grad()
@@ -129,44 +91,7 @@ def _times(calls: int) -> Tensor:
     return torch.linspace(1, _FIRST_STEP, check_count("calls", calls), dtype=torch.float64)
 
 
-def _reverse_diffusion(
-    problem: Problem, models: Models, calls: int, physics: nn.Module, fidelity: nn.Module
-) -> Tensor:
-    """Run the ancestral sampler of the guided diffusion in units of [-1, 1]."""
-    from deepinv.sampling import DDPMSolver, PosteriorDiffusion, VariancePreservingDiffusion
-
-    device = problem.y.device
-    end = torch.zeros(1, dtype=torch.float64)
-    times = torch.cat([_times(calls), end]).to(device)
-    schedule = VariancePreservingDiffusion(alpha=1.0, device=device)
-    sampler = PosteriorDiffusion(
-        data_fidelity=fidelity,
-        denoiser=TeacherDenoiser(models.teacher, models.sigma_max),
-        sde=schedule,
-        solver=DDPMSolver(timesteps=times),
-        minus_one_one=False,
-        device=device,
-    )
-    with OwnDraws(problem.generators()):
-        eps = torch.empty(problem.shape, dtype=torch.float64, device=device).normal_()
-        start = schedule.scale_t(times[0]) * schedule.sigma_t(times[0]) * eps
-        x0 = sampler(problem.y, physics, x_init=start)
-    return finish(problem, x0)
-
-
 METHODS: tuple[Method, ...] = (
-    Method(
-        name="dps",
-        title="DPS",
-        run=run_dps,
-        network="teacher",
-        samples=True,
-        linear_only=False,
-        calls=(100, 1000),
-        reference="chung2023dps",
-        settings={"weight": 10.0},
-        grid={"weight": (1.0, 3.0, 10.0, 30.0)},
-    ),
     Method(
         name="ddrm",
         title="DDRM",
@@ -190,17 +115,5 @@ METHODS: tuple[Method, ...] = (
         reference="zhu2023diffpir",
         settings={"lambda": 7.0, "zeta": 0.3},
         grid={"lambda": (2.0, 7.0, 20.0), "zeta": (0.1, 0.3, 1.0)},
-    ),
-    Method(
-        name="pigdm",
-        title="PiGDM",
-        run=run_pigdm,
-        network="teacher",
-        samples=True,
-        linear_only=True,
-        calls=(20, 100),
-        reference="song2023pigdm",
-        settings={"weight": 1.0},
-        grid={"weight": (0.3, 0.6, 1.0, 2.0)},
     ),
 )

@@ -1,6 +1,6 @@
 """All methods of the benchmark by name."""
 
-from baselines import classics, daps, ddnm, deepinv_methods, mmps, pnpdm, reddiff
+from baselines import classics, daps, ddnm, deepinv_methods, guided, pnpdm, reddiff
 from baselines.interface import Method
 from baselines.ours import OURS
 
@@ -14,7 +14,7 @@ METHODS: dict[str, Method] = {
         pnpdm.METHOD,
         reddiff.METHOD,
         ddnm.METHOD,
-        mmps.METHOD,
+        *guided.METHODS,
         *deepinv_methods.METHODS,
         *classics.METHODS,
     )
