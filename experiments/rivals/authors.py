@@ -33,7 +33,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from baselines.interface import Models, Problem
-from baselines.physics import SingularSystem, singular_system
+from baselines.physics import SingularSystem, pseudo_inverse, singular_system
 from baselines.registry import METHODS
 from harness.problems import KnownProblem, find_test_set, load_images, make_problem
 from ncvsd_inverse import load_prior, metrics
@@ -308,6 +308,41 @@ def run_dps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
     return torch.cat(restored)
 
 
+def run_reddiff(problem: Problem, teacher: DiffusionPrior) -> Tensor:
+    """RED-diff: 1000 steps, weight 0.25 over the signal-to-noise ratio."""
+    stubs = ("omegaconf", "models", "models.classifier_guidance_model", "utils.degredations")
+    module = _import("algos.reddiff", stubs=("utils", *stubs))
+    network = EpsModel(teacher)
+    kept = torch.cat((torch.ones(1).double(), network.kept)).float()
+    solver = module.REDDIFF.__new__(module.REDDIFF)
+    solver.diffusion = SimpleNamespace(alpha=lambda t: kept[t.cpu() + 1])
+
+    def model(x: Tensor, _: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            eps = network(x, t)
+        share = solver.diffusion.alpha(t).view(-1, 1, 1, 1)
+        return eps, (x - (1 - share).sqrt() * eps) / share.sqrt()
+
+    solver.model = model
+    solver.H = SimpleNamespace(
+        H=lambda x: problem.operator(x.view(-1, *problem.shape[1:])).flatten(1),
+        H_pinv=lambda y: pseudo_inverse(problem.operator, y.view(problem.y.shape)),
+    )
+    settings = {"deg": "", "sigma_y": problem.sigma_y}
+    solver.cfg = SimpleNamespace(
+        algo=SimpleNamespace(**settings), exp=SimpleNamespace(save_evolution=False)
+    )
+    solver.awd, solver.cond_awd, solver.eta = True, False, 1.0
+    solver.grad_term_weight, solver.obs_weight, solver.lr = 0.25, 1.0, 0.1
+    solver.denoise_term_weight, solver.sigma_x0 = "linear", 0.0001
+    with on_cpu():
+        _, mean = solver.sample(
+            torch.zeros(problem.shape), None, list(range(1000)), y_0=problem.y.flatten(1)
+        )
+    restored: Tensor = mean.detach()
+    return restored
+
+
 @dataclass(frozen=True)
 class Rival:
     """A rival: its authors' code and our row.
@@ -332,7 +367,8 @@ RIVALS = {
     "pnpdm": Rival(run_pnpdm, "zihuiwu/PnP-DM-public", "pnpdm", 1860, {}),
     "ddrm": Rival(run_ddrm, "bahjat-kawar/ddrm", "ddrm", 20, {"eta": 0.85, "etab": 1.0}),
     "ddnm": Rival(run_ddnm, "wyhuai/DDNM", "ddnm", 100, {"eta": 0.85, "null": 1.0}),
-    "dps": Rival(run_dps, "DPS2022/diffusion-posterior-sampling", "dps", 1000, {}),
+    "reddiff": Rival(run_reddiff, "NVlabs/RED-diff", "reddiff", 1000, {}),
+    "dps": Rival(run_dps, "DPS2022/diffusion-posterior-sampling", "dps", 1000, {"scale": 0.3}),
 }
 
 
