@@ -266,21 +266,38 @@ class GaussianBlur(Blur):
 
 
 class MotionBlur(Blur):
-    """Blur along the path of a shaken camera; the matrix is Blur's.
+    """Blur along the random path of a shaken camera; the matrix is Blur's.
 
-    The heading starts at random. Its rate of turn is a smooth random function of time, and so is
-    the speed, so that the camera dwells at some points. The path is centred on its mean, shrunk to
-    the kernel if it leaves it, spread over the four nearest pixels at each instant, and normalised
-    to sum 1.
+    The law of the kernels is the one behind the published tables of motion blur (61 pixels,
+    intensity 0.5). With d the diagonal of the kernel and U a uniform variable on [0, 1], a new one
+    at each mention:
+
+    - The path is a chain of straight steps. Lengths are draws of Beta(1, 30) times
+      (1.1 - intensity) d, none above L = 0.75 d (U + intensity^2 U); it ends when their sum is at
+      least L. The first step only says where the second begins.
+    - With m = pi intensity U, the first heading is uniform in [-m, m]. Later ones are triangular
+      on [0, m + 0.1], most likely intensity m, on the side of the one before; with a
+      probability that is itself drawn, from Beta(2, 20), they change sides.
+    - The mean of the corners lies on the kernel's centre (so the mean of the weights lies some
+      pixels beside it), after a rotation by pi U.
+    - The path is drawn white on black, in 256 grey levels and pixels of half the size. It is no
+      whiter where it crosses itself, and lost where it leaves the kernel. Its width is
+      max(1, w / 150) and it is blurred by a Gaussian of std w / 100, both rounded down to whole
+      half pixels, with w = 2 d. Lanczos' filter reduces it, columns then rows, each time cut to
+      the grey levels there are; the result is divided by its sum.
 
     Args:
         kernel_size: side of the kernel, pixels, >= 1.
-        intensity: in [0, 1], from nearly straight and even to strongly shaken.
+        intensity: in [0, 1], from a straight line to a long, strongly shaken path.
         seed: the same seed gives the same kernel, >= 0.
         boundary: see Blur.
 
     Raises:
         ValueError: if an argument is out of range.
+
+    Source:
+        The law of github.com/LeviBorodenko/motionblur, which DPS, DAPS, PnP-DM and NCVSD use; the
+        code and the seeds are our own. `experiments/operators/motion_kernels.py` compares the two.
     """
 
     family = "motion_blur"
@@ -296,8 +313,8 @@ class MotionBlur(Blur):
         check_count("seed", seed, least=0)
         if check_non_negative("intensity", intensity) > 1:
             raise ValueError(f"intensity must be in [0, 1], got {intensity}")
-        path = _camera_path(intensity, torch.Generator().manual_seed(seed))
-        super().__init__(_draw_path(path, kernel_size), boundary)
+        corners = _shaken_path(intensity, torch.Generator().manual_seed(seed))
+        super().__init__(_draw_path(corners, kernel_size), boundary)
         self.intensity = intensity
         self.seed = seed
 
@@ -316,43 +333,87 @@ def _fold(images: Tensor, before: int, after: int, boundary: Boundary) -> Tensor
     return inside
 
 
-def _camera_path(intensity: float, generator: torch.Generator, steps: int = 4000) -> Tensor:
-    """Return positions (row, column) of the camera over one exposure, shape (steps, 2).
+def _shaken_path(intensity: float, generator: torch.Generator, most_steps: int = 1024) -> Tensor:
+    """Return corners (row, column) of a path of MotionBlur, shape (n, 2), in diagonals, mean 0.
 
-    The unit of length is the side of the kernel; the path is 0.75 long and centred on its mean.
+    `most_steps` is twice what the longest path takes on average.
     """
 
-    def smooth_noise(correlation: float) -> Tensor:
-        """Draw a smooth function of time on [0, 1], standard normal at each instant."""
-        frequencies = torch.randn(16, 1, dtype=torch.float64, generator=generator) / correlation
-        phases = torch.rand(16, 1, dtype=torch.float64, generator=generator) * 2 * math.pi
-        time = torch.linspace(0, 1, steps, dtype=torch.float64)
-        return torch.cos(frequencies * time + phases).sum(dim=0) * math.sqrt(2 / 16)
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
 
-    start = torch.rand((), dtype=torch.float64, generator=generator) * 2 * math.pi
-    turn_rate = 0.3 + 8 * intensity + 10 * intensity**2
-    heading = start + (turn_rate * smooth_noise(0.15)).cumsum(dim=0) / steps
-    speed = torch.exp((0.2 + 0.4 * intensity) * smooth_noise(0.1))
-    speed = 0.75 * speed / speed.sum()
-    moves = torch.stack((heading.cos(), heading.sin()), dim=1) * speed[:, None]
-    path = moves.cumsum(dim=0)
-    return path - path.mean(dim=0)
+    length = 0.75 * (1 - uniform() + intensity**2 * uniform())
+    scale = 1.1 - intensity
+    # P(Beta(1, 30) <= t) = 1 - (1 - t)^30, inverted up to the longest step allowed.
+    allowed = 1 - (1 - (length / scale).clamp(max=1)) ** 30
+    steps = scale * (1 - (1 - allowed * uniform(most_steps)) ** (1 / 30))
+    steps = steps[: int((steps.cumsum(dim=0) < length).sum()) + 1]
+
+    widest = math.pi * intensity * uniform()
+    first = widest * (2 * uniform(1) - 1)
+    # The second smallest of 21 uniform variables is a draw of Beta(2, 20).
+    changes = uniform(len(steps) - 1) < uniform(21).sort().values[1]
+    # At intensity 0 the first heading has no side and the path is straight.
+    sides = first.sign() * (1 - 2 * changes.double()).cumprod(dim=0)
+    angles = _triangular(uniform(len(steps) - 1), float(intensity * widest), float(widest) + 0.1)
+    headings = torch.cat((first, sides * angles)) + math.pi * uniform()
+    moves = torch.stack((headings.sin(), headings.cos()), dim=1) * steps[:, None]
+    corners = moves.cumsum(dim=0)
+    return corners - corners.mean(dim=0)
 
 
-def _draw_path(path: Tensor, size: int) -> Tensor:
-    """Return the normalised kernel of a path in units of its side, shape (size, size)."""
-    reach = (size - 1) // 2
-    positions = path * size
-    largest = float(positions.abs().max())
-    if largest > reach:
-        positions = positions * (reach / largest)
-    positions = positions + size // 2
-    corner = positions.floor().clamp(max=size - 1)
-    kernel = torch.zeros(size, size, dtype=torch.float64)
-    for row in (0, 1):
-        for column in (0, 1):
-            pixel = corner + torch.tensor([row, column])
-            weight = (1 - (positions - pixel).abs()).clamp(min=0).prod(dim=1)
-            index = pixel.long().clamp(max=size - 1)
-            kernel.index_put_((index[:, 0], index[:, 1]), weight, accumulate=True)
+def _triangular(u: Tensor, mode: float, largest: float) -> Tensor:
+    """Return the quantiles u of the triangular law on [0, largest]."""
+    rising = (u * mode * largest).sqrt()
+    falling = largest - ((1 - u) * (largest - mode) * largest).sqrt()
+    return torch.where(u * largest < mode, rising, falling)
+
+
+def _draw_path(corners: Tensor, size: int) -> Tensor:
+    """Return the normalised kernel of a path in units of its diagonal, shape (size, size)."""
+    fine = 2 * size
+    diagonal = math.sqrt(2) * fine
+    width = max(1, int(diagonal / 150))
+    # The line is width pixels wide: this is the first of them, in rows and in columns.
+    origin = 2 * (size // 2) + 1 - width / 2
+    pixels = _pixels_between((corners * diagonal + origin).round().long())
+    pen = torch.arange(width)
+    pixels = (pixels[:, None] + torch.cartesian_prod(pen, pen).view(-1, 2)).flatten(0, 1)
+    rows, columns = pixels[((pixels >= 0) & (pixels < fine)).all(dim=1)].T
+    line = torch.zeros(fine, fine, dtype=torch.float64)
+    line[rows, columns] = 1
+    blur = _gaussian_matrix(fine, int(diagonal / 100))
+    reduce = _lanczos_half(size)
+    narrowed = (blur @ line @ blur.T @ reduce.T).clamp(0, 1)
+    kernel = (255 * (reduce @ narrowed).clamp(0, 1)).round()
     return kernel / kernel.sum()
+
+
+def _pixels_between(corners: Tensor) -> Tensor:
+    """Return the pixels of straight lines from corner to corner, both of integers, shape (n, 2).
+
+    A line has one pixel in each row or in each column, whichever it crosses more of. Whole numbers
+    make it the same on every machine.
+    """
+    pieces = [corners[:1]]
+    for start, move in zip(corners[:-1], corners.diff(dim=0), strict=True):
+        count = max(1, int(move.abs().max()))
+        step = torch.arange(1, count + 1)[:, None]
+        pieces.append(start + torch.div(2 * step * move + count, 2 * count, rounding_mode="floor"))
+    return torch.cat(pieces)
+
+
+def _gaussian_matrix(side: int, std: int) -> Tensor:
+    """Return the matrix (side, side) of a Gaussian blur, rows of sum 1; std 0 is none."""
+    offsets = torch.arange(side, dtype=torch.float64)
+    offsets = offsets[:, None] - offsets
+    weights = torch.exp(-0.5 * (offsets / std) ** 2) if std > 0 else (offsets == 0).double()
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _lanczos_half(size: int) -> Tensor:
+    """Return the matrix (size, 2 size) that reduces by two with Lanczos' filter of three lobes."""
+    fine = (torch.arange(2 * size, dtype=torch.float64) - 0.5) / 2
+    offsets = torch.arange(size, dtype=torch.float64)[:, None] - fine
+    weights = torch.sinc(offsets) * torch.sinc(offsets / 3) * (offsets.abs() < 3)
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -314,6 +314,13 @@ COMMANDS: dict[str, Short | Skipped] = {
     "--prior runs/natural_teacher/prior": Skipped("as above"),
     "python experiments/natural/denoising.py --data DIR/faces64/val.zip "
     "--prior runs/faces_teacher/prior": Skipped("as above"),
+    "python experiments/operators/motion_kernels.py": Short(
+        "python experiments/operators/motion_kernels.py --draws 2 --picture kernels.jpg",
+        makes=("kernels.jpg",),
+    ),
+    "python experiments/operators/motion_kernels.py --authors DIR/motionblur": Skipped(
+        "the authors' code is theirs"
+    ),
     "python experiments/operators/pictures.py --data DIR/faces64/val.zip": Short(
         "python experiments/operators/pictures.py --data DIR/faces64/val.zip --nfe 1"
     ),

@@ -86,7 +86,11 @@ PUBLISHED: dict[str, Published] = {
     "superres": Published(Average(0.6), 1e-3),
     "phase_retrieval": Published(Average(0.6, below=0.2), 1e-3),
 }
-"""Tuned values of Peng et al., arXiv 2506.09416, at sigma_y = 0.05 on 256x256 images."""
+"""Tuned values of Peng et al., arXiv 2506.09416, at sigma_y = 0.05 on 256x256 images.
+
+For motion blur their code (github.com/xypeng9903/ncvsd, presets/task/motion_deblur_circ.yaml) had
+beta 3e-3 in January 2025, 4e-3 as in the paper from April on, and 3e-3 again since July 2025.
+"""
 
 
 def default_schedule(
