@@ -11,6 +11,7 @@ folders of images and of LPIPS weights.
 """
 
 import argparse
+import ast
 import importlib
 import json
 import math
@@ -20,13 +21,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -308,6 +310,64 @@ def run_dps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
     return torch.cat(restored)
 
 
+def run_diffpir(problem: Problem, teacher: DiffusionPrior) -> Tensor:
+    """DiffPIR: 100 steps, lambda 1, zeta 0.1 for blurs and 0.25 for reductions.
+
+    Their script is one function; its loop over the steps runs as it stands, with our data step.
+    """
+    source = Path(sys.path[0], "main_ddpir_deblur.py").read_text(encoding="utf-8")
+    loops = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.For) and ast.unparse(node.iter) == "range(len(seq))"
+    ]
+    loop = compile(ast.Module([loops[0]], []), "main_ddpir_deblur.py", "exec")
+    network, operator, steps = EpsModel(teacher), _linear(problem), 100
+    kept = network.kept.float()
+    ratios = ((1 - kept) / kept).sqrt()
+    offset = operator(torch.ones(problem.shape))
+    y = (problem.y + offset) / 2  # of images in [0, 1]
+
+    def find_nearest(values: Tensor, value: float) -> int:
+        return int((values - float(value)).abs().argmin())
+
+    def model_fn(x: Tensor, noise_level: float, **_: object) -> Tensor:
+        t = find_nearest(ratios, noise_level / 255)
+        share = kept[t]
+        x0 = (x - (1 - share).sqrt() * network(x, torch.tensor([t]))) / share.sqrt()
+        clipped: Tensor = x0.clamp(-1, 1)
+        return clipped
+
+    def data_solution(x: Tensor, *given: Any) -> Tensor:  # noqa: ANN401
+        tau = float(given[4])
+        solved: Tensor = operator.solve_normal(operator.adjoint(y) + tau * x, a=1.0, b=tau)
+        return solved
+
+    sequence = [int(value) for value in torch.linspace(0, 1000**2, steps).double().sqrt()]
+    sequence[-1] -= 1
+    names: dict[str, Any] = {
+        **dict.fromkeys(("FB", "FBC", "F2B", "FBFy", "sf", "model", "diffusion", "alphas_cumprod")),
+        **{"np": np, "torch": torch, "seq": sequence, "progress_seq": [], "t_start": 999},
+        **{"generate_mode": "DiffPIR", "model_output_type": "pred_xstart", "ddim_sample": False},
+        **{"model_out_type": "pred_xstart", "iter_num_U": 1, "num_train_timesteps": 1000},
+        **{"sub_1_analytic": True, "guidance_scale": 1.0, "eta": 0.0, "save_progressive": False},
+        **ZETAS["sr4x" if operator.family == "superres" else "deblur_gaussian"],
+        "noise_model_t": 0,
+        "sigmas": ratios.flip(0),
+        "reduced_alpha_cumprod": ratios,
+        "rhos": (problem.sigma_y / 2) ** 2 / ratios**2,
+        "betas": network.betas.float(),
+        "sqrt_alphas_cumprod": kept.sqrt(),
+        "sqrt_1m_alphas_cumprod": (1 - kept).sqrt(),
+        "utils_model": SimpleNamespace(find_nearest=find_nearest, model_fn=model_fn),
+        "sr": SimpleNamespace(data_solution=data_solution),
+        "x": torch.randn(problem.shape),
+    }
+    exec(loop, names)
+    restored: Tensor = 2 * names["x_0"] - 1
+    return restored
+
+
 def run_reddiff(problem: Problem, teacher: DiffusionPrior) -> Tensor:
     """RED-diff: 1000 steps, weight 0.25 over the signal-to-noise ratio."""
     stubs = ("omegaconf", "models", "models.classifier_guidance_model", "utils.degredations")
@@ -353,6 +413,7 @@ class Rival:
         ours: name of the benchmark's method.
         calls: network calls at which ours runs.
         settings: what of our settings differs from the defaults.
+        by_task: the same for one task.
     """
 
     run: Callable[[Problem, DiffusionPrior], Tensor]
@@ -360,13 +421,17 @@ class Rival:
     ours: str
     calls: int
     settings: Mapping[str, float]
+    by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+
+ZETAS = {"sr4x": {"zeta": 0.25}, "deblur_gaussian": {"zeta": 0.1}}
 
 RIVALS = {
     "daps": Rival(run_daps, "zhangbingliang2019/DAPS", "daps", 1000, {}),
     "pnpdm": Rival(run_pnpdm, "zihuiwu/PnP-DM-public", "pnpdm", 1860, {}),
     "ddrm": Rival(run_ddrm, "bahjat-kawar/ddrm", "ddrm", 20, {"eta": 0.85, "etab": 1.0}),
     "ddnm": Rival(run_ddnm, "wyhuai/DDNM", "ddnm", 100, {"eta": 0.85, "null": 1.0}),
+    "diffpir": Rival(run_diffpir, "yuanzhi-zhu/DiffPIR", "diffpir", 100, {"lambda": 0.5}, ZETAS),
     "reddiff": Rival(run_reddiff, "NVlabs/RED-diff", "reddiff", 1000, {}),
     "dps": Rival(run_dps, "DPS2022/diffusion-posterior-sampling", "dps", 1000, {"scale": 0.3}),
 }
@@ -413,7 +478,7 @@ def run(name: str, code: Path, tasks: list[str], images: int, *, with_ours: bool
         rows: dict[str, Callable[[], Tensor]] = {"authors": partial(rival.run, problem, teacher)}
         if with_ours:
             method = METHODS[rival.ours]
-            settings = {**method.settings, **rival.settings}
+            settings = {**method.settings, **rival.settings, **rival.by_task.get(task, {})}
             rows["ours"] = partial(method.run, problem, models, rival.calls, settings)
         for by, restore in rows.items():
             torch.manual_seed(0)
