@@ -321,6 +321,10 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/operators/motion_kernels.py --authors DIR/motionblur": Skipped(
         "the authors' code is theirs"
     ),
+    "python experiments/rivals/authors.py daps --code DAPS": Skipped("the authors' code is theirs"),
+    "python experiments/rivals/authors.py --table": Short(
+        "python experiments/rivals/authors.py --table"
+    ),
     "python experiments/operators/pictures.py --data DIR/faces64/val.zip": Short(
         "python experiments/operators/pictures.py --data DIR/faces64/val.zip --nfe 1"
     ),

@@ -277,11 +277,31 @@ def run_ddnm(problem: Problem, teacher: DiffusionPrior) -> Tensor:
 
 
 def run_dps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
-    """DPS: 1000 steps, scale 0.3, one image at a time."""
-    sampling = _import("guided_diffusion.gaussian_diffusion")
+    """DPS: 1000 steps, scale 0.3."""
+    return _guide(problem, teacher, "ps", {"scale": 0.3}, sampler="ddpm", respacing="")
+
+
+def run_mmps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
+    """MMPS: 100 steps, 5 iterations of GMRES."""
+    settings = {"scale": 1.0, "maxiter": 5}
+    return _guide(problem, teacher, "mmps", settings, sampler="ddim", eta=1.0, respacing=100)
+
+
+def _guide(
+    problem: Problem,
+    teacher: DiffusionPrior,
+    name: str,
+    settings: Mapping[str, float],
+    *,
+    respacing: str | int,
+    **sampler: object,
+) -> Tensor:
+    """Run a conditioning method of the code that DPS and MMPS share, image by image."""
+    stubs = ("motionblur", "motionblur.motionblur", "bkse")
+    sampling = _import("guided_diffusion.gaussian_diffusion", stubs=stubs)
     conditioning = _import("guided_diffusion.condition_methods")
-    sampler = sampling.create_sampler(
-        sampler="ddpm",
+    diffusion = sampling.create_sampler(
+        **sampler,
         steps=1000,
         noise_schedule="linear",
         model_mean_type="epsilon",
@@ -289,16 +309,15 @@ def run_dps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
         dynamic_threshold=False,
         clip_denoised=True,
         rescale_timesteps=False,
-        timestep_respacing="",
+        timestep_respacing=respacing,
     )
     model = EpsModel(teacher)
     operator = SimpleNamespace(forward=lambda x, **_: problem.operator(x))
+    noiser = SimpleNamespace(__name__="gaussian", sigma=problem.sigma_y)
     restored = []
     for y in problem.y[:, None]:
-        method = conditioning.get_conditioning_method(
-            "ps", operator, SimpleNamespace(__name__="gaussian"), scale=0.3
-        )
-        found = sampler.p_sample_loop(
+        method = conditioning.get_conditioning_method(name, operator, noiser, **settings)
+        found = diffusion.p_sample_loop(
             model=model,
             x_start=torch.randn(1, *problem.shape[1:]).requires_grad_(),
             measurement=y,
@@ -432,6 +451,7 @@ RIVALS = {
     "ddrm": Rival(run_ddrm, "bahjat-kawar/ddrm", "ddrm", 20, {"eta": 0.85, "etab": 1.0}),
     "ddnm": Rival(run_ddnm, "wyhuai/DDNM", "ddnm", 100, {"eta": 0.85, "null": 1.0}),
     "diffpir": Rival(run_diffpir, "yuanzhi-zhu/DiffPIR", "diffpir", 100, {"lambda": 0.5}, ZETAS),
+    "mmps": Rival(run_mmps, "francois-rozet/mmps-benchmark", "mmps", 100, {}),
     "reddiff": Rival(run_reddiff, "NVlabs/RED-diff", "reddiff", 1000, {}),
     "dps": Rival(run_dps, "DPS2022/diffusion-posterior-sampling", "dps", 1000, {"scale": 0.3}),
 }
