@@ -23,7 +23,10 @@ from ncvsd_inverse.operators import (
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.protocols import SIGMA_Y
 
-__all__ = ["Task", "list_tasks", "make_task", "task_title"]
+__all__ = ["TYPICAL_MOTION", "Task", "list_tasks", "make_task", "task_title"]
+
+TYPICAL_MOTION = 6
+"""Seed of the kernel of seed 0, which covers about as many pixels as the mean of its law does."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,8 @@ _TASKS = {
     "sr4x": _Entry("Super-resolution x4", lambda size, seed: SuperResolution(4)),
     "deblur_gaussian": _Entry("Gaussian deblurring", lambda size, seed: _gaussian(size)),
     "deblur_motion": _Entry(
-        "Motion deblurring", lambda size, seed: MotionBlur(_kernel_size(size), 0.5, seed=seed)
+        "Motion deblurring",
+        lambda size, seed: MotionBlur(_kernel_size(size), 0.5, seed=seed + TYPICAL_MOTION),
     ),
     "phase_retrieval": _Entry(
         "Phase retrieval", lambda size, seed: PhaseRetrieval((max(size) + 1) // 2), _amplitudes

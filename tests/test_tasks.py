@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.tasks import list_tasks, make_task
+from ncvsd_inverse.tasks import TYPICAL_MOTION, list_tasks, make_task
 
 
 def test_the_benchmark_runs_six_tasks():
@@ -68,7 +68,7 @@ def test_blurs_have_the_stated_kernels(size, kernel_size, std):
     delta[..., height // 2, width // 2] = 1
     expected = ops.GaussianBlur(std, kernel_size)(delta)
     assert torch.allclose(make_task("deblur_gaussian", size).operator(delta), expected)
-    motion = ops.MotionBlur(kernel_size, 0.5, seed=2)(delta)
+    motion = ops.MotionBlur(kernel_size, 0.5, seed=2 + TYPICAL_MOTION)(delta)
     assert torch.allclose(make_task("deblur_motion", size, seed=2).operator(delta), motion)
 
 
@@ -110,3 +110,13 @@ def test_bad_tasks_name_the_argument(arguments, message):
 def test_seed_is_not_negative():
     with pytest.raises(ValueError, match="seed"):
         make_task("inpaint_random", 64, seed=-1)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_motion_kernel_is_a_typical_one(size):
+    def covered(kernel):
+        return float(1 / kernel.square().sum())
+
+    kernel = make_task("deblur_motion", size).operator.kernel
+    law = [covered(ops.MotionBlur(kernel.shape[-1], 0.5, seed).kernel) for seed in range(100)]
+    assert covered(kernel) == pytest.approx(sum(law) / len(law), rel=0.2)
