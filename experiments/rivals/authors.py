@@ -447,7 +447,7 @@ ZETAS = {"sr4x": {"zeta": 0.25}, "deblur_gaussian": {"zeta": 0.1}}
 
 RIVALS = {
     "daps": Rival(run_daps, "zhangbingliang2019/DAPS", "daps", 1000, {}),
-    "pnpdm": Rival(run_pnpdm, "zihuiwu/PnP-DM-public", "pnpdm", 1860, {}),
+    "pnpdm": Rival(run_pnpdm, "zihuiwu/PnP-DM-public", "pnpdm", 2022, {}),
     "ddrm": Rival(run_ddrm, "bahjat-kawar/ddrm", "ddrm", 20, {"eta": 0.85, "etab": 1.0}),
     "ddnm": Rival(run_ddnm, "wyhuai/DDNM", "ddnm", 100, {"eta": 0.85, "null": 1.0}),
     "diffpir": Rival(run_diffpir, "yuanzhi-zhu/DiffPIR", "diffpir", 100, {"lambda": 0.5}, ZETAS),
