@@ -46,6 +46,7 @@ from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 PRIOR = "ncvsd_faces64"
 IMAGES = 16
 TASKS = ("sr4x", "deblur_gaussian")
+ORIGINS = ("authors", "ours")
 FOLDER = Path(__file__).parent
 MARKS = ("<!-- written by authors.py -->", "<!-- end of authors.py -->")
 
@@ -479,7 +480,7 @@ def judge(known: KnownProblem, restored: Tensor) -> dict[str, list[float]]:
     return {name: [round(float(value), 4) for value in values] for name, values in found.items()}
 
 
-def run(name: str, code: Path, tasks: list[str], images: int, *, with_ours: bool) -> None:
+def run(name: str, code: Path, tasks: list[str], images: int, origins: list[str]) -> None:
     """Run a rival on tasks and add what it gives to the records."""
     rival = RIVALS[name]
     sys.path.insert(0, str(code.resolve()))
@@ -495,16 +496,17 @@ def run(name: str, code: Path, tasks: list[str], images: int, *, with_ours: bool
         keys = tuple((0, image) for image in range(len(known.y)))
         problem = Problem(known.y, known.task.operator, known.task.sigma_y, keys)
         models = Models(teacher, student, min(teacher.sigma_max, student.sigma_max))
-        rows: dict[str, Callable[[], Tensor]] = {"authors": partial(rival.run, problem, teacher)}
-        if with_ours:
-            method = METHODS[rival.ours]
-            settings = {**method.settings, **rival.settings, **rival.by_task.get(task, {})}
-            rows["ours"] = partial(method.run, problem, models, rival.calls, settings)
-        for by, restore in rows.items():
+        method = METHODS[rival.ours]
+        settings = {**method.settings, **rival.settings, **rival.by_task.get(task, {})}
+        rows: dict[str, Callable[[], Tensor]] = {
+            "authors": partial(rival.run, problem, teacher),
+            "ours": partial(method.run, problem, models, rival.calls, settings),
+        }
+        for by in origins:
             torch.manual_seed(0)
             started = time.perf_counter()
             with count_passes([teacher.network]) as passes:
-                restored = restore()
+                restored = rows[by]()
             record = {
                 "method": name,
                 "task": task,
@@ -543,7 +545,7 @@ def write_table() -> None:
     for name in RIVALS:
         for task in TASKS:
             cells = []
-            for origin in ("authors", "ours"):
+            for origin in ORIGINS:
                 found = by.get((name, task, origin))
                 names = ("psnr", "lpips-alex", "lpips-vgg")
                 cells.append(
@@ -571,14 +573,16 @@ def main() -> None:
     parser.add_argument("--code", type=Path, help="checkout of the authors' repository")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--images", type=int, default=IMAGES, help="from the first (%(default)s)")
-    parser.add_argument("--only-authors", action="store_true", help="leave our row out")
+    parser.add_argument(
+        "--by", nargs="+", choices=ORIGINS, default=list(ORIGINS), help="whose code"
+    )
     parser.add_argument("--table", action="store_true", help="write the table into README.md")
     args = parser.parse_args()
     if args.method:
         if args.code is None or not args.code.is_dir():
             parser.error(f"--code must be a folder, got {args.code}")
         os.environ.setdefault("MPLBACKEND", "agg")
-        run(args.method, args.code, args.task, args.images, with_ours=not args.only_authors)
+        run(args.method, args.code, args.task, args.images, args.by)
     if args.table:
         write_table()
 
