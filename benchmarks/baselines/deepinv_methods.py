@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from baselines.physics import (
     OwnDraws,
     TeacherDenoiser,
@@ -165,7 +165,7 @@ METHODS: tuple[Method, ...] = (
         calls=(100, 1000),
         reference="chung2023dps",
         settings={"weight": 10.0},
-        grid={"weight": (1.0, 3.0, 10.0, 30.0)},
+        search={"weight": Ladder()},
     ),
     Method(
         name="ddrm",
@@ -177,7 +177,10 @@ METHODS: tuple[Method, ...] = (
         calls=(20, 100),
         reference="kawar2022ddrm",
         settings={"eta": 0.85, "etab": 1.0},
-        grid={"eta": (0.7, 0.85, 1.0), "etab": (0.7, 0.85, 1.0)},
+        search={
+            "eta": Ladder(values=(0.0, 0.3, 0.5, 0.7, 0.85, 1.0)),
+            "etab": Ladder(values=(0.0, 0.3, 0.5, 0.7, 0.85, 1.0)),
+        },
     ),
     Method(
         name="diffpir",
@@ -189,7 +192,11 @@ METHODS: tuple[Method, ...] = (
         calls=(20, 100),
         reference="zhu2023diffpir",
         settings={"lambda": 7.0, "zeta": 0.3},
-        grid={"lambda": (2.0, 7.0, 20.0), "zeta": (0.1, 0.3, 1.0)},
+        search={
+            "lambda": Ladder(),
+            "zeta": Ladder(values=(0.0, 0.1, 0.3, 0.5, 0.7, 1.0)),
+        },
+        least_calls=2,
     ),
     Method(
         name="pigdm",
@@ -201,6 +208,6 @@ METHODS: tuple[Method, ...] = (
         calls=(20, 100),
         reference="song2023pigdm",
         settings={"weight": 1.0},
-        grid={"weight": (0.3, 0.6, 1.0, 2.0)},
+        search={"weight": Ladder()},
     ),
 )

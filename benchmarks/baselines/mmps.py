@@ -23,7 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal
 from ncvsd_inverse.protocols import Denoiser, LinearOperator
@@ -87,5 +87,8 @@ METHOD = Method(
     calls=(4, 10, 20, 100),
     reference="rozet2024mmps",
     settings={"iterations": 5, "eta": 1.0},
-    grid={"iterations": (1, 3, 5), "eta": (0.0, 0.5, 1.0)},
+    search={
+        "eta": Ladder(values=(0.0, 0.25, 0.5, 0.75, 1.0)),
+        "iterations": Ladder(kind="count", most=20),
+    },
 )

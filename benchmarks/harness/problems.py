@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ __all__ = [
     "DATA_VARIABLE",
     "Images",
     "KnownProblem",
-    "find_test_set",
+    "find_images",
     "load_images",
     "make_problem",
 ]
@@ -71,10 +72,10 @@ class KnownProblem:
     y: Tensor
 
 
-def find_test_set(prior: str) -> Path | None:
-    """Return the test set of a named prior, NAME/test.zip in the folder $NCVSD_DATA, if there."""
+def find_images(prior: str, part: Literal["test", "val"]) -> Path | None:
+    """Return images of a named prior, NAME/test.zip or val.zip in the folder $NCVSD_DATA."""
     folder = os.environ.get(DATA_VARIABLE)
-    path = Path(folder or "", prior.removeprefix("ncvsd_"), "test.zip")
+    path = Path(folder or "", prior.removeprefix("ncvsd_"), f"{part}.zip")
     return path if folder and path.is_file() else None
 
 
