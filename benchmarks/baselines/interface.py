@@ -59,17 +59,38 @@ class Ladder:
             steps: up, or down if negative; parts of a step of listed values are left out.
             calls: network calls of the run.
         """
-        most = min(self.most, calls) if self.kind == "calls" else self.most
+        steps = self.bound(start, steps, calls)
         if self.values:
-            allowed = [value for value in self.values if value <= most] or [self.values[0]]
-            nearest = min(range(len(allowed)), key=lambda place: abs(allowed[place] - start))
-            return allowed[min(max(nearest + int(steps), 0), len(allowed) - 1)]
-        value = min(max(start, self.least), most)
+            allowed, nearest = self._listed(start, calls)
+            return allowed[nearest + int(steps)]
+        least, most = self._range(calls)
+        value = min(max(start, least), most)
         if steps:
             value = float(f"{value * self.factor**steps:.3g}")
-        if self.kind != "real":
-            value = max(1, round(value))
-        return min(max(value, self.least), most)
+        return min(max(value if self.kind == "real" else round(value), least), most)
+
+    def bound(self, start: float, steps: float, calls: int) -> float:
+        """Return `steps`, or the steps to the bound that lies before; see `value`."""
+        if self.values:
+            allowed, nearest = self._listed(start, calls)
+            return min(max(steps, -nearest), len(allowed) - 1 - nearest)
+        least, most = self._range(calls)
+        value = min(max(start, least), most)
+        down = math.log(least / value, self.factor) if least > 0 else -math.inf
+        return min(max(steps, down), math.log(most / value, self.factor))
+
+    def _range(self, calls: int) -> tuple[float, float]:
+        """Return the least and the largest value."""
+        if self.kind == "real":
+            return self.least, self.most
+        least = max(self.least, 1)
+        return least, max(least, min(self.most, calls) if self.kind == "calls" else self.most)
+
+    def _listed(self, start: float, calls: int) -> tuple[list[float], int]:
+        """Return the listed values that may be tried, and the place of the one nearest `start`."""
+        _, most = self._range(calls)
+        allowed = [value for value in self.values if value <= most] or [self.values[0]]
+        return allowed, min(range(len(allowed)), key=lambda place: abs(allowed[place] - start))
 
 
 @dataclass(frozen=True)
@@ -141,8 +162,12 @@ class Method:
             raise ValueError(f"calls must be at least {least} each, got {self.calls}")
         if self.network == "none" and set(self.calls) != {0}:
             raise ValueError(f"calls must be (0,) without a network, got {self.calls}")
-        for name in self.search:
+        for name, ladder in self.search.items():
             check_choice("each name in search", name, self.settings)
+            if not ladder.values and not self.settings[name] > 0:
+                raise ValueError(
+                    f"{name} must be positive to be searched by factors, got {self.settings[name]}"
+                )
 
     def settings_at(self, calls: int, found: Settings | None = None) -> Settings:
         """Return the settings of a run of so many network passes.

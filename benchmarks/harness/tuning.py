@@ -110,17 +110,18 @@ class Search:
         for place, name in enumerate(self.ladders):
             for way, farthest in ((1.0, max), (-1.0, min)):
                 if values[name] == farthest(settings[name] for settings in known):
-                    yield _moved(best, place, way)
+                    yield self._moved(best, place, way)
 
     def _around(self, best: Position) -> Iterator[Position]:
         for halvings in range(_FINEST + 1):
             for place in range(len(best)):
                 for way in (1.0, -1.0):
-                    yield _moved(best, place, way * 0.5**halvings)
+                    yield self._moved(best, place, way * 0.5**halvings)
 
-
-def _moved(position: Position, place: int, steps: float) -> Position:
-    return (*position[:place], position[place] + steps, *position[place + 1 :])
+    def _moved(self, position: Position, place: int, steps: float) -> Position:
+        name, ladder = list(self.ladders.items())[place]
+        moved = ladder.bound(self.start[name], position[place] + steps, self.calls)
+        return (*position[:place], moved, *position[place + 1 :])
 
 
 @dataclass(frozen=True)
@@ -244,8 +245,8 @@ def fit_plan(searches: _Searches, costs: _Costs, *, images: int, trials: int, ho
         took = _hours(plan, searches, costs)
         full = full or took
         if took <= hours:
-            cut = f"{images} images and {trials} trials would take {full:.3g} hours of {hours:g}"
-            return replace(plan, hours=round(took, 3), cut="" if took == full else cut)
+            cut = f"{images} images and {trials} trials would take {full:.3g} hours of {hours:.3g}"
+            return replace(plan, hours=float(f"{took:.3g}"), cut="" if took == full else cut)
     raise ValueError(
         f"--hours must be at least {took:.3g} for these tasks, methods and calls, with "
         f"{least_images} images and {least_trials} trials, got {hours:g}"
