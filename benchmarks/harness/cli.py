@@ -23,7 +23,8 @@ from harness.cache import Cache, describe_environment, make_key, make_record, na
 from harness.problems import (
     DATA_VARIABLE,
     KnownProblem,
-    find_images,
+    find_test_set,
+    find_validation_set,
     load_images,
     make_problem,
 )
@@ -101,7 +102,7 @@ def run_tuning(methods: _Methods, arguments: Sequence[str] | None = None) -> int
         if not args.hours > 0:
             raise ValueError(f"--hours must be positive, got {args.hours:g}")
         check_count("--trials", args.trials)
-        args.data = args.data or find_images(args.prior, "val")
+        args.data = args.data or find_validation_set(args.prior)
         if args.data is None:
             raise ValueError(
                 "--data must be given, as there is no validation set of --prior in the folder that "
@@ -261,7 +262,7 @@ def _prepare(
     if not isinstance(teacher, DiffusionPrior):
         raise ValueError(f"--teacher must be a teacher, got {args.teacher}, a distilled prior")
     notices = []
-    source = args.data or find_images(args.prior, "test")
+    source = args.data or find_test_set(args.prior)
     if source is None:
         notices.append(
             "no --data, and no test set in the folder that "

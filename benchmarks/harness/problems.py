@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ __all__ = [
     "DATA_VARIABLE",
     "Images",
     "KnownProblem",
-    "find_images",
+    "find_test_set",
+    "find_validation_set",
     "load_images",
     "make_problem",
 ]
@@ -72,10 +72,19 @@ class KnownProblem:
     y: Tensor
 
 
-def find_images(prior: str, part: Literal["test", "val"]) -> Path | None:
-    """Return images of a named prior, NAME/test.zip or val.zip in the folder $NCVSD_DATA."""
+def find_test_set(prior: str) -> Path | None:
+    """Return the test set of a named prior, NAME/test.zip in the folder $NCVSD_DATA, if there."""
+    return _find(prior, "test.zip")
+
+
+def find_validation_set(prior: str) -> Path | None:
+    """Return the validation set of a named prior, val.zip beside its test set, if there."""
+    return _find(prior, "val.zip")
+
+
+def _find(prior: str, name: str) -> Path | None:
     folder = os.environ.get(DATA_VARIABLE)
-    path = Path(folder or "", prior.removeprefix("ncvsd_"), f"{part}.zip")
+    path = Path(folder or "", prior.removeprefix("ncvsd_"), name)
     return path if folder and path.is_file() else None
 
 

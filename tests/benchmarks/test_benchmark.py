@@ -20,7 +20,7 @@ import typer
 
 from baselines.interface import Ladder, Method
 from harness import cache, cli
-from harness.problems import find_images, load_images
+from harness.problems import find_test_set, find_validation_set, load_images
 from harness.records import RECORDS, read_records
 from harness.runner import choose_calls, measure_call, nearest_calls
 from harness.tuning import Cost, Search, fit_plan
@@ -488,11 +488,11 @@ def test_images_without_data_are_the_test_set_or_shipped(place, tmp_path, monkey
     assert torch.equal(crops.x0[2:], whole[..., 8:32, 8:32])
     assert crops.sha256(2) == load_images(place / "of40", 2, prior=prior, size=24).sha256(3)
     monkeypatch.setenv("NCVSD_DATA", str(tmp_path))
-    assert find_images("ncvsd_faces64", "test") is None
+    assert find_test_set("ncvsd_faces64") is None
     (tmp_path / "faces64").mkdir()
     (tmp_path / "faces64" / "test.zip").touch()
-    assert find_images("ncvsd_faces64", "test") == tmp_path / "faces64" / "test.zip"
-    assert find_images("ncvsd_faces64", "val") is None
+    assert find_test_set("ncvsd_faces64") == tmp_path / "faces64" / "test.zip"
+    assert find_validation_set("ncvsd_faces64") is None
 
 
 def test_numbers_of_calls_are_those_a_method_can_run_at(run, tmp_path):
