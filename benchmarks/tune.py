@@ -1,12 +1,14 @@
 r"""Choose the settings of restoration methods on validation images, by one budget for all.
 
-    python benchmarks/tune.py --task all --prior ncvsd_faces64 --data DIR/faces64/val.zip \
-        --images 8 --out benchmarks/tuned/faces64.json
+    python benchmarks/tune.py --prior ncvsd_faces64
 
-Tries at most nine combinations of settings for each method and task, at 10 network calls or, if a
-method has no such row, its smallest number, and keeps grid, scores and choice in the output file,
-where run.py finds them. The score is lpips-alex, or psnr for images too small for it. A stopped run
-goes on with the same command.
+Searches the settings of each method for each task and number of network calls, with as many trials
+and the same images for all, and keeps trials, scores and choice in `benchmarks/tuned`, where run.py
+finds them. It times a few calls first: where the whole takes more than `--hours`, two evenings of
+one core, it cuts images, then trials, and the file says so. Methods of more than 100 calls have
+eight images and half the trials, from the settings of 100. The score is the geometric mean of the
+mean lpips-alex and the mean lpips-vgg; psnr for images too small for them. A stopped run goes on
+with the same command. `--help` tells more.
 """
 
 import sys

@@ -160,7 +160,7 @@ COMMANDS: dict[str, Short | Skipped] = {
     f"{RUN} --task sr4x": Short(
         f"{RUN} --task sr4x {ONE} --out shipped_pictures", makes=("shipped_pictures/report.html",)
     ),
-    f"{RUN} --task all --nfe 4 10 20 50 --out results": Short(
+    f"{RUN} --task all --nfe 4 10 20 100 --out results": Short(
         f"{RUN} --task all --nfe 1 --out results --images 1 --methods ncvsd",
         makes=("results/report.html",),
         slow=True,
@@ -193,12 +193,16 @@ COMMANDS: dict[str, Short | Skipped] = {
         needs=(f"{RUN} --task all --prior ncvsd_faces64 --out benchmarks/results/faces64",),
         slow=True,
     ),
-    "python benchmarks/tune.py --task all --prior ncvsd_faces64 --data DIR/faces64/val.zip "
-    "--images 8 --out benchmarks/tuned/faces64.json": Short(
-        "python benchmarks/tune.py --task sr4x --prior ncvsd_faces64 --data DIR/faces64/val.zip "
-        "--images 1 --out tuned.json --methods tv",
+    "python benchmarks/tune.py --prior ncvsd_faces64": Short(
+        "python benchmarks/tune.py --prior ncvsd_faces64 --task sr4x --data DIR/faces64/val.zip "
+        "--images 1 --out tuned.json --methods tv --trials 2",
         makes=("tuned.json",),
         lpips=True,
+    ),
+    f"{RUN} --task sr4x --methods my_methods.py:METHOD ncvsd": Short(
+        f"{RUN} --task sr4x --methods my_methods.py:METHOD ncvsd --images 1 --nfe 1 --out plugged",
+        makes=("plugged/report.html",),
+        needs=("my_methods.py",),
     ),
     "python benchmarks/sanity.py": Short(
         "python benchmarks/sanity.py --methods pinv --size 8 --replicas 4"
@@ -516,7 +520,19 @@ def write_shapes(path):
     (path / f"{name}.json").write_text(json.dumps(shapes[name]))
 
 
-INPUTS = {"checkpoint.pt": write_checkpoint, "vae": write_vae, "SHAPES": write_shapes}
+def write_methods(path):
+    """Write the example of a method of one's own."""
+    page = (ROOT / "benchmarks" / "results" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    path.write_text(code)
+
+
+INPUTS = {
+    "checkpoint.pt": write_checkpoint,
+    "my_methods.py": write_methods,
+    "vae": write_vae,
+    "SHAPES": write_shapes,
+}
 
 SERVER = """
 import json, os, runpy, signal, sys, traceback
@@ -576,7 +592,7 @@ class Place:
             or name.removeprefix("NCVSD_").lower() in kept
         } | {
             "HOME": str(folder / "home"),
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "benchmarks"))),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }

@@ -6,7 +6,7 @@ They are point estimates for linear problems.
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from baselines.physics import finish, linear, make_physics, pseudo_inverse
 from ncvsd_inverse.numerics import conjugate_gradient
 
@@ -114,7 +114,7 @@ METHODS: tuple[Method, ...] = (
         calls=(0,),
         reference="wiener1949",
         settings={"std": 0.5, "exponent": 2.5},
-        grid={"std": (0.25, 0.5, 1.0), "exponent": (2.0, 2.5, 3.0)},
+        search={"std": Ladder(), "exponent": Ladder(1.2)},
     ),
     Method(
         name="tv",
@@ -126,6 +126,6 @@ METHODS: tuple[Method, ...] = (
         calls=(0,),
         reference="rudin1992tv",
         settings={"weight": 10.0},
-        grid={"weight": (2.0, 5.0, 10.0, 20.0, 40.0)},
+        search={"weight": Ladder()},
     ),
 )

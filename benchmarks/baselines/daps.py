@@ -30,7 +30,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings, misfit_gradient
+from baselines.interface import Ladder, Method, Models, Problem, Settings, misfit_gradient
 from ncvsd_inverse import karras
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import draw_normal
@@ -85,5 +85,5 @@ METHOD = Method(
     calls=(100, 1000),
     reference="zhang2025daps",
     settings={"ode_steps": 5, "sigma_max": 100.0, "sigma_min": 0.1, "tau": 0.01, "rate": 1e-4},
-    grid={"ode_steps": (2, 5), "rate": (5e-5, 1e-4), "sigma_min": (0.05, 0.1)},
+    search={"ode_steps": Ladder(kind="calls"), "rate": Ladder(), "sigma_min": Ladder()},
 )

@@ -38,7 +38,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal, hartley
 from ncvsd_inverse.operators import Blur, Inpaint, SuperResolution
@@ -182,5 +182,8 @@ METHOD = Method(
     calls=(20, 100),
     reference="wang2023ddnm",
     settings={"eta": 0.85, "null": 0.85},
-    grid={"eta": (0.0, 0.5, 0.85, 1.0)},
+    search={
+        "eta": Ladder(values=(0.0, 0.3, 0.5, 0.7, 0.85, 1.0)),
+        "null": Ladder(values=(0.0, 0.3, 0.5, 0.7, 0.85, 1.0)),
+    },
 )

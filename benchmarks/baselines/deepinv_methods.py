@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from baselines.physics import (
     OwnDraws,
     TeacherDenoiser,
@@ -60,8 +60,8 @@ def run_diffpir(problem: Problem, models: Models, calls: int, settings: Settings
 
     It works on images in [0, 1]. Its `lambda` is twice that of the paper, 2 being the weight of
     Bayes' rule: it takes levels in units of [-1, 1] with sigma_y in units of [0, 1] (a factor 4)
-    and halves the step (a factor 1/2). Its last call is made but not used: it returns the state
-    before, with noise of std 0.01.
+    and halves the step (a factor 1/2). The authors' code has 1 where this has 0.5. The last call is
+    made but not used, as there: what is returned is the state before, with noise of std 0.01.
 
     Source:
         Zhu et al., arXiv 2305.08995; `lambda` and `zeta` as there.
@@ -102,7 +102,10 @@ METHODS: tuple[Method, ...] = (
         calls=(20, 100),
         reference="kawar2022ddrm",
         settings={"eta": 0.85, "etab": 1.0},
-        grid={"eta": (0.7, 0.85, 1.0), "etab": (0.7, 0.85, 1.0)},
+        search={
+            "eta": Ladder(values=(0.0, 0.3, 0.5, 0.7, 0.85, 1.0)),
+            "etab": Ladder(values=(0.0, 0.3, 0.5, 0.7, 0.85, 1.0)),
+        },
     ),
     Method(
         name="diffpir",
@@ -114,6 +117,10 @@ METHODS: tuple[Method, ...] = (
         calls=(20, 100),
         reference="zhu2023diffpir",
         settings={"lambda": 7.0, "zeta": 0.3},
-        grid={"lambda": (2.0, 7.0, 20.0), "zeta": (0.1, 0.3, 1.0)},
+        search={
+            "lambda": Ladder(),
+            "zeta": Ladder(values=(0.0, 0.1, 0.3, 0.5, 0.7, 1.0)),
+        },
+        least_calls=2,
     ),
 )

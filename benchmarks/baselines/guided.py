@@ -32,7 +32,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from baselines.physics import linear
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import conjugate_gradient, draw_normal
@@ -142,7 +142,7 @@ METHODS: tuple[Method, ...] = (
         calls=(100, 1000),
         reference="chung2023dps",
         settings={"scale": 0.3},
-        grid={"scale": (0.03, 0.1, 0.3, 1.0)},
+        search={"scale": Ladder()},
     ),
     _guided(
         name="pigdm",
@@ -152,7 +152,7 @@ METHODS: tuple[Method, ...] = (
         calls=(20, 100),
         reference="song2023pigdm",
         settings={"weight": 1.0},
-        grid={"weight": (0.3, 0.6, 1.0, 2.0)},
+        search={"weight": Ladder()},
     ),
     _guided(
         name="mmps",
@@ -162,6 +162,9 @@ METHODS: tuple[Method, ...] = (
         calls=(4, 10, 20, 100),
         reference="rozet2024mmps",
         settings={"iterations": 5, "eta": 1.0},
-        grid={"iterations": (1, 5, 12), "eta": (0.0, 0.5, 1.0)},
+        search={
+            "iterations": Ladder(kind="count", most=20),
+            "eta": Ladder(values=(0.0, 0.25, 0.5, 0.75, 1.0)),
+        },
     ),
 )

@@ -19,11 +19,12 @@ Source:
     Peng et al., arXiv 2506.09416.
 """
 
+import math
 from typing import Literal
 
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from ncvsd_inverse import karras, solve
 from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.protocols import LinearOperator, Prior
@@ -111,6 +112,12 @@ def _chains(problem: Problem, nfe: int) -> int:
     return next(fits, 1)
 
 
+_TEMPERED_SEARCH = {
+    "temperature": Ladder(math.sqrt(2), most=1.0),
+    "noise": Ladder(math.sqrt(2)),
+    "first": Ladder(values=(0.0, 0.2, 0.4, 0.8, 1.6)),
+}
+
 OURS = (
     Method(
         name="ncvsd",
@@ -132,7 +139,7 @@ OURS = (
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
         settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
-        grid={"temperature": (0.4, 0.7), "noise": (0.5, 0.7), "first": (0.0, 0.4)},
+        search=_TEMPERED_SEARCH,
     ),
     Method(
         name="teacher-gaussian",
@@ -144,7 +151,7 @@ OURS = (
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
         settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
-        grid={"temperature": (0.4, 0.7), "noise": (0.5, 0.7), "first": (0.0, 0.4)},
+        search=_TEMPERED_SEARCH,
     ),
     Method(
         name="ncvsd-published",

@@ -4,27 +4,30 @@ A linear operator is the same matrix in every unit; only
 what is affine differs, so images in [0, 1] cost a shift of the measurement, `unit_measurement`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from baselines.interface import Problem
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from ncvsd_inverse import DivergenceError
 from ncvsd_inverse.numerics import draw_normal, expand_level, hartley
 from ncvsd_inverse.operators import Blur, Denoise, Inpaint, SuperResolution
-from ncvsd_inverse.protocols import Denoiser, Operator, SolvableOperator
+from ncvsd_inverse.protocols import Denoiser, LinearOperator, Operator, SolvableOperator
 
 __all__ = [
     "BLUR_FLOOR",
+    "MakeReconstructor",
     "OwnDraws",
     "SingularSystem",
     "TeacherDenoiser",
     "UnitDenoiser",
+    "deepinv_reconstructor_method",
     "finish",
     "linear",
     "make_decomposed_physics",
@@ -32,6 +35,7 @@ __all__ = [
     "pseudo_inverse",
     "singular_system",
     "unit_measurement",
+    "unit_problem",
 ]
 
 BLUR_FLOOR = 1e-3
@@ -320,3 +324,93 @@ def finish(problem: Problem, x0: Tensor) -> Tensor:
     if not bool(x0.isfinite().all()):
         raise DivergenceError("x0 must stay finite, got NaN or infinity at the end of the method")
     return x0.detach().to(problem.y.dtype)
+
+
+MakeReconstructor: TypeAlias = Callable[[nn.Module, float, int, Settings], nn.Module]
+"""(denoiser, sigma, network calls, settings) -> a deepinv reconstructor, called as (y, physics).
+
+All is in units of images in [0, 1]: the denoiser, the teacher as (x, sigma) -> clean images, sigma,
+the noise std of y, and what the reconstructor returns.
+"""
+
+
+def deepinv_reconstructor_method(
+    name: str,
+    title: str,
+    make: MakeReconstructor,
+    *,
+    calls: tuple[int, ...] = (0,),
+    least_calls: int = 1,
+    samples: bool = False,
+    linear_only: bool = True,
+    settings: Settings | None = None,
+    search: Mapping[str, Ladder] | None = None,
+    reference: str = "",
+) -> Method:
+    """Return a deepinv reconstructor as a method of the benchmark.
+
+    It is given one image at a time with the task's operator as physics (`unit_problem`), and draws
+    from torch's global generator, which is seeded by the image and left as it was.
+
+    Args:
+        name: by which it is asked for and recorded.
+        title: its name in tables.
+        make: makes the reconstructor, anew for each image; one with weights should load them once.
+        calls: network passes of the teacher at which it is run; (0,): it does not use the teacher.
+        least_calls: fewest of them.
+        samples: whether it draws from the posterior.
+        linear_only: whether it takes linear physics alone.
+        settings: values of all free settings.
+        search: those that are tuned.
+        reference: key of its paper in `references.bib`.
+    """
+    return Method(
+        name=name,
+        title=title,
+        run=partial(_reconstruct, make),
+        network="none" if calls == (0,) else "teacher",
+        samples=samples,
+        linear_only=linear_only,
+        calls=calls,
+        reference=reference,
+        settings=settings or {},
+        search=search or {},
+        least_calls=least_calls,
+    )
+
+
+def _reconstruct(
+    make: MakeReconstructor, problem: Problem, models: Models, calls: int, settings: Settings
+) -> Tensor:
+    y, physics, sigma = unit_problem(problem)
+    denoiser = UnitDenoiser(TeacherDenoiser(models.teacher, models.sigma_max))
+    restored = []
+    for image, generator in enumerate(problem.generators()):
+        with torch.random.fork_rng([y.device] if y.is_cuda else []):
+            torch.manual_seed(generator.initial_seed())
+            model = make(denoiser, sigma, calls, settings)
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"make must return a module, got {type(model).__name__}")
+            restored.append(model.to(y.device).eval()(y[image : image + 1], physics).detach())
+    return finish(problem, 2 * torch.cat(restored) - 1)
+
+
+def unit_problem(problem: Problem) -> tuple[Tensor, nn.Module, float]:
+    """Return measurements, physics and noise std of images in [0, 1].
+
+    The physics have the noise as their noise model. A linear operator stays linear: its
+    measurements are shifted, see `unit_measurement`.
+    """
+    from deepinv.physics import GaussianNoise, Physics
+
+    operator, y, sigma = problem.operator, problem.y, problem.sigma_y
+    if isinstance(operator, LinearOperator):
+        physics, y, sigma = (
+            make_physics(operator, y.device),
+            unit_measurement(operator, y),
+            sigma / 2,
+        )
+    else:
+        physics = Physics(A=lambda x, **_: operator(2 * x - 1))
+    physics.noise_model = GaussianNoise(sigma)
+    return y, physics.to(y.device), sigma

@@ -31,7 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings
+from baselines.interface import Ladder, Method, Models, Problem, Settings
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import Denoiser, Generators
@@ -142,5 +142,6 @@ METHOD = Method(
     calls=(100, 1000),
     reference="wu2024pnpdm",
     settings={"grid": 100, "rho_max": 10.0, "rho_min": 0.3},
-    grid={"grid": (25, 50, 100), "rho_min": (0.05, 0.1, 0.3)},
+    search={"rho_min": Ladder(), "grid": Ladder(kind="calls", least=2)},
+    least_calls=2,
 )

@@ -22,7 +22,7 @@ Source:
 import torch
 from torch import Tensor
 
-from baselines.interface import Method, Models, Problem, Settings, misfit_gradient
+from baselines.interface import Ladder, Method, Models, Problem, Settings, misfit_gradient
 from ncvsd_inverse.checks import check_stays_finite
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.sampling.likelihood import likelihood_step
@@ -71,5 +71,5 @@ METHOD = Method(
     calls=(100, 1000),
     reference="mardani2024reddiff",
     settings={"rate": 0.1, "lambda": 0.25},
-    grid={"rate": (0.03, 0.1), "lambda": (0.025, 0.1, 0.25, 1.0)},
+    search={"lambda": Ladder(), "rate": Ladder()},
 )

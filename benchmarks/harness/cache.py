@@ -57,14 +57,12 @@ _LIBRARIES = ("torch", "numpy", "deepinv", "lpips", "piq")
 def hash_code(run: Run) -> str:
     """Return the SHA-256 of a method's code.
 
-    That is the module of `run` and, of `OWN_CODE`, what this uses, and so on. What changes no
-    value is left out: comments, docstrings, annotations, `__all__`, the names of modules, and from
-    where in this repository something is imported.
+    That is the module of `run`, those of functions that it was given as a partial one, and, of
+    `OWN_CODE`, what these use, and so on. What changes no value is left out: comments, docstrings,
+    annotations, `__all__`, the names of modules, and from where in this repository something is
+    imported.
     """
-    function: object = run
-    while isinstance(function, partial):
-        function = function.func
-    waiting = [sys.modules[function.__module__]]
+    waiting = [sys.modules[name] for name in _modules_of(run)]
     found: dict[str, str] = {}
     while waiting:
         module = waiting.pop()
@@ -76,6 +74,14 @@ def hash_code(run: Run) -> str:
             if used in sys.modules and _is_in(used, OWN_CODE):
                 waiting.append(sys.modules[used])
     return hashlib.sha256("".join(sorted(found.values())).encode()).hexdigest()
+
+
+def _modules_of(function: object) -> list[str]:
+    """Return the modules of a function and, if it is partial, of the functions it was given."""
+    if not isinstance(function, partial):
+        return [_home(function)]
+    given = [part for part in (*function.args, *function.keywords.values()) if callable(part)]
+    return [name for part in (function.func, *given) for name in _modules_of(part)]
 
 
 def _home(value: object) -> str:
@@ -158,7 +164,8 @@ def make_record(
         reference=row.method.reference,
         nfe=row.nfe,
         settings=dict(row.settings),
-        tuned=row.tuned,
+        tuned=row.tuned is not None,
+        tuned_calls=row.tuned,
         data=setup.images.name,
         data_sha256=setup.images.sha256(row.images),
         size=setup.images.size,

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -16,18 +18,28 @@ import torch
 from torch import Tensor
 
 from baselines.interface import Method, Models
+from baselines.registry import find_methods
 from harness.cache import Cache, describe_environment, make_key, make_record, narrow
 from harness.problems import (
     DATA_VARIABLE,
     KnownProblem,
     find_test_set,
+    find_validation_set,
     load_images,
     make_problem,
 )
 from harness.records import METRICS, RECORDS, Record, read_records
-from harness.runner import Row, Setup, is_ours, plan_rows, run_row
+from harness.runner import Row, Setup, choose_calls, plan_rows, run_row
 from harness.scores import applicable, choose_metrics
-from harness.tuning import open_tuning, read_tuned, tune
+from harness.tuning import (
+    Plan,
+    estimate_costs,
+    fit_plan,
+    list_searches,
+    open_tuning,
+    read_tuned,
+    tune,
+)
 from ncvsd_inverse import CheckpointError, list_tasks, load_prior, write_image
 from ncvsd_inverse.checks import check_choice, check_count
 from ncvsd_inverse.machine import find_device
@@ -79,21 +91,57 @@ def run(methods: _Methods, arguments: Sequence[str] | None = None) -> int:
 
 
 def run_tuning(methods: _Methods, arguments: Sequence[str] | None = None) -> int:
-    """Tune the methods of a command line; return the exit status, 2 for bad input."""
+    """Tune the methods of a command line; return the exit status, 2 for bad input.
+
+    Args:
+        methods: what can be tuned, by name.
+        arguments: of the command line; None: those of this process.
+    """
     try:
         args = _tune_parser().parse_args(arguments)
-        if args.out.is_dir() or not os.access(args.out.absolute().parent, os.W_OK):
-            raise ValueError(f"--out must be a file in a writable folder, got {args.out}")
+        if not args.hours > 0:
+            raise ValueError(f"--hours must be positive, got {args.hours:g}")
+        check_count("--trials", args.trials)
+        args.data = args.data or find_validation_set(args.prior)
+        if args.data is None:
+            raise ValueError(
+                "--data must be given, as there is no validation set of --prior in the folder that "
+                f"{DATA_VARIABLE} names"
+            )
         setup, problems, chosen, notices = _prepare(args, methods)
+        path = args.out or _tuned_file(setup.prior)
+        if args.out is None:
+            path.parent.mkdir(exist_ok=True)
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ValueError(f"--out must be a file in a writable folder, got {path}")
         small = min(setup.images.size) < SMALLEST_SIDE["lpips"]
-        metrics, _ = choose_metrics(["psnr" if small else "lpips-alex"], setup.images.x0, 1)
+        names = ["psnr"] if small else ["lpips-alex", "lpips-vgg"]
+        metrics, _ = choose_metrics(names, setup.images.x0, 1)
         setup = replace(setup, metrics=metrics)
-        content = open_tuning(setup, chosen, args.out)
+        calls = _calls(args.calls, chosen, args.methods, flag="--calls")
+        searches = list_searches(problems, chosen, calls)
+        content = open_tuning(setup, {"images": args.images, "trials": args.trials}, path)
+        for notice in notices:
+            print(notice)
+        if "plan" in content:
+            plan = Plan(**content["plan"])
+            print(f"as in {path}: {plan.describe()}", flush=True)
+        else:
+            costs = estimate_costs(setup, problems, searches)
+            plan = fit_plan(
+                searches,
+                costs,
+                images=len(setup.images.x0),
+                trials=args.trials,
+                hours=args.hours,
+            )
+            content["plan"] = asdict(plan)
+            print(plan.describe(), flush=True)
     except (ValueError, TypeError, CheckpointError, OSError) as error:
         return _refuse(error)
-    for notice in notices:
-        print(notice)
-    tune(setup, problems, chosen, args.out, content, lambda line: print(line, flush=True))
+    started = time.monotonic()
+    made = tune(setup, problems, searches, plan, path, content, partial(print, flush=True))
+    print(f"{path}: {made} new trials in {(time.monotonic() - started) / 3600:.3g} hours")
     return 0
 
 
@@ -150,14 +198,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _shared_arguments(parser: argparse.ArgumentParser, *, images: int) -> None:
+def _shared_arguments(parser: argparse.ArgumentParser, *, images: int, all_tasks: bool) -> None:
     """Add the arguments that both commands have."""
     add = parser.add_argument
     names = ", ".join(list_tasks())
-    add("--task", nargs="+", action="extend", required=True, help=f"{names}, or all")
+    tasks = f"{names}, or all" + ("; all" if all_tasks else "")
+    add("--task", nargs="+", action="extend", required=not all_tasks, help=tasks)
     add("--prior", default="ncvsd_faces64", help="distilled prior, a name or path")
     add("--teacher", help="its teacher, a name or path; PRIOR_teacher")
-    add("--methods", nargs="+", help="names of methods; all")
+    add("--methods", nargs="+", help="names, or module:NAME or FILE.py:NAME of your own; all")
     add("--images", type=int, default=images, help="images, from the first (%(default)s)")
     add("--size", type=int, default=96, help="side of crops for priors of any size (%(default)s)")
     add("--batch-size", type=int, default=16, help="images at a time (%(default)s)")
@@ -167,9 +216,9 @@ def _shared_arguments(parser: argparse.ArgumentParser, *, images: int) -> None:
 
 def _run_parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Hold restoration methods side by side, per network call.")
-    _shared_arguments(parser, images=100)
+    _shared_arguments(parser, images=100, all_tasks=False)
     add = parser.add_argument
-    add("--nfe", type=int, nargs="+", help="calls of our methods, and of those in --methods")
+    add("--nfe", type=int, nargs="+", help="network calls, where a method can run; its own")
     add("--slow-images", type=int, default=20, help="images of over 100 calls (%(default)s)")
     add("--draws", type=int, default=1, help="draws an image of methods that sample (%(default)s)")
     add("--metrics", nargs="+", help=f"{', '.join(METRICS)}; all that can be computed")
@@ -181,9 +230,14 @@ def _run_parser() -> argparse.ArgumentParser:
 
 def _tune_parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Choose the settings of methods on validation images.")
-    _shared_arguments(parser, images=8)
-    parser.add_argument("--data", type=Path, required=True, help="folder or zip of images")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file, gone on with if there")
+    _shared_arguments(parser, images=32, all_tasks=True)
+    add = parser.add_argument
+    numbers = [4, 10, 20, 100, 1000]
+    add("--calls", type=int, nargs="+", default=numbers, help="network calls (%(default)s)")
+    add("--trials", type=int, default=8, help="trials of each search (%(default)s)")
+    add("--hours", type=float, default=12.0, help="time it may take, else cut (%(default)s)")
+    add("--data", type=Path, help=f"folder or zip of images; the prior's in ${DATA_VARIABLE}")
+    add("--out", type=Path, help="JSON file, gone on with if there; where run.py looks for it")
     parser.set_defaults(draws=1, metrics=("psnr",))
     return parser
 
@@ -192,10 +246,10 @@ def _prepare(
     args: argparse.Namespace, methods: _Methods
 ) -> tuple[Setup, dict[str, KnownProblem], list[Method], list[str]]:
     """Check what was asked for and load it: setup, problems, methods, and lines to print."""
+    args.task = args.task or ["all"]
     for task in args.task:
         check_choice("--task", task, [*list_tasks(), "all"])
-    for name in args.methods or ():
-        check_choice("--methods", name, methods)
+    chosen = find_methods(args.methods, methods) if args.methods else list(methods.values())
     for name in ("images", "size", "batch_size", "draws"):
         check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     check_count("--seed", args.seed, least=0)
@@ -231,7 +285,6 @@ def _prepare(
     )
     tasks = list_tasks() if "all" in args.task else list(dict.fromkeys(args.task))
     problems = {name: make_problem(name, images, seed=args.seed, device=device) for name in tasks}
-    chosen = [methods[name] for name in dict.fromkeys(args.methods or methods)]
     return setup, problems, chosen, notices + without
 
 
@@ -244,31 +297,48 @@ def _plan(
 ) -> list[Row]:
     """Return the rows that were asked for."""
     check_count("--slow-images", args.slow_images)
-    for nfe in args.nfe or ():
-        check_count("--nfe", nfe)
-    named = args.methods or ()
-
-    def calls(method: Method) -> Sequence[int]:
-        asked = args.nfe and method.network != "none" and (is_ours(method) or method.name in named)
-        return args.nfe if asked else method.calls
-
-    own = _TUNED / f"{setup.prior.removeprefix('ncvsd_')}.json"
+    calls = {method.name: method.calls for method in chosen}
+    if args.nfe:
+        calls = _calls(args.nfe, chosen, args.methods, flag="--nfe")
+    own = _tuned_file(setup.prior)
     tuned = args.tuned or (own if own.exists() else None)
+    known = {**methods, **{method.name: method for method in chosen}}
     rows = plan_rows(
         problems,
         chosen,
-        calls={method.name: calls(method) for method in chosen},
+        calls=calls,
         images=len(setup.images.x0),
         slow_images=args.slow_images,
         draws=args.draws,
-        tuned={} if tuned is None else read_tuned(tuned, methods),
+        tuned={} if tuned is None else read_tuned(tuned, known),
     )
     if not rows:
         raise ValueError(
             "--methods must have one that takes the operator of --task, got "
-            f"{', '.join(named)} for {', '.join(problems)}"
+            f"{', '.join(method.name for method in chosen)} for {', '.join(problems)}"
         )
     return rows
+
+
+def _calls(
+    asked: Sequence[int], chosen: Sequence[Method], named: Sequence[str] | None, *, flag: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of network calls by method; ValueError if a named one has none."""
+    for nfe in asked:
+        check_count(flag, nfe)
+    calls = {method.name: choose_calls(method, asked, named=bool(named)) for method in chosen}
+    for method in chosen:
+        if named and not calls[method.name]:
+            raise ValueError(
+                f"{flag} must be at least {method.least_calls} for {method.name}, got "
+                f"{', '.join(map(str, asked))}"
+            )
+    return calls
+
+
+def _tuned_file(prior: str) -> Path:
+    """Return where the settings that were tuned for a prior are kept."""
+    return _TUNED / f"{prior.removeprefix('ncvsd_')}.json"
 
 
 def _shared_settings(setup: Setup) -> dict[str, object]:

@@ -22,6 +22,7 @@ __all__ = [
     "Images",
     "KnownProblem",
     "find_test_set",
+    "find_validation_set",
     "load_images",
     "make_problem",
 ]
@@ -73,8 +74,17 @@ class KnownProblem:
 
 def find_test_set(prior: str) -> Path | None:
     """Return the test set of a named prior, NAME/test.zip in the folder $NCVSD_DATA, if there."""
+    return _find(prior, "test.zip")
+
+
+def find_validation_set(prior: str) -> Path | None:
+    """Return the validation set of a named prior, val.zip beside its test set, if there."""
+    return _find(prior, "val.zip")
+
+
+def _find(prior: str, name: str) -> Path | None:
     folder = os.environ.get(DATA_VARIABLE)
-    path = Path(folder or "", prior.removeprefix("ncvsd_"), "test.zip")
+    path = Path(folder or "", prior.removeprefix("ncvsd_"), name)
     return path if folder and path.is_file() else None
 
 

@@ -64,6 +64,8 @@ class Record:
         values: for each metric one number an image, None where the image failed.
         failures: image number -> what went wrong.
         environment: commit, versions, hardware, date: what does not determine the values.
+        tuned_calls: network passes at which tuning found the settings; None where it did not, and
+            in rows of before, which were tuned at one number of passes for all.
     """
 
     key: str
@@ -92,6 +94,7 @@ class Record:
     values: Mapping[str, tuple[float | None, ...]]
     failures: Mapping[str, str]
     environment: Mapping[str, str]
+    tuned_calls: int | None = None
 
     @property
     def row(self) -> tuple[str, str, int, int]:
@@ -123,8 +126,9 @@ class Record:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"a record must be JSON: {error}") from None
         names = {field.name for field in fields(cls)}
-        if not isinstance(entries, dict) or set(entries) != names:
-            wrong = names ^ set(entries) if isinstance(entries, dict) else names
+        given = {"tuned_calls": None, **entries} if isinstance(entries, dict) else {}
+        if set(given) != names:
+            wrong = names ^ set(given)
             raise ValueError(f"a record must have its fields, wrong: {', '.join(sorted(wrong))}")
         entries["size"] = tuple(entries["size"])
         entries["values"] = {name: tuple(row) for name, row in entries["values"].items()}

@@ -31,6 +31,7 @@ from harness.tables import (
     show_calls,
     show_kind,
     show_settings,
+    show_tuned,
     split_by_task,
     used_columns,
     write_file,
@@ -185,7 +186,7 @@ def _task(task: str, sets: Mapping[ImageSet, Sequence[Record]], plot: str | None
                 "images": record.images,
                 "draws": record.draws,
                 "settings": show_settings(record),
-                "tuned": record.tuned,
+                "tuned": show_tuned(record),
                 "failures": "; ".join(
                     f"image {name}: {what}" for name, what in record.failures.items()
                 ),

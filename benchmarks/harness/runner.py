@@ -1,5 +1,6 @@
 """Rows of the benchmark: which there are, and how one is measured."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,10 @@ __all__ = [
     "Row",
     "Setup",
     "applies",
+    "choose_calls",
     "is_ours",
     "measure_call",
+    "nearest_calls",
     "plan_rows",
     "run_row",
 ]
@@ -71,7 +74,7 @@ class Row:
         method: the method.
         nfe: network passes for each image.
         settings: its settings.
-        tuned: whether they come from tuning.
+        tuned: network passes at which tuning found them; None: they are the method's own.
         draws: draws for each image.
         images: how many, from the first.
         also: fewer images, over which the row is recorded a second time; None: it is not.
@@ -81,7 +84,7 @@ class Row:
     method: Method
     nfe: int
     settings: Settings
-    tuned: bool
+    tuned: int | None
     draws: int
     images: int
     also: int | None = None
@@ -140,6 +143,34 @@ def applies(method: Method, problem: KnownProblem) -> bool:
     return not method.linear_only or isinstance(problem.task.operator, LinearOperator)
 
 
+def choose_calls(method: Method, asked: Sequence[int], *, named: bool) -> tuple[int, ...]:
+    """Return those of the numbers of network passes that were asked for at which a method is run.
+
+    Those are the numbers at which it can be run; above 100, as far as its own rows go.
+
+    Args:
+        method: the method; (0,) without a network.
+        asked: numbers of network passes.
+        named: whether the method was asked for by name, and so is run above 100 too.
+    """
+    if method.network == "none":
+        return (0,)
+    most = math.inf if named else max(MANY_CALLS, *method.calls)
+    return tuple(nfe for nfe in asked if method.least_calls <= nfe <= most)
+
+
+def nearest_calls(tuned: Mapping[int, Settings], calls: int) -> int | None:
+    """Return which of the tuned numbers of calls is the nearest by ratio; None if there is none.
+
+    Of two that are as near it is the smaller.
+    """
+
+    def ratio(known: int) -> float:
+        return abs(math.log(max(known, 1) / max(calls, 1)))
+
+    return min(sorted(tuned), key=ratio, default=None)
+
+
 def plan_rows(
     problems: Mapping[str, KnownProblem],
     methods: Sequence[Method],
@@ -148,7 +179,7 @@ def plan_rows(
     images: int,
     slow_images: int,
     draws: int,
-    tuned: Mapping[str, Mapping[str, Settings]],
+    tuned: Mapping[str, Mapping[str, Mapping[int, Settings]]],
 ) -> list[Row]:
     """Return the rows of a run, task by task; methods that do not apply to a task have none.
 
@@ -159,7 +190,8 @@ def plan_rows(
         images: images for methods of up to 100 passes.
         slow_images: images for those of more; our own are also recorded over these.
         draws: draws an image for methods that sample; the others give one estimate.
-        tuned: settings by task and method, in place of the methods' own.
+        tuned: settings by task, method and network passes, in place of the methods' own; those of
+            the nearest number of passes are taken.
     """
     rows = []
     few = min(slow_images, images)
@@ -167,16 +199,18 @@ def plan_rows(
         for method in methods:
             if not applies(method, problem):
                 continue
-            better = tuned.get(task, {}).get(method.name)
+            better = tuned.get(task, {}).get(method.name, {})
             for nfe in dict.fromkeys(calls[method.name]):
+                known = nearest_calls(better, nfe)
+                found = None if known is None else better[known]
                 slow = nfe > MANY_CALLS and not is_ours(method)
                 rows.append(
                     Row(
                         task=task,
                         method=method,
                         nfe=nfe,
-                        settings={**method.settings, **(better or {})},
-                        tuned=better is not None,
+                        settings=method.settings_at(nfe, found),
+                        tuned=known,
                         draws=draws if method.samples else 1,
                         images=few if slow else images,
                         also=few if is_ours(method) and few < images else None,

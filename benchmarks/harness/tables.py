@@ -40,6 +40,7 @@ __all__ = [
     "show_calls",
     "show_kind",
     "show_settings",
+    "show_tuned",
     "split_by_task",
     "used_columns",
     "write_file",
@@ -480,12 +481,19 @@ def csv_table(records: Sequence[Record]) -> str:
                 *(f"{record.sigma_y:g}", record.seed),
                 *("" if number is None else f"{number:.6g}" for number in numbers),
                 *(f"{record.seconds:.6g}", f"{record.peak_mib:.6g}"),
-                *("yes" if record.tuned else "no", show_settings(record)),
+                *(show_tuned(record), show_settings(record)),
                 "; ".join(f"{image}: {what}" for image, what in record.failures.items()),
                 *(record.reference, record.data_sha256, record.key),
             ]
         )
     return sheet.getvalue()
+
+
+def show_tuned(record: Record) -> str:
+    """Return whether the settings of a row come from tuning and, if it is known, at what calls."""
+    if record.tuned_calls is None:
+        return "yes" if record.tuned else "no"
+    return f"at {record.tuned_calls} calls"
 
 
 def show_settings(record: Record) -> str:

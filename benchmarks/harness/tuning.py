@@ -1,51 +1,286 @@
-"""Settings chosen on validation images, by one budget for all methods, kept as JSON data."""
+"""Settings chosen on validation images, by one budget for all methods, kept as JSON data.
 
-import itertools
+A method's settings are searched for each task and number of network calls by as many trials as
+those of any other method. `Search` says which values each trial takes; `Plan` how many trials and
+images the time allows.
+"""
+
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
-from baselines.interface import Grid, Method, Settings
+from baselines.interface import Ladder, Method, Settings
 from harness.cache import hash_code, write_json
 from harness.problems import KnownProblem
-from harness.runner import Row, Setup, applies, run_row
+from harness.runner import MANY_CALLS, Row, Setup, applies, run_row
 from ncvsd_inverse.checks import check_choice
+from ncvsd_inverse.machine import time_now
 
-__all__ = ["open_tuning", "read_tuned", "tune"]
+__all__ = [
+    "Cost",
+    "Plan",
+    "Position",
+    "Search",
+    "Tuned",
+    "estimate_costs",
+    "fit_plan",
+    "list_searches",
+    "open_tuning",
+    "read_tuned",
+    "tune",
+]
 
-_MOST_TRIALS = 9
-"""Combinations of settings that any method may try."""
+_SLOW_IMAGES = 8
+"""Images of the trials at more than 100 network calls."""
 
-_CALLS = 10
-"""Network calls at which methods are tuned that have rows at so many."""
+_LEAST_IMAGES, _LEAST_TRIALS = 8, 4
+"""What is left at least of images and trials when they are cut."""
+
+_FINEST = 5
+"""How often a step is halved."""
+
+_PROBE_IMAGES, _PROBE_CALLS = 8, (4, 10)
+"""Images and network calls of the runs from whose time that of all is estimated."""
+
+Position: TypeAlias = tuple[float, ...]
+"""Where a trial is: steps from the start, one number for each setting."""
+
+Tuned: TypeAlias = Mapping[str, Mapping[str, Mapping[int, Settings]]]
+"""Settings that tuning chose by task, method and number of network calls."""
 
 
-def open_tuning(setup: Setup, methods: Sequence[Method], path: Path) -> dict[str, Any]:
-    """Return what a tuning's file holds, or a new one would.
+class Search:
+    """A pattern search: where the best so far is on an edge, it widens; else it looks between.
+
+    A trial moves one setting from the best position so far: first, in the order of the settings, a
+    whole step outwards where no farther value of that setting was tried; then whole steps, half
+    steps and so on to either side. What comes next follows from the scores so far and from nothing
+    else. It ends early where bounds and listed values leave nothing new.
+
+    Args:
+        method: whose settings are searched.
+        calls: network calls of its runs.
+        start: where the search begins; names that are not searched are of no account.
+    """
+
+    def __init__(self, method: Method, calls: int, start: Settings) -> None:
+        self.ladders = method.search
+        self.calls = calls
+        self.start = {name: start[name] for name in method.search}
+
+    def settings(self, position: Position) -> dict[str, float]:
+        """Return the values at a position, by name."""
+        return {
+            name: ladder.value(self.start[name], steps, self.calls)
+            for (name, ladder), steps in zip(self.ladders.items(), position, strict=True)
+        }
+
+    def propose(self, tried: Mapping[Position, float]) -> Position | None:
+        """Return where the next trial is; None if there is nothing new.
+
+        Args:
+            tried: scores by position, in the order of the trials; lower is better, infinite where
+                the trial failed.
+        """
+        if not tried:
+            return (0.0,) * len(self.ladders)
+        best = min(tried, key=lambda position: tried[position])
+        known = [self.settings(position) for position in tried]
+        for candidate in (*self._outwards(best, known), *self._around(best)):
+            if self.settings(candidate) not in known:
+                return candidate
+        return None
+
+    def edges(self, tried: Mapping[Position, float]) -> list[str]:
+        """Return the settings of which the best value is the largest or smallest that was tried."""
+        best = self.settings(min(tried, key=lambda position: tried[position]))
+        known = [self.settings(position) for position in tried]
+        return [
+            name
+            for name in self.ladders
+            if best[name] in (max(s[name] for s in known), min(s[name] for s in known))
+        ]
+
+    def _outwards(self, best: Position, known: Sequence[Settings]) -> Iterator[Position]:
+        values = self.settings(best)
+        for place, name in enumerate(self.ladders):
+            for way, farthest in ((1.0, max), (-1.0, min)):
+                if values[name] == farthest(settings[name] for settings in known):
+                    yield self._moved(best, place, way)
+
+    def _around(self, best: Position) -> Iterator[Position]:
+        for halvings in range(_FINEST + 1):
+            for place in range(len(best)):
+                for way in (1.0, -1.0):
+                    yield self._moved(best, place, way * 0.5**halvings)
+
+    def _moved(self, position: Position, place: int, steps: float) -> Position:
+        name, ladder = list(self.ladders.items())[place]
+        moved = ladder.bound(self.start[name], position[place] + steps, self.calls)
+        return (*position[:place], moved, *position[place + 1 :])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many images and trials a tuning has, the same for all methods.
+
+    Attributes:
+        images: of each trial at up to 100 network calls.
+        trials: of each search at up to 100 network calls.
+        slow_images: of each trial at more.
+        slow_trials: of each search at more, which starts from what 100 calls or fewer found.
+        hours: estimated time on this machine.
+        cut: what was left out, and why; "" if nothing was.
+    """
+
+    images: int
+    trials: int
+    slow_images: int
+    slow_trials: int
+    hours: float = 0.0
+    cut: str = ""
+
+    def effort(self, calls: int) -> tuple[int, int]:
+        """Return images and trials of a search at so many network calls."""
+        if calls > MANY_CALLS:
+            return self.slow_images, self.slow_trials
+        return self.images, self.trials
+
+    def describe(self) -> str:
+        """Return a line on the plan."""
+        return (
+            f"{self.images} images and {self.trials} trials, above {MANY_CALLS} calls "
+            f"{self.slow_images} and {self.slow_trials}; estimated {self.hours:.3g} hours"
+            + (f"; cut: {self.cut}" if self.cut else "")
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a run for each image: `fixed` and `call` for each network call."""
+
+    fixed: float
+    call: float = 0.0
+
+    def seconds(self, calls: int) -> float:
+        """Return the seconds of an image."""
+        return self.fixed + self.call * calls
+
+
+_Searches: TypeAlias = Sequence[tuple[str, Method, int]]
+"""Task, method and network calls of each search."""
+
+_Costs: TypeAlias = Mapping[tuple[str, str], Cost]
+"""What runs cost, by task and method."""
+
+
+def list_searches(
+    problems: Mapping[str, KnownProblem],
+    methods: Sequence[Method],
+    calls: Mapping[str, Sequence[int]],
+) -> list[tuple[str, Method, int]]:
+    """Return the searches, task by task; methods without free settings have none.
+
+    Args:
+        problems: the tasks by name.
+        methods: the methods.
+        calls: by method name, its numbers of network calls.
+    """
+    return [
+        (task, method, nfe)
+        for task, problem in problems.items()
+        for method in methods
+        if method.search and applies(method, problem)
+        for nfe in sorted(calls[method.name])
+    ]
+
+
+def estimate_costs(
+    setup: Setup, problems: Mapping[str, KnownProblem], searches: _Searches
+) -> dict[tuple[str, str], Cost]:
+    """Return what runs cost, from timed ones at few calls, each after one that is not timed."""
+    num = min(_PROBE_IMAGES, len(setup.images.x0))
+    costs = {}
+    for task, method, _ in searches:
+        if (task, method.name) in costs:
+            continue
+        most = max(nfe for name, other, nfe in searches if (name, other) == (task, method))
+        few = sorted({min(max(nfe, method.least_calls), most) for nfe in _PROBE_CALLS})
+        _time_run(setup, problems[task], method, few[0], 1)
+        times = [_time_run(setup, problems[task], method, nfe, num) / num for nfe in few]
+        call = max(0.0, (times[-1] - times[0]) / (few[-1] - few[0])) if len(few) > 1 else 0.0
+        costs[task, method.name] = Cost(max(0.0, times[-1] - call * few[-1]), call)
+    return costs
+
+
+def _time_run(setup: Setup, problem: KnownProblem, method: Method, nfe: int, images: int) -> float:
+    started = time_now(setup.device)
+    run_row(setup, problem, _row(problem, method, nfe, method.settings_at(nfe), images))
+    return time_now(setup.device) - started
+
+
+def fit_plan(searches: _Searches, costs: _Costs, *, images: int, trials: int, hours: float) -> Plan:
+    """Return the largest plan that fits the hours: images are cut first, then trials.
+
+    Args:
+        searches: what is searched.
+        costs: what runs cost.
+        images: most images of a trial.
+        trials: most trials of a search.
+        hours: what it may take.
 
     Raises:
-        ValueError: if a grid is too large, or `path` holds the tuning of other settings.
+        ValueError: if the smallest plan takes longer.
     """
-    (metric,) = setup.metrics
+    least_images, least_trials = min(_LEAST_IMAGES, images), min(_LEAST_TRIALS, trials)
+    sizes = [(num, trials) for num in range(images, least_images - 1, -1)]
+    sizes += [(least_images, num) for num in range(trials - 1, least_trials - 1, -1)]
+    full = 0.0
+    for num, tries in sizes:
+        plan = Plan(num, tries, min(_SLOW_IMAGES, num), (tries + 1) // 2)
+        took = _hours(plan, searches, costs)
+        full = full or took
+        if took <= hours:
+            cut = f"{images} images and {trials} trials would take {full:.3g} hours of {hours:.3g}"
+            return replace(plan, hours=float(f"{took:.3g}"), cut="" if took == full else cut)
+    raise ValueError(
+        f"--hours must be at least {took:.3g} for these tasks, methods and calls, with "
+        f"{least_images} images and {least_trials} trials, got {hours:g}"
+    )
+
+
+def _hours(plan: Plan, searches: _Searches, costs: _Costs) -> float:
+    seconds = 0.0
+    for task, method, nfe in searches:
+        seconds += math.prod(plan.effort(nfe)) * costs[task, method.name].seconds(nfe)
+    return seconds / 3600
+
+
+def open_tuning(setup: Setup, asked: Mapping[str, object], path: Path) -> dict[str, Any]:
+    """Return what a tuning's file holds, or a new one would.
+
+    Args:
+        setup: images, networks and the metrics of the score.
+        asked: the numbers of images and trials that were asked for.
+        path: the file.
+
+    Raises:
+        ValueError: if `path` holds the tuning of other settings.
+    """
     header = {
         "prior": setup.prior,
         "prior_sha256": dict(setup.prior_sha256),
         "data": setup.images.name,
         "data_sha256": setup.images.sha256(len(setup.images.x0)),
-        "images": len(setup.images.x0),
         "size": list(setup.images.size),
         "seed": setup.seed,
-        "metric": metric,
+        "score": _name_score(setup.metrics),
+        "asked": dict(asked),
     }
-    for method in methods:
-        count = len(list(_combinations(method.grid)))
-        if count > _MOST_TRIALS:
-            raise ValueError(
-                f"the grid of {method.name} must have at most {_MOST_TRIALS} combinations, "
-                f"got {count}"
-            )
     content = _read(path) if path.exists() else {**header, "tasks": {}}
     differing = [name for name in header if content.get(name) != header[name]]
     if differing:
@@ -56,119 +291,197 @@ def open_tuning(setup: Setup, methods: Sequence[Method], path: Path) -> dict[str
     return content
 
 
+def _name_score(metrics: Sequence[str]) -> str:
+    return metrics[0] if len(metrics) == 1 else f"geometric mean of {' and '.join(metrics)}"
+
+
 def tune(
     setup: Setup,
     problems: Mapping[str, KnownProblem],
-    methods: Sequence[Method],
+    searches: _Searches,
+    plan: Plan,
     path: Path,
     content: dict[str, Any],
     report: Callable[[str], None],
-) -> None:
-    """Try every combination of each method's grid and keep the best, task by task.
+) -> int:
+    """Search the settings of each method at each number of calls and keep the best.
 
-    All methods see the same images and measurements and are run at ten calls, if they have such a
-    row, else at the smallest number of calls they have. The score is the mean of the one metric of
-    `setup` over the images. A combination with which an image fails has none and is never chosen;
-    if all fail, nothing is. Trials that `content` holds of the same grid and code are kept, so that
-    a stopped run goes on.
+    All methods see the same images and measurements and have the same number of trials; one whose
+    bounds leave nothing new has fewer. The score is the geometric mean of the metrics' means over
+    the images, those of the tables. A trial with which an image fails has none and is never chosen;
+    if all fail, nothing is. Trials that `content` holds of the same search and code are kept, so
+    that a stopped run goes on to the same end.
 
     Args:
-        setup: images, networks and one metric.
+        setup: images, networks, and the metrics of the score: one, or several where lower is
+            better.
         problems: the tasks by name.
-        methods: the methods; those without a grid are left out.
-        path: the JSON file, written after every combination.
+        searches: task, method and network calls, the fewest calls first.
+        plan: numbers of images and trials.
+        path: the JSON file, written after every trial.
         content: what it holds; filled in place.
-        report: called with a line on each combination.
+        report: called with a line on each trial.
+
+    Returns:
+        How many trials were made.
     """
-    for problem in problems.values():
-        for method in methods:
-            if not method.grid or not applies(method, problem):
-                continue
-            for line in _Search(setup, problem, method, content).trials():
-                write_json(path, content)
-                report(line)
+    made = 0
+    for task, method, nfe in searches:
+        entry = _Entry(setup, problems[task], method, nfe, plan, content)
+        for line in entry.trials():
+            write_json(path, content)
+            report(line)
+            made += 1
+    return made
 
 
-class _Search:
-    """The trials of one method on one task, an entry of the file's content.
+class _Entry:
+    """The search of one method on one task at one number of calls, an entry of the file.
 
     Args:
-        setup: images, networks and metric.
+        setup: images, networks and metrics.
         problem: the task.
         method: the method.
+        nfe: network calls.
+        plan: numbers of images and trials.
         content: the file's content, filled in place.
     """
 
     def __init__(
-        self, setup: Setup, problem: KnownProblem, method: Method, content: dict[str, Any]
+        self,
+        setup: Setup,
+        problem: KnownProblem,
+        method: Method,
+        nfe: int,
+        plan: Plan,
+        content: dict[str, Any],
     ) -> None:
         self.setup = setup
         self.problem = problem
         self.method = method
+        self.nfe = nfe
+        self.images, self.most = plan.effort(nfe)
+        entries = content["tasks"].setdefault(problem.task.name, {}).setdefault(method.name, {})
+        self.search = Search(method, nfe, _start(method, nfe, entries))
         known = {
-            "nfe": _calls(method),
             "code": hash_code(method.run),
-            "grid": {name: list(values) for name, values in method.grid.items()},
+            "images": self.images,
+            "fixed": {
+                name: value for name, value in method.settings.items() if name not in method.search
+            },
+            "start": self.search.start,
+            "search": {name: _describe(ladder) for name, ladder in method.search.items()},
         }
-        tried = content["tasks"].setdefault(problem.task.name, {})
-        before = tried.get(method.name, {})
+        new = {**known, "trials": [], "settings": None, "score": None, "edge": []}
+        before = entries.get(str(nfe), {})
         same = all(before.get(name) == value for name, value in known.items())
-        new: dict[str, Any] = {**known, "trials": [], "settings": None}
-        self.entry = before if same and before else new
-        tried[method.name] = self.entry
+        self.entry: dict[str, Any] = before if before and same else new
+        entries[str(nfe)] = self.entry
 
     def trials(self) -> Iterator[str]:
         """Make the trials that are missing; yield a line after each."""
-        (metric,) = self.setup.metrics
-        done = [trial["settings"] for trial in self.entry["trials"]]
-        for settings in _combinations(self.method.grid):
-            if dict(settings) in done:
-                continue
-            score = self._score(settings)
-            self.entry["trials"].append({"settings": dict(settings), "score": score})
-            scored = [trial for trial in self.entry["trials"] if trial["score"] is not None]
-            choose = max if metric == "psnr" else min
-            best = choose(scored, key=lambda trial: trial["score"]) if scored else None
-            self.entry["settings"] = best and best["settings"]
-            shown = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-            outcome = "failed" if score is None else f"{metric} {score:.4f}"
-            yield f"{self.problem.task.name} {self.method.name}: {shown}: {outcome}"
+        tried: dict[Position, float] = {}
+        done: list[dict[str, Any]] = self.entry["trials"]
+        lower = len(self.setup.metrics) > 1
+        while len(tried) < self.most:
+            position = self.search.propose(tried)
+            if position is None:
+                return
+            settings = self.search.settings(position)
+            new = len(tried) == len(done)
+            if new:
+                done.append({"settings": settings, **self._try(settings)})
+            score = done[len(tried)]["score"]
+            tried[position] = math.inf if score is None else score if lower else -score
+            if new:
+                self._choose(tried)
+                yield self._line(done[-1])
 
-    def _score(self, settings: Settings) -> float | None:
-        row = Row(
-            task=self.problem.task.name,
-            method=self.method,
-            nfe=_calls(self.method),
-            settings={**self.method.settings, **settings},
-            tuned=False,
-            draws=1,
-            images=len(self.problem.x0),
-        )
-        (entries,) = run_row(self.setup, self.problem, row).values.values()
-        numbers = [entry for entry in entries if entry is not None]
-        return fmean(numbers) if len(numbers) == len(entries) else None
+    def _try(self, settings: Settings) -> dict[str, Any]:
+        given = self.method.settings_at(self.nfe, settings)
+        row = _row(self.problem, self.method, self.nfe, given, self.images)
+        try:
+            outcome = run_row(self.setup, self.problem, row)
+        except ValueError as error:  # settings that do not go together
+            return {"score": None, "failure": " ".join(str(error).split())}
+        if outcome.failures:
+            return {"score": None, "failure": next(iter(outcome.failures.values()))}
+        means = [
+            fmean(entry for entry in entries if entry is not None)
+            for entries in outcome.values.values()
+        ]
+        score = means[0] if len(means) == 1 else math.prod(means) ** (1 / len(means))
+        return {"score": score}
+
+    def _choose(self, tried: Mapping[Position, float]) -> None:
+        """Write the best trial into the entry."""
+        place = min(range(len(tried)), key=list(tried.values()).__getitem__)
+        best = self.entry["trials"][place]
+        if best["score"] is not None:
+            self.entry |= {name: best[name] for name in ("settings", "score")}
+            self.entry["edge"] = self.search.edges(tried)
+
+    def _line(self, trial: Mapping[str, Any]) -> str:
+        shown = ", ".join(f"{name} {value:g}" for name, value in trial["settings"].items())
+        score = trial["score"]
+        outcome = f"failed: {trial['failure']}" if score is None else f"{score:.4f}"
+        number = len(self.entry["trials"])
+        where = f"{self.problem.task.name} {self.method.name}-{self.nfe}"
+        return f"{where} [{number}/{self.most}] {shown}: {outcome}"
 
 
-def read_tuned(path: Path, methods: Mapping[str, Method]) -> dict[str, dict[str, Settings]]:
-    """Return the settings that tuning chose, by task and method.
+def _start(method: Method, nfe: int, entries: Mapping[str, Any]) -> Settings:
+    """Return where a search starts: above 100 calls with what the most calls below found."""
+    below = [int(calls) for calls, entry in entries.items() if entry["settings"] is not None]
+    below = [calls for calls in below if calls <= MANY_CALLS]
+    if nfe <= MANY_CALLS or not below:
+        return method.settings
+    found: Settings = entries[str(max(below))]["settings"]
+    return {**method.settings, **{name: found[name] for name in method.search if name in found}}
+
+
+def _describe(ladder: Ladder) -> dict[str, Any]:
+    """Return a ladder as JSON holds it."""
+    most = None if ladder.most == math.inf else ladder.most
+    return {**asdict(ladder), "most": most, "values": list(ladder.values)}
+
+
+def _row(problem: KnownProblem, method: Method, nfe: int, settings: Settings, images: int) -> Row:
+    return Row(
+        task=problem.task.name,
+        method=method,
+        nfe=nfe,
+        settings=settings,
+        tuned=None,
+        draws=1,
+        images=images,
+    )
+
+
+def read_tuned(path: Path, methods: Mapping[str, Method]) -> Tuned:
+    """Return the settings that tuning chose, by task, method and number of network calls.
 
     Raises:
         ValueError: if the file is no tuning, or names a setting that a method does not have.
     """
-    chosen: dict[str, dict[str, Settings]] = {}
-    for task, entries in _read(path)["tasks"].items():
-        for name, entry in entries.items():
-            if entry["settings"] is None or name not in methods:
+    chosen: dict[str, dict[str, dict[int, Settings]]] = {}
+    for task, found in _read(path)["tasks"].items():
+        for name, entries in found.items():
+            if name not in methods:
                 continue
-            for setting in entry["settings"]:
-                check_choice(f"{path}: a setting of {name}", setting, methods[name].settings)
-            chosen.setdefault(task, {})[name] = entry["settings"]
+            for calls, entry in entries.items():
+                if not calls.isdecimal() or not isinstance(entry, dict):
+                    raise ValueError(
+                        f"{path} must have entries by number of calls, got {calls} for {name}: "
+                        "it was written by an older tune.py"
+                    )
+                if entry["settings"] is None:
+                    continue
+                for setting in entry["settings"]:
+                    check_choice(f"{path}: a setting of {name}", setting, methods[name].settings)
+                by_calls = chosen.setdefault(task, {}).setdefault(name, {})
+                by_calls[int(calls)] = entry["settings"]
     return chosen
-
-
-def _combinations(grid: Grid) -> Iterator[Settings]:
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -179,7 +492,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise ValueError(f"{path} must be the JSON file of a tuning, got no tasks")
     return content
-
-
-def _calls(method: Method) -> int:
-    return _CALLS if _CALLS in method.calls else min(method.calls)

@@ -4,7 +4,7 @@ r"""PSNR and lpips-alex of estimates at temperatures below 1, on validation imag
 
 For every task, noise (`sigma_lik` over `sigma_y`) and first level it prints a row over temperatures
 of chains of ten calls that end at 0.05. The first eight images are those that
-`benchmarks/tune.py` sees, so this leaves them out with `--skip 8`.
+`benchmarks/tune.py` saw then, so this leaves them out with `--skip 8`.
 """
 
 import argparse

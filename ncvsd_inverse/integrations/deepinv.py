@@ -56,7 +56,8 @@ def as_deepinv_reconstructor(
 ) -> nn.Module:
     """Return `solve` as a deepinv reconstructor: a module that maps (y, physics) to images.
 
-    It runs in `deepinv.test` and wherever else deepinv takes a reconstructor. Images come out as
+    It runs in `deepinv.test`, in `run_benchmark` of deepinv's benchmarks and wherever else deepinv
+    takes a reconstructor. Images come out as
     (B, C, H, W) in [0, 1] up to what the solver leaves outside, not clamped; no gradients pass.
 
     Args:
@@ -139,3 +140,8 @@ class _Reconstructor(_PriorModule):
             seed=self.seed,
         )
         return (result.x0 + 1) / 2
+
+    def extra_repr(self) -> str:
+        """Return the arguments, by which deepinv's benchmarks tell models apart."""
+        names = ("nfe", "sigma_y", "num_samples", "estimate", "method", "seed")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,11 +18,12 @@ import pytest
 import torch
 import typer
 
-from baselines.interface import Method
+from baselines.interface import Ladder, Method
 from harness import cache, cli
-from harness.problems import find_test_set, load_images
+from harness.problems import find_test_set, find_validation_set, load_images
 from harness.records import RECORDS, read_records
-from harness.runner import measure_call
+from harness.runner import choose_calls, measure_call, nearest_calls
+from harness.tuning import Cost, Search, fit_plan
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.metrics import psnr
@@ -113,7 +115,7 @@ METHODS = {
         stub("guided", guided, network="teacher", calls=(2,)),
         stub("slow", guided, network="teacher", calls=(101,)),
         stub("adjoint", adjoint, linear_only=True, settings={"gain": 0.5, "power": 2.0},
-             grid={"gain": (0.25, 1.0, 4.0)}),
+             search={"gain": Ladder()}),
         stub("noise", noise, samples=True),
         stub("fails", fails),
     )
@@ -375,8 +377,8 @@ def test_a_method_that_must_not_be_run_on_a_task_has_no_row(run, tmp_path):
 def test_calls_that_are_asked_for(run, tmp_path):
     run("--nfe", 4, 5)
     rows = {(method, nfe) for _, method, nfe, _ in by_row(tmp_path / "out")}
-    assert {("ncvsd", 4), ("ncvsd", 5), ("guided", 2), ("slow", 101), ("noise", 0)} < rows
-    assert ("ncvsd", 2) not in rows
+    assert {nfe for method, nfe in rows if method in ("ncvsd", "guided", "slow")} == {4, 5}
+    assert {("ncvsd", 4), ("guided", 5), ("slow", 4), ("noise", 0)} < rows
     run("--nfe", 4, "--methods", "guided", "noise", "--out", tmp_path / "named")
     rows = {(method, nfe) for _, method, nfe, _ in by_row(tmp_path / "named")}
     assert rows == {("guided", 4), ("noise", 0)}
@@ -490,56 +492,485 @@ def test_images_without_data_are_the_test_set_or_shipped(place, tmp_path, monkey
     (tmp_path / "faces64").mkdir()
     (tmp_path / "faces64" / "test.zip").touch()
     assert find_test_set("ncvsd_faces64") == tmp_path / "faces64" / "test.zip"
+    assert find_validation_set("ncvsd_faces64") is None
 
 
-def test_tuning_chooses_the_best_and_goes_on(run, tmp_path):
-    out = tmp_path / "tuned.json"
-    arguments = ["--out", out, "--images", 3, "--task", "deblur_gaussian"]
-    status, printed, _ = run(*arguments, command=cli.run_tuning)
-    assert status == 0
-    assert printed.count("adjoint") == 6
-    content = json.loads(out.read_text())
-    assert (content["metric"], content["images"], content["prior"]) == ("psnr", 3, "tiny")
-    entry = content["tasks"]["deblur_gaussian"]["adjoint"]
-    assert [trial["settings"]["gain"] for trial in entry["trials"]] == [0.25, 1.0, 4.0]
-    scores = [trial["score"] for trial in entry["trials"]]
-    best = entry["trials"][scores.index(max(scores))]["settings"]
-    assert entry["settings"] == best
-    assert scores[2] < min(scores[:2])
+def test_numbers_of_calls_are_those_a_method_can_run_at(run, tmp_path):
+    plain, slow = METHODS["guided"], METHODS["slow"]
+    least = replace(plain, least_calls=2)
+    asked = (1, 4, 100, 101, 1000)
+    assert choose_calls(plain, asked, named=False) == (1, 4, 100)
+    assert choose_calls(least, asked, named=False) == (4, 100)
+    assert choose_calls(slow, asked, named=False) == (1, 4, 100, 101)
+    assert choose_calls(least, asked, named=True) == (4, 100, 101, 1000)
+    assert choose_calls(METHODS["noise"], asked, named=True) == (0,)
+    methods = {"guided": least, "noise": METHODS["noise"]}
+    status, _, err = run("--nfe", 1, "--methods", "guided", "noise", methods=methods)
+    assert (status, err) == (2, "error: --nfe must be at least 2 for guided, got 1\n")
+    run("--nfe", 1, 2, methods=methods)
+    assert {row[1:3] for row in by_row(tmp_path / "out")} == {("guided", 2), ("noise", 0)}
 
+
+def test_what_a_method_says_of_itself_fits_together():
+    for changes, message in (
+        ({"name": "../up"}, "name must be letters, digits and"),
+        ({"network": "studnt"}, "network must be one of .* did you mean student"),
+        ({"calls": (3,)}, r"calls must be \(0,\) without a network, got \(3,\)"),
+        ({"calls": ()}, "calls must be at least 0 each"),
+        ({"network": "teacher", "calls": (1, 4), "least_calls": 2}, "calls must be at least 2"),
+        ({"search": {"gian": Ladder()}}, "each name in search must be one of .*mean gain"),
+        ({"settings": {"gain": 0.0}}, "gain must be positive to be searched by factors, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(METHODS["adjoint"], **changes)
+    for changes, message in (
+        ({"factor": 1.0}, "factor must be above 1, got 1"),
+        ({"least": 2.0, "most": 1.0}, r"least must be in \[0, most\], got 2.0, most 1.0"),
+        ({"values": (1.0, 1.0)}, "values must rise"),
+        ({"kind": "whole"}, "kind must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Ladder(**changes)
+
+
+# Tuning
+
+
+def test_ladders_have_factors_listed_values_and_counts():
+    assert [Ladder().value(0.3, steps, 10) for steps in (-1, 0, 0.5, 3)] == [0.15, 0.3, 0.424, 2.4]
+    assert [Ladder(most=1.0, least=0.5).value(0.7, steps, 10) for steps in (-3, 1, 5)] == [
+        0.5,
+        1,
+        1,
+    ]
+    listed = Ladder(values=(0.0, 0.3, 1.0))
+    assert [listed.value(0.3, steps, 10) for steps in (-7, -1, -0.5, 0.5, 1)] == [0, 0, 0.3, 0.3, 1]
+    assert [Ladder(kind="count").value(5, steps, 2) for steps in (-4, -1, 1)] == [1, 2, 10]
+    calls = Ladder(kind="calls")
+    assert [calls.value(100, steps, 20) for steps in (-1, 0, 1)] == [10, 20, 20]
+    assert Ladder(values=(2, 5, 10), kind="calls").value(10, 0, 6) == 5
+    method = replace(METHODS["adjoint"], search={"power": calls})
+    assert method.settings_at(1) == {"gain": 0.5, "power": 1}
+    assert method.settings_at(100, {"gain": 3.0}) == {"gain": 3.0, "power": 2.0}
+
+
+def searched(score, trials, search, *, start=None, calls=100):
+    """Search by a known score; return the search and what it tried."""
+    start = start or dict.fromkeys(search, 1.0)
+    made = Search(stub("searched", noise, settings=start, search=search), calls, start)
+    tried = {}
+    while len(tried) < trials and (position := made.propose(tried)) is not None:
+        assert position not in tried
+        tried[position] = score(made.settings(position))
+    return made, tried
+
+
+def bowl(**optimum):
+    """A quadratic of the logarithms to base 2, with its least value where they are `optimum`."""
+
+    def score(settings):
+        away = [math.log2(settings[name]) - steps for name, steps in optimum.items()]
+        return sum(a * a for a in away) + 0.5 * away[0] * away[-1]
+
+    return score
+
+
+@pytest.mark.parametrize("optimum", [{"a": 0.0}, {"a": 4.7}, {"a": -3.4}])
+def test_one_setting_is_found_within_eight_trials(optimum):
+    made, tried = searched(bowl(**optimum), 8, {"a": Ladder()})
+    best = made.settings(min(tried, key=tried.get))
+    assert len(tried) == 8
+    assert abs(math.log2(best["a"]) - optimum["a"]) <= 0.5
+    assert made.edges(tried) == []
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_two_settings_are_found_within_twenty_trials(signs):
+    optimum = {"a": 2.3 * signs[0], "b": 1.2 * signs[1]}
+    made, tried = searched(bowl(**optimum), 20, {"a": Ladder(), "b": Ladder()})
+    best = made.settings(min(tried, key=tried.get))
+    for name, steps in optimum.items():
+        assert abs(math.log2(best[name]) - steps) <= 0.5
+    assert made.edges(tried) == []
+
+
+def test_a_search_widens_while_its_best_value_is_on_an_edge():
+    made, tried = searched(lambda settings: -settings["a"], 6, {"a": Ladder(), "b": Ladder()})
+    assert [made.settings(position)["a"] for position in tried] == [1, 2, 4, 8, 16, 32]
+    # The second setting had no turn: its one value is an edge too.
+    assert made.edges(tried) == ["a", "b"]
+    made, tried = searched(lambda settings: settings["a"], 4, {"a": Ladder()})
+    assert [made.settings(position)["a"] for position in tried] == [1, 2, 0.5, 0.25]
+    # Whatever the score, the next trial is outside as long as the best value is on an edge.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        a, b = (6 * torch.rand(2, generator=generator) - 3).tolist()
+        score = bowl(a=a, b=b)
+        tried = {}
+        for _ in range(12):
+            edges = set(made.edges(tried)) if tried else set()
+            made, more = searched(score, len(tried) + 1, {"a": Ladder(), "b": Ladder()})
+            if edges:
+                before = [made.settings(position) for position in tried]
+                newest = made.settings(list(more)[-1])
+                assert any(
+                    not min(s[name] for s in before) <= newest[name] <= max(s[name] for s in before)
+                    for name in edges
+                )
+            tried = more
+
+
+def test_a_search_stops_at_bounds_and_looks_inside():
+    made, tried = searched(lambda settings: -settings["a"], 7, {"a": Ladder(most=3.0)})
+    values = [made.settings(position)["a"] for position in tried]
+    assert values == [1, 2, 3, 1.5, 2.12, 2.52, 2.75]
+    assert made.edges(tried) == ["a"]
+    made, tried = searched(lambda settings: settings["a"], 8, {"a": Ladder(values=(0.0, 1.0, 5.0))})
+    assert [made.settings(position)["a"] for position in tried] == [1, 5, 0]
+    assert made.edges(tried) == ["a"]
+
+
+def test_a_start_that_fails_is_left():
+    search = {"a": Ladder(), "b": Ladder()}
+    made, tried = searched(lambda s: math.inf if s["b"] > 0.6 else s["a"], 8, search)
+    assert made.settings(min(tried, key=tried.get))["b"] == 0.5
+
+
+def hours(**changes):
+    """A plan for two searches at 10 calls and one at 1000, of a second and 10 ms a call each."""
+    searches = [("sr4x", METHODS["adjoint"], nfe) for nfe in (10, 10, 1000)]
+    costs = {("sr4x", "adjoint"): Cost(1.0, 0.01)}
+    asked = {"images": 32, "trials": 8, "hours": 1.0, **changes}
+    return fit_plan(searches, costs, **asked)
+
+
+def test_images_are_cut_first_then_trials():
+    full = 2 * 32 * 8 * 1.1 + 8 * 4 * 11
+    plan = hours()
+    assert (plan.images, plan.trials, plan.slow_images, plan.slow_trials) == (32, 8, 8, 4)
+    assert plan.hours == pytest.approx(full / 3600, abs=1e-3)
+    assert plan.cut == ""
+    fewer = hours(hours=(2 * 20 * 8 * 1.1 + 8 * 4 * 11) / 3600 + 1e-6)
+    assert (fewer.images, fewer.trials, fewer.slow_images) == (20, 8, 8)
+    assert fewer.cut == "32 images and 8 trials would take 0.254 hours of 0.196"
+    least = (2 * 8 * 4 * 1.1 + 8 * 2 * 11) / 3600
+    fewest = hours(hours=least + 1e-6)
+    assert (fewest.images, fewest.trials, fewest.slow_trials) == (8, 4, 2)
+    with pytest.raises(
+        ValueError, match=r"--hours must be at least 0.0684 .* 8 images and 4 trials"
+    ):
+        hours(hours=least - 1e-3)
+    small = hours(images=2, trials=3)
+    assert (small.images, small.trials, small.slow_images, small.slow_trials) == (2, 3, 2, 2)
+
+
+def tuned_entries(path):
+    """Return the entries of a file by task, method and calls."""
+    tasks = json.loads(path.read_text())["tasks"]
+    return {
+        (task, name, int(calls)): entry
+        for task, found in tasks.items()
+        for name, entries in found.items()
+        for calls, entry in entries.items()
+    }
+
+
+def gained(problem, models, nfe, settings):
+    """Go once through the teacher; the best gain is 0.5, the best power is the number of calls."""
+    CALLS.append(("gained", [key[1] for key in problem.keys]))
+    models.teacher.denoise(torch.zeros(problem.shape), 1.0)
+    away = math.log2(settings["gain"] / 0.5), math.log2(settings["power"] / nfe)
+    return torch.full(problem.shape, 2.0 + abs(away[0]) + 0.5 * abs(away[1]))
+
+
+TUNED = {
+    "noise": METHODS["noise"],
+    "adjoint": METHODS["adjoint"],
+    "gained": stub(
+        "gained",
+        gained,
+        network="teacher",
+        calls=(4, 101),
+        settings={"gain": 1.0, "power": 8.0},
+        search={"gain": Ladder(), "power": Ladder()},
+    ),
+}
+
+
+@pytest.fixture
+def tune(run, tmp_path, monkeypatch):
+    """Tune the methods above; their score is the mean of the restored images."""
+    monkeypatch.setattr("harness.scores._SINGLE", {"psnr": lambda x, x0: -x.flatten(1).mean(1)})
+
+    def tune(*arguments, methods=TUNED):
+        few = ["--out", tmp_path / "tuned.json", "--calls", 4, 16, 101, "--images", 3]
+        return run(*few, "--trials", 6, *arguments, command=cli.run_tuning, methods=methods)
+
+    return tune
+
+
+def test_all_have_the_same_trials_and_the_best_is_chosen(tune, tmp_path):
+    status, printed, err = tune()
+    assert (status, err) == (0, "")
+    assert printed.startswith("3 images and 6 trials, above 100 calls 3 and 3; estimated ")
+    entries = tuned_entries(tmp_path / "tuned.json")
+    names = {("adjoint", 0), ("gained", 4), ("gained", 16), ("gained", 101)}
+    assert entries.keys() == {("sr4x", *name) for name in names}
+    assert f"tuned.json: {6 + 6 + 6 + 3} new trials in " in printed
+    for (_, _, calls), entry in entries.items():
+        assert len(entry["trials"]) == (3 if calls == 101 else 6)
+        scores = [trial["score"] for trial in entry["trials"]]
+        assert entry["score"] == max(scores)
+        assert entry["settings"] == entry["trials"][scores.index(max(scores))]["settings"]
+        for name in entry["settings"]:
+            tried = [trial["settings"][name] for trial in entry["trials"]]
+            on_edge = entry["settings"][name] in (min(tried), max(tried))
+            assert (name in entry["edge"]) == on_edge
+    assert entries["sr4x", "gained", 4]["settings"] == {"gain": 0.5, "power": 4}
+    assert entries["sr4x", "gained", 16]["settings"]["power"] == 16
+    # More than 100 calls start from what the most calls below found.
+    assert entries["sr4x", "gained", 101]["start"] == entries["sr4x", "gained", 16]["settings"]
+
+
+def test_a_tuning_that_is_stopped_after_any_trial_ends_the_same(tune, tmp_path):
+    path = tmp_path / "tuned.json"
+    tune()
+    whole = tuned_entries(path)
+    made = sum(len(entry["trials"]) for entry in whole.values())
+    path.unlink()
+    left = []
+
+    def stops(run, *given):
+        # The plan is kept with the first trial: the runs that are timed are made anew before.
+        if path.exists():
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return run(*given)
+
+    methods = {
+        name: replace(method, run=partial(stops, method.run)) for name, method in TUNED.items()
+    }
+    for number in range(made - 1):
+        left[:] = [int(number > 0)]
+        before = path.exists() and path.read_bytes()
+        with pytest.raises(KeyboardInterrupt):
+            tune(methods=methods)
+        assert path.read_bytes() != before
+    left[:] = [1]
+    assert tune(methods=methods)[0] == 0
+    found = tuned_entries(path)
+    for name, entry in found.items():
+        assert {**entry, "code": ""} == {**whole[name], "code": ""}
     CALLS.clear()
-    del entry["trials"][1:], content["tasks"]["sr4x"]
-    out.write_text(json.dumps(content))
-    run(*arguments, command=cli.run_tuning)
-    assert len(CALLS) == 2 + 3
-    assert json.loads(out.read_text())["tasks"]["deblur_gaussian"]["adjoint"]["settings"] == best
+    status, printed, _ = tune(methods=methods)
+    assert (status, CALLS) == (0, [])
+    assert "as in" in printed
+    assert ": 0 new trials" in printed
 
-    status, _, err = run(*arguments, "--seed", 1, command=cli.run_tuning)
-    assert status == 2
-    assert "--out must be the tuning of the same settings" in err
 
-    run("--tuned", out, "--methods", "adjoint", "noise")
+def test_a_change_of_search_code_or_start_tunes_anew_and_of_header_is_refused(tune, tmp_path):
+    only = ("--methods", "adjoint")
+    tune(*only)
+    path = tmp_path / "tuned.json"
+    before = tuned_entries(path)["sr4x", "adjoint", 0]
+    known = TUNED["adjoint"]
+    for changed in (
+        replace(known, search={"gain": Ladder(3.0)}),
+        replace(known, settings={"gain": 2.0, "power": 2.0}),
+        replace(known, settings={"gain": 0.5, "power": 3.0}),
+        replace(known, run=partial(fails_by_gain, draw_normal)),
+    ):
+        CALLS.clear()
+        tune(*only, methods={"adjoint": changed})
+        assert CALLS
+    tune(*only)
+    assert tuned_entries(path)["sr4x", "adjoint", 0] == before
+    for arguments, names in (
+        (("--seed", 1), "seed"),
+        (("--trials", 5), "asked"),
+        (("--images", 2), "data_sha256, asked"),
+    ):
+        status, _, err = tune(*only, *arguments)
+        assert status == 2
+        assert re.search(f"--out must be the tuning of the same settings.*other: {names}$", err)
+
+
+def fails_by_gain(_, problem, models, nfe, settings):
+    CALLS.append(("fails_by_gain", []))
+    if settings["gain"] > 0.9:
+        raise DivergenceError("too much")
+    if settings["gain"] < 0.2:
+        raise ValueError("gain must be at least 0.2")
+    return torch.full(problem.shape, settings["gain"])
+
+
+def test_trials_that_fail_are_never_chosen(tune, run, tmp_path):
+    failing = {"adjoint": replace(TUNED["adjoint"], run=partial(fails_by_gain, 0))}
+    tune(methods=failing)
+    path = tmp_path / "tuned.json"
+    entry = tuned_entries(path)["sr4x", "adjoint", 0]
+    found = {trial["settings"]["gain"]: trial for trial in entry["trials"]}
+    assert found[1.0] == {"settings": {"gain": 1.0}, "score": None, "failure": "too much"}
+    assert found[0.125]["failure"] == "gain must be at least 0.2"
+    assert entry["settings"] == {"gain": 0.25}
+    path.unlink()
+    always = {"adjoint": replace(TUNED["adjoint"], run=fails_always)}
+    tune(methods=always)
+    assert tuned_entries(path)["sr4x", "adjoint", 0]["settings"] is None
+    run("--tuned", path, methods=always)
+    record = by_row(tmp_path / "out")["sr4x", "adjoint", 0, 6]
+    assert (record.tuned, record.tuned_calls) == (False, None)
+
+
+def test_settings_of_the_nearest_number_of_calls_are_taken(tune, run, tmp_path):
+    assert [nearest_calls({4: {}, 16: {}, 100: {}}, n) for n in (1, 4, 8, 9, 39, 41, 1000)] == [
+        *(4, 4, 4, 16, 16, 100, 100)
+    ]
+    assert (nearest_calls({}, 4), nearest_calls({0: {}}, 0)) == (None, 0)
+    path = tmp_path / "tuned.json"
+    tune("--calls", 4, 16)
+    chosen = {key: entry["settings"] for key, entry in tuned_entries(path).items()}
+    assert chosen["sr4x", "gained", 4] != chosen["sr4x", "gained", 16]
+    run("--tuned", path, "--nfe", 4, 7, 9, 50, "--metrics", "psnr", methods=TUNED)
     rows = by_row(tmp_path / "out")
-    gain = json.loads(out.read_text())["tasks"]["sr4x"]["adjoint"]["settings"]["gain"]
-    tuned = rows["sr4x", "adjoint", 0, 6]
-    assert (tuned.tuned, tuned.settings) == (True, {"gain": gain, "power": 2.0})
+    for nfe, nearest in ((4, 4), (7, 4), (9, 16), (50, 16)):
+        record = rows["sr4x", "gained", nfe, 6]
+        assert (record.tuned, record.tuned_calls) == (True, nearest)
+        assert record.settings == chosen["sr4x", "gained", nearest]
+    assert rows["sr4x", "adjoint", 0, 6].settings == {**chosen["sr4x", "adjoint", 0], "power": 2.0}
     assert not rows["sr4x", "noise", 0, 6].tuned
+    old = {"tasks": {"sr4x": {"adjoint": {"nfe": 0, "trials": [], "settings": {"gain": 1.0}}}}}
+    path.write_text(json.dumps(old))
+    status, _, err = run("--tuned", path, methods=TUNED)
+    assert status == 2
+    assert "must have entries by number of calls, got nfe for adjoint: it was written by" in err
 
 
-def test_tuning_refuses_large_grids_and_skips_failures(run, tmp_path):
-    grid = {"gain": (1.0, 2.0), "power": (1.0, 2.0, 3.0, 4.0, 5.0)}
-    large = {"adjoint": replace(METHODS["adjoint"], grid=grid)}
-    out = tmp_path / "tuned.json"
-    status, _, err = run("--out", out, command=cli.run_tuning, methods=large)
-    assert (status, out.exists()) == (2, False)
-    assert "the grid of adjoint must have at most 9 combinations, got 10" in err
-    failing = replace(METHODS["fails"], settings={"gain": 1.0}, grid={"gain": (1.0, 2.0)})
-    run("--out", out, command=cli.run_tuning, methods={"fails": failing})
-    entry = json.loads(out.read_text())["tasks"]["sr4x"]["fails"]
-    assert [trial["score"] for trial in entry["trials"]] == [None, None]
-    assert entry["settings"] is None
-    run("--tuned", out, methods={"fails": failing})
-    assert not by_row(tmp_path / "out")["sr4x", "fails", 0, 6].tuned
+def test_the_score_is_the_geometric_mean_of_both_distances(run, place, tmp_path, monkeypatch):
+    def distance(x, x0, scale):
+        return scale * (x - x0).abs().flatten(1).mean(1)
+
+    singles = {f"lpips-{net}": partial(distance, scale=s) for net, s in (("alex", 1), ("vgg", 9))}
+    monkeypatch.setattr("harness.scores._SINGLE", singles)
+    path = tmp_path / "tuned.json"
+    known = ["--prior", place / "any", "--data", place / "of40", "--size", 32, "--out", path]
+    run(*known, "--methods", "adjoint", "--trials", 1, "--images", 4, command=cli.run_tuning)
+    assert json.loads(path.read_text())["score"] == "geometric mean of lpips-alex and lpips-vgg"
+    (trial,) = tuned_entries(path)["sr4x", "adjoint", 0]["trials"]
+    run(*known[:-2], "--methods", "adjoint", "--metrics", "lpips-alex", "--images", 4)
+    record = by_row(tmp_path / "out")["sr4x", "adjoint", 0, 4]
+    assert trial["score"] == pytest.approx(3 * record.mean("lpips-alex"))
+
+
+def test_tuning_needs_the_weights_of_both_and_images(run, place, tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setattr("ncvsd_inverse.metrics._networks", {})
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path))
+    known = ["--prior", place / "any", "--size", 32, "--out", tmp_path / "tuned.json"]
+    status, _, err = run(*known, "--data", place / "of40", command=cli.run_tuning)
+    assert status == 2
+    assert "lpips_alex_features.safetensors in the folder that NCVSD_WEIGHTS names" in err
+    status = cli.run_tuning(METHODS, [str(part) for part in known])
+    assert status == 2
+    assert not (tmp_path / "tuned.json").exists()
+
+
+def naps(problem, models, nfe, settings):
+    time.sleep(len(problem.keys) * (0.002 + 0.003 * nfe))
+    return torch.full(problem.shape, settings["gain"])
+
+
+def test_the_estimate_is_near_the_time_it_takes(tune, tmp_path):
+    sleepy = stub(
+        "sleepy",
+        naps,
+        network="teacher",
+        calls=(4,),
+        settings={"gain": 0.1},
+        search={"gain": Ladder()},
+    )
+    tune("--calls", 4, 40, "--trials", 4, methods={"sleepy": sleepy})
+    plan = json.loads((tmp_path / "tuned.json").read_text())["plan"]
+    seconds = 4 * 3 * (2 * 0.002 + 0.003 * 44)
+    assert seconds / 1.5 < 3600 * plan["hours"] < 1.5 * seconds
+    (tmp_path / "tuned.json").unlink()
+    status, _, err = tune("--calls", 4, "--hours", 1e-6, methods={"sleepy": sleepy})
+    assert status == 2
+    assert "error: --hours must be at least" in err
+
+
+# Methods of others
+
+PLUG_IN = """
+from dataclasses import replace
+
+from baselines.interface import Method
+
+
+def grey(problem, models, nfe, settings):
+    return problem.y.new_zeros(problem.shape)
+
+
+METHOD = Method(
+    name="grey", title="Grey", run=grey, network="none", samples=False, linear_only=False,
+    calls=(0,), reference="",
+)
+BOTH = [METHOD, replace(METHOD, name="grey2")]
+TAKEN = replace(METHOD, name="noise")
+OTHER = replace(METHOD, title="Other")
+NONE = ()
+NUMBER = 3
+MIXED = (METHOD, 3)
+"""
+
+
+@pytest.mark.parametrize("source", ["plug_in_of_test", "json.py"])
+def test_methods_of_others_have_rows(source, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = source if source.endswith(".py") else f"{source}.py"
+    (tmp_path / file).write_text(PLUG_IN)
+    status, _, err = run("--methods", f"{source}:BOTH", "noise", f"{source}:METHOD")
+    assert (status, err) == (0, "")
+    rows = by_row(tmp_path / "out")
+    assert {name for _, name, _, _ in rows} == {"grey", "grey2", "noise"}
+    assert rows["sr4x", "grey", 0, 6].title == "Grey"
+    assert json.dumps({}) == "{}"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:METHOD", "can be imported, got nowhere:METHOD: ModuleNotFoundError: No module"),
+        ("nowhere.py:METHOD", "can be imported, got nowhere.py:METHOD: FileNotFoundError"),
+        ("broken.py:METHOD", "got broken.py:METHOD: ZeroDivisionError: division by zero"),
+        ("wrong.py:METHOD", "got wrong.py:METHOD: ValueError: calls must be at least 0 each"),
+        ("plug.py:METHODS", "--methods must name what is in plug.py, got plug.py:METHODS"),
+        ("plug.py:NUMBER", "a Method or a sequence of them, got plug.py:NUMBER, a int"),
+        ("plug.py:NONE", "a Method or a sequence of them, got plug.py:NONE, a tuple of none"),
+        ("plug.py:MIXED", "a sequence of Method alone, got plug.py:MIXED with a int"),
+        ("plug.py:TAKEN", "names of their own, got plug.py:TAKEN, where noise is the name"),
+        ("plug.py:OTHER", "names of their own, got plug.py:OTHER, where grey is the name"),
+        (":METHOD", "can be imported, got :METHOD: ValueError"),
+    ],
+)
+def test_what_is_no_method_of_others_is_told(name, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "plug.py").write_text(PLUG_IN)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "wrong.py").write_text(PLUG_IN.replace("calls=(0,)", "calls=()"))
+    first = ["plug.py:METHOD"] if "OTHER" in name else []
+    status, _, err = run("--methods", *first, name)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_peak_memory_is_that_of_the_call():

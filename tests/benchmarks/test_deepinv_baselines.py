@@ -1,6 +1,5 @@
 """The baselines that run through deepinv, and the classics, against dense matrices and oracles."""
 
-import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,14 +13,17 @@ from baselines.physics import (
     OwnDraws,
     TeacherDenoiser,
     UnitDenoiser,
+    deepinv_reconstructor_method,
     make_decomposed_physics,
     make_physics,
     pseudo_inverse,
     singular_system,
     unit_measurement,
+    unit_problem,
 )
 from ncvsd_inverse import operators as ops
 from ncvsd_inverse.errors import DivergenceError
+from ncvsd_inverse.machine import count_passes
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
 
@@ -340,13 +342,113 @@ def test_divergence_is_reported(name):
 
 def test_methods_describe_themselves():
     for name, method in EVERY.items():
-        assert set(method.grid) <= set(method.settings)
-        assert len(list(itertools.product(*method.grid.values()))) <= 9
+        assert set(method.search) == set(method.settings)
         assert method.network == ("teacher" if name in SAMPLERS else "none")
         assert method.samples == (name in SAMPLERS)
         assert (method.calls == (0,)) == (name in CLASSICS)
-        for setting, values in method.grid.items():
-            assert method.settings[setting] in values
+        for setting, ladder in method.search.items():
+            assert ladder.value(method.settings[setting], 0, 100) == method.settings[setting]
+
+
+# Reconstructors of deepinv
+
+
+class Ridge(nn.Module):
+    """The minimiser of ||A x - y||^2 / 2 + weight ||x - 1/2||^2 / 2."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, y, physics):
+        grey = torch.full_like(physics.A_adjoint(y), 0.5)
+        return physics.prox_l2(grey, y, 1 / self.weight)
+
+
+class Noise(nn.Module):
+    def forward(self, y, physics):
+        like = physics.A_adjoint(y)
+        return torch.rand_like(like) + torch.randn(like.shape)
+
+
+def plug_and_play(denoiser, sigma, calls, settings):
+    from deepinv.optim import L2, PGD, PnP
+
+    return PGD(
+        prior=PnP(denoiser),
+        data_fidelity=L2(),
+        stepsize=settings["stepsize"],
+        sigma_denoiser=2 * sigma,
+        max_iter=calls,
+    )
+
+
+@pytest.mark.parametrize("case", ["box", "means", "lopsided", "reflect"])
+def test_a_reconstructor_is_given_the_problem_in_its_own_units(case):
+    oracle, given = make_oracle(LINEAR[case], 2), []
+    problem = oracle.problem
+
+    def make(denoiser, sigma, calls, settings):
+        given.append((sigma, calls))
+        return Ridge(settings["weight"])
+
+    method = deepinv_reconstructor_method("ridge", "Ridge", make, settings={"weight": 0.2})
+    assert (method.network, method.samples, method.linear_only) == ("none", False, True)
+    found = run(method, oracle, 0)
+    operator = problem.operator
+    expected = operator.solve_normal(operator.adjoint(problem.y), a=1.0, b=0.2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert given == [(SIGMA_Y / 2, 0)] * 2
+    y, physics, sigma = unit_problem(problem)
+    assert float(physics.noise_model.sigma) == pytest.approx(sigma)
+    assert torch.equal(y, unit_measurement(operator, problem.y))
+
+
+def test_a_reconstructor_has_the_teacher_as_its_denoiser():
+    oracle = make_oracle(DECOMPOSED["box"], 3)
+    method = deepinv_reconstructor_method(
+        "pnp", "PnP", plug_and_play, calls=(4, 20), settings={"stepsize": 1.0}
+    )
+    assert method.network == "teacher"
+    with count_passes(oracle.models.networks) as passes:
+        found = run(method, oracle, 20)
+    assert passes.forward == 3 * 20
+    # A fixed point: the denoised image that knows y, all in [-1, 1].
+    operator, problem = oracle.problem.operator, oracle.problem
+    stepped = found - operator.adjoint(operator(found) - problem.y)
+    denoised = oracle.models.teacher.denoise(stepped, 2 * SIGMA_Y)
+    assert (denoised - found).abs().max() < 0.1 * (found - 0.3).abs().max()
+
+
+def test_draws_of_a_reconstructor_are_each_images_own():
+    oracle = make_oracle(DECOMPOSED["box"], 3)
+    method = deepinv_reconstructor_method(
+        "noise", "Noise", lambda *_: Noise(), samples=True, linear_only=False
+    )
+    before = torch.random.get_rng_state()
+    found = run(method, oracle, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    single = replace(oracle.problem, y=oracle.problem.y[1:2], keys=oracle.problem.keys[1:2])
+    assert torch.equal(run(method, replace(oracle, problem=single), 0), found[1:2])
+    assert not torch.allclose(found[0], found[1], atol=0.1)
+
+
+def test_a_reconstructor_of_another_kind_is_refused_and_phases_go_forward():
+    oracle = make_oracle(DECOMPOSED["box"], 1)
+    method = deepinv_reconstructor_method("wrong", "Wrong", lambda *_: torch.relu)
+    with pytest.raises(TypeError, match="make must return a module, got builtin"):
+        run(method, oracle, 0)
+    empty = Ridge(1.0)
+    empty.forward = lambda y, physics: physics.A_adjoint(y) / 0
+    nan = deepinv_reconstructor_method("nan", "NaN", lambda *_: empty)
+    with pytest.raises(DivergenceError, match="x0 must stay finite"):
+        run(nan, oracle, 0)
+    operator = ops.PhaseRetrieval(4)
+    x = normal(1, 1, SIDE, SIDE, dtype=torch.float32)
+    problem = replace(oracle.problem, operator=operator, y=operator(x))
+    y, physics, sigma = unit_problem(problem)
+    assert (torch.equal(y, problem.y), sigma) == (True, SIGMA_Y)
+    torch.testing.assert_close(physics.A((x + 1) / 2), problem.y, rtol=0, atol=1e-4)
 
 
 # Classics

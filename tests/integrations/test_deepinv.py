@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ncvsd_inverse.integrations.deepinv import as_deepinv_denoiser, as_deepinv_reconstructor
 from ncvsd_inverse.operators import Inpaint
@@ -505,6 +505,58 @@ def test_the_solver_is_a_reconstructor_in_deepinvs_test(dp):
     found = model(y, physics)
     result = solve(y, operator=physics, prior=prior, nfe=4, num_samples=16, estimate="mean", seed=3)
     assert torch.equal(found, (result.x0 + 1) / 2)
+
+
+class Images(Dataset):
+    """Images without measurements, as deepinv's benchmarks have them."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+@pytest.mark.parametrize("name", ["inpainting", "deblurring", "reduction", "denoising"])
+def test_the_solver_fits_the_call_of_deepinvs_benchmarks(dp, name):
+    """What deepinv_bench.run_benchmark does with a model, but for the data and benchopt."""
+    import deepinv
+
+    noise = dp.GaussianNoise(0.3 if name == "denoising" else 0.05)
+    blur = dp.blur.gaussian_blur(sigma=(1.0, 1.0))
+    physics = {
+        "inpainting": dp.Inpainting((1, 16, 16), mask=0.5, noise_model=noise),
+        "deblurring": dp.BlurFFT((1, 16, 16), filter=blur, noise_model=noise),
+        "reduction": dp.Downsampling(factor=2, filter="bicubic"),  # no size, no noise
+        "denoising": dp.Denoising(noise),
+    }[name]
+    prior = gaussian_prior((1, 16, 16))
+    truth = prior.draw(3, generator=torch.Generator().manual_seed(0)).float()
+    model = as_deepinv_reconstructor(prior, nfe=4, num_samples=8, estimate="mean")
+    assert isinstance(model, torch.nn.Module)
+    # The benchmark tells rows apart by what the model prints, and sets its device.
+    assert "nfe=4, sigma_y=None, num_samples=8, estimate='mean'" in str(model)
+    model.to("cpu")
+    model.device = "cpu"
+    scores = []
+    for tested in (model, torch.nn.Identity()):
+        if tested is not model:
+            tested.forward = lambda y, physics: physics.A_adjoint(y)
+        found = deepinv.test(
+            tested,
+            DataLoader(Images((truth + 1) / 2)),
+            physics,
+            online_measurements=True,
+            device="cpu",
+            metrics=[deepinv.loss.PSNR(), deepinv.loss.SSIM()],
+            compare_no_learning=False,
+            verbose=False,
+        )
+        scores.append(found["PSNR"])
+    assert scores[0] > scores[1] + 1
 
 
 def test_models_say_what_they_need():
