@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import ncvsd_inverse
+from ncvsd_inverse.images import read_image
 from ncvsd_inverse.integrations.deepinv import as_deepinv_denoiser, as_deepinv_reconstructor
 from ncvsd_inverse.operators import Inpaint
 from ncvsd_inverse.operators import deepinv_physics as bridge
@@ -557,6 +559,35 @@ def test_the_solver_fits_the_call_of_deepinvs_benchmarks(dp, name):
         )
         scores.append(found["PSNR"])
     assert scores[0] > scores[1] + 1
+
+
+def test_images_of_sides_that_the_network_does_not_take_are_restored(dp):
+    import deepinv
+
+    picture = read_image(Path(ncvsd_inverse.__file__).parent / "assets/photographs/cat.png")
+    truth = (picture[..., 30:71, 80:127] + 1) / 2
+    model = as_deepinv_reconstructor("ncvsd_natural", nfe=4)
+    blur = dp.blur.gaussian_blur(sigma=(1.0, 1.0))
+    mask = some(1, 41, 47).float()
+    for physics, sigma, share in (
+        (dp.Denoising(dp.GaussianNoise(0.1)), 0.1, 1.0),
+        (dp.Inpainting((3, 41, 47), mask=mask, noise_model=dp.GaussianNoise(0.02)), 0.02, mask),
+        (dp.Blur(filter=blur, padding="reflect", noise_model=dp.GaussianNoise(0.02)), 0.02, 1.0),
+    ):
+        torch.manual_seed(0)
+        y = physics(truth)
+        found = model(y, physics)
+        assert found.shape == truth.shape
+        # A draw explains y as well as the truth does, and is far better than the noisy picture.
+        misfit = (share * (physics.A(found) - y)).square().mean() / (
+            sigma**2 * float(torch.as_tensor(share).mean())
+        )
+        assert 0.6 < float(misfit) < 1.4
+        assert deepinv.metric.PSNR()(found, truth) > 24
+    # Images that fit are given to the solver as they are.
+    y = physics(truth[..., :40, :40])
+    result = solve(y, operator=physics, prior=model.prior, nfe=4)
+    assert torch.equal(model(y, physics), (result.x0 + 1) / 2)
 
 
 def test_models_say_what_they_need():
