@@ -540,7 +540,10 @@ def add(record: Mapping[str, Any]) -> None:
 def write_table() -> None:
     """Write the table of README.md from the records."""
     records = json.loads((FOLDER / "authors.json").read_text(encoding="utf-8"))
-    lines = ["| method | task | calls | authors' code | ours |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | task | images | calls | authors' code | ours |",
+        "|---|---|---|---|---|---|",
+    ]
     by = {(each["method"], each["task"], each["by"]): each for each in records}
     for name in RIVALS:
         for task in TASKS:
@@ -556,7 +559,8 @@ def write_table() -> None:
             first = by.get((name, task, "authors"))
             if first:
                 title = METHODS[RIVALS[name].ours].title
-                lines.append(f"| {title} | {task} | {first['calls']} | {cells[0]} | {cells[1]} |")
+                counts = f"{first['images']} | {first['calls']}"
+                lines.append(f"| {title} | {task} | {counts} | {cells[0]} | {cells[1]} |")
     path = FOLDER / "README.md"
     text = path.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
