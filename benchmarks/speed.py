@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ncvsd_inverse import Prior, load_prior, solve
 from ncvsd_inverse import operators as ops
-from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.files import write_between
 from ncvsd_inverse.machine import PeakMemory, find_device, time_now
 from ncvsd_inverse.networks import inference_dtype
 from ncvsd_inverse.operators.base import BaseOperator
@@ -88,29 +88,31 @@ def bare_calls(prior: Prior, x: Tensor) -> Callable[[], None]:
     return run
 
 
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the time of a function."""
+    started = time_now(device)
+    run()
+    return time_now(device) - started
+
+
 def loop_rows(device: torch.device, repeats: int) -> Iterator[Row]:
     """Yield the cost of `solve` over ten bare calls, batch 8, 64x64."""
     prior = load_prior("ncvsd_faces64", device)
     x = random_images(device, 8, 64)
 
-    def seconds(run: Callable[[], object]) -> float:
-        started = time_now(device)
-        run()
-        return time_now(device) - started
-
     bare = bare_calls(prior, x)
-    seconds(bare)
+    bare()
     for name, operator in task_operators(8, 64).items():
         y = operator.measure(x, 0.05, generator=generator(device, 1))
         run = partial(solve, y, operator=operator, prior=prior, nfe=CALLS)
         run()
         first, later = [], []
         for _ in range(repeats):
-            base = seconds(bare)
+            base = seconds(bare, device)
             forget()
-            first.append(seconds(run) / base)
-            base = seconds(bare)
-            later.append(seconds(run) / base)
+            first.append(seconds(run, device) / base)
+            base = seconds(bare, device)
+            later.append(seconds(run, device) / base)
         again, new = (statistics.median(ratios) for ratios in (later, first))
         yield f"solve(nfe=10) over ten bare forwards, {name}", f"{again:.2f} ({new:.2f})"
 
@@ -186,8 +188,8 @@ def closed_form_std(operator: BaseOperator, prior: GaussianPrior, sigma_y: float
     units = torch.eye(size, dtype=torch.float64).view(size, *prior.image_shape)
     root = prior.statistics.covariance(math.inf, units).colour(units).flatten(1)
     seen = operator(units).flatten(1).T @ root
-    values = torch.linalg.svd(seen).S.square()
-    basis = torch.linalg.svd(seen).Vh
+    _, singular, basis = torch.linalg.svd(seen)
+    values = singular.square()
     share = torch.ones(size, dtype=torch.float64)
     share[: len(values)] = sigma_y**2 / (sigma_y**2 + values)
     left = root @ basis.T * share.sqrt()
@@ -250,12 +252,7 @@ def memory_rows(device: torch.device) -> Iterator[Row]:
 def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Return the median time of a function after a warm-up."""
     run()
-    taken = []
-    for _ in range(repeats):
-        started = time_now(device)
-        run()
-        taken.append(time_now(device) - started)
-    return statistics.median(taken)
+    return statistics.median(seconds(run, device) for _ in range(repeats))
 
 
 def machine_rows(device: torch.device, repeats: int) -> Iterator[Row]:
@@ -283,9 +280,8 @@ def machine_rows(device: torch.device, repeats: int) -> Iterator[Row]:
     yield f"`{codes[1]}` over `{codes[0]}`", f"{ours / base:.2f}"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ncvsd_inverse.cli", "demo", "-o", folder]
-        started = time_now(cpu)
-        subprocess.run(command, check=True, capture_output=True)
-        yield "`ncvsd demo`", f"{time_now(cpu) - started:.0f} s"
+        taken = seconds(partial(subprocess.run, command, check=True, capture_output=True), cpu)
+        yield "`ncvsd demo`", f"{taken:.0f} s"
 
 
 def compiled_rows(device: torch.device, repeats: int) -> Iterator[Row]:
@@ -311,16 +307,6 @@ def describe(device: torch.device) -> str:
         where = f"{name or platform.machine()} ({', '.join(units) or 'no bfloat16 units'}), "
         where += f"{torch.get_num_threads()} threads"
     return f"{where}, torch {torch.__version__.split('+')[0]}, {inference_dtype(device.type)}"
-
-
-def write_table(path: Path, table: str) -> None:
-    """Put the table between the marks of a file."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
-        raise ValueError(f"--write must name a file with the marks {MARKS}, got {path}")
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    write_whole(path, f"{before}{MARKS[0]}\n\n{table}\n{MARKS[1]}{after}")
 
 
 def main() -> None:
@@ -354,7 +340,7 @@ def main() -> None:
             lines.append(f"| {what} | {figure} |")
             print(lines[-1], flush=True)
     if args.write:
-        write_table(args.write, "\n".join(lines) + "\n")
+        write_between(args.write, MARKS, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_folder", "file_sha256", "whole_files", "write_whole"]
+__all__ = ["cache_folder", "file_sha256", "whole_files", "write_between", "write_whole"]
 
 
 @contextmanager
@@ -62,3 +62,17 @@ def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, 64 lower-case hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_between(path: Path, marks: tuple[str, str], text: str) -> None:
+    """Put text between two marks of a text file, a blank line around it, whole or not at all.
+
+    Raises:
+        ValueError: if the file does not hold each mark once, in their order.
+    """
+    content = path.read_text(encoding="utf-8")
+    before, first, rest = content.partition(marks[0])
+    old, last, after = rest.partition(marks[1])
+    if not (first and last) or any(mark in before + old + after for mark in marks):
+        raise ValueError(f"{path} must hold the marks {' and '.join(marks)} once each")
+    write_whole(path, f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")

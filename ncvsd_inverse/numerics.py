@@ -1,5 +1,6 @@
 """Small numerical tools: random draws, levels that broadcast, linear solves, Jacobians, moments."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -15,9 +16,11 @@ __all__ = [
     "Map",
     "Moments",
     "conjugate_gradient",
+    "digest",
     "draw_normal",
     "ensemble_crps",
     "expand_level",
+    "filter_periodic",
     "frechet_distance",
     "hartley",
     "interpolate",
@@ -25,6 +28,7 @@ __all__ = [
     "local_part",
     "make_generators",
     "squared_norm",
+    "white_probe",
     "working_dtype",
 ]
 
@@ -212,6 +216,28 @@ def interpolate(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
 def squared_norm(x: Tensor) -> Tensor:
     """Return the squared norm of each batch item, shape (B,), of x (B, ...)."""
     return x.flatten(1).square().sum(dim=1)
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return a hash of the shapes and values of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(repr(tensor.shape).encode())
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def white_probe(like: Tensor) -> Tensor:
+    """Return one image of standard normals, always the same, for each of `like`, (B, ...)."""
+    source = torch.Generator().manual_seed(0)
+    single = torch.randn(like.shape[1:], generator=source, dtype=torch.float32)
+    return single.to(like).expand(like.shape)
+
+
+def filter_periodic(x: Tensor, gains: Tensor) -> Tensor:
+    """Return images (..., H, W) convolved periodically, by the gains (..., H, W // 2 + 1)."""
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * gains, s=x.shape[-2:])
+    return filtered
 
 
 def hartley(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ncvsd_inverse.checks import (
     check_positive,
 )
 from ncvsd_inverse.machine import Cache
-from ncvsd_inverse.numerics import conjugate_gradient, working_dtype
+from ncvsd_inverse.numerics import conjugate_gradient, filter_periodic, working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
 from ncvsd_inverse.protocols import LinearForm
 
@@ -87,7 +87,7 @@ class Blur(LinearBase):
         """Return blurred images, shape (B, C, H, W), or (B, C, H - kh + 1, W - kw + 1)."""
         self._check("x", check_images("x", x), x.shape)
         extended = self._extend(x.to(working_dtype(x.dtype)))
-        return self._crop(self._filter(extended, self._transfer(extended))).to(x.dtype)
+        return self._crop(filter_periodic(extended, self._transfer(extended))).to(x.dtype)
 
     def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape (B, C, H, W) of the images that give measurements of `y_shape`."""
@@ -101,7 +101,7 @@ class Blur(LinearBase):
         """Return A^T y, shape (B, C, H, W)."""
         self._check("y", check_images("y", y), self.input_shape(y.shape))
         widened = self._crop_transposed(y.to(working_dtype(y.dtype)))
-        filtered = self._filter(widened, self._transfer(widened).conj())
+        filtered = filter_periodic(widened, self._transfer(widened).conj())
         return self._extend_transposed(filtered).to(y.dtype)
 
     def repeated(self, times: int) -> "Blur":
@@ -116,7 +116,7 @@ class Blur(LinearBase):
         working = rhs.to(working_dtype(rhs.dtype))
         power = self._transfer(working).abs().square()
         if self.boundary == "circular":
-            return self._filter(working, 1 / (a * power + b)).to(rhs.dtype)
+            return filter_periodic(working, 1 / (a * power + b)).to(rhs.dtype)
         # The floor keeps what differs at the edges from being amplified by a / b: without it the
         # preconditioner costs iterations, with it it saves up to half of them.
         floor = 0.03 * power.amax(dim=(-2, -1), keepdim=True)
@@ -126,7 +126,7 @@ class Blur(LinearBase):
             working,
             rtol=self.tolerances[working.dtype],
             max_iterations=self.max_iterations,
-            precondition=lambda residual: self._filter(residual, inverse),
+            precondition=lambda residual: filter_periodic(residual, inverse),
         )
         return solution.to(rhs.dtype)
 
@@ -208,12 +208,6 @@ class Blur(LinearBase):
             return spectrum
 
         return self._transfers.get((height, width, like.dtype, like.device), compute)
-
-    @staticmethod
-    def _filter(images: Tensor, transfer: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft2(images) * transfer
-        filtered: Tensor = torch.fft.irfft2(spectrum, s=images.shape[-2:])
-        return filtered
 
     def _extend(self, images: Tensor) -> Tensor:
         """Add the pixels outside the image that the kernel reaches."""

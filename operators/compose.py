@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count, check_images
+from ncvsd_inverse.numerics import Map, filter_periodic
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.protocols import (
     Generators,
@@ -169,18 +171,20 @@ def _combine(outer: LinearForm, inner: LinearForm) -> LinearForm | None:
     weights = inner.weights if outer.weights is None else outer.weights
     if inner.transfer is None:
         return replace(outer, weights=weights)
-    blur = _Filter(inner.transfer)
-    forward, backward = outer.forward, outer.backward
+    transfer, forward, backward = inner.transfer, outer.forward, outer.backward
     if outer.axes is not None:
-        rows, columns = outer.axes
-        forward, backward = _Axes(rows, columns), _Axes(rows.T, columns.T)
+        forward, backward = (
+            partial(_along_axes, rows=rows, columns=columns)
+            for rows, columns in (outer.axes, [axis.T for axis in outer.axes])
+        )
+    blur, unblur = (partial(filter_periodic, gains=gains) for gains in (transfer, transfer.conj()))
     return replace(
         outer,
         weights=weights,
-        transfer=blur.transfer if outer.transfer is None else outer.transfer * blur.transfer,
+        transfer=transfer if outer.transfer is None else outer.transfer * transfer,
         axes=None,
-        forward=None if forward is None else _Chain(blur, forward),
-        backward=None if backward is None else _Chain(backward, blur.transposed()),
+        forward=None if forward is None else _chain(blur, forward),
+        backward=None if backward is None else _chain(backward, unblur),
     )
 
 
@@ -194,38 +198,9 @@ def _steps(form: LinearForm) -> set[str]:
     return done | ({"stride"} if form.stride > 1 else set())
 
 
-class _Filter:
-    """A periodic convolution with the gains `transfer`."""
-
-    def __init__(self, transfer: Tensor) -> None:
-        self.transfer = transfer
-
-    def transposed(self) -> "_Filter":
-        return _Filter(self.transfer.conj())
-
-    def __call__(self, images: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft2(images) * self.transfer
-        filtered: Tensor = torch.fft.irfft2(spectrum, s=images.shape[-2:])
-        return filtered
+def _along_axes(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return rows @ images @ columns.T
 
 
-class _Axes:
-    """A matrix of the rows and one of the columns."""
-
-    def __init__(self, rows: Tensor, columns: Tensor) -> None:
-        self.rows = rows
-        self.columns = columns
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.rows @ images @ self.columns.T
-
-
-class _Chain:
-    """One map after another."""
-
-    def __init__(self, first: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor]) -> None:
-        self.first = first
-        self.last = last
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x))
+def _chain(first: Map, last: Map) -> Map:
+    return lambda x: last(first(x))

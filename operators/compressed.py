@@ -89,8 +89,7 @@ class CompressedSensing(LinearBase):
             raise ValueError(f"y must have shape (B, C, {self.num_measured}), got {tuple(y.shape)}")
         _, _, kept, _ = self._on(y.device)
         working = y.to(working_dtype(y.dtype))
-        pixels = self.size[0] * self.size[1]
-        coefficients = working.new_zeros(*y.shape[:2], pixels)
+        coefficients = working.new_zeros(*y.shape[:2], len(self._order))
         coefficients[..., kept] = working
         return self._transform_back(coefficients).to(y.dtype)
 
@@ -114,8 +113,8 @@ class CompressedSensing(LinearBase):
     def _eigenvalues(self, like: Tensor, a: float, b: float) -> Tensor:
         """Return the eigenvalues of a A^T A + b I, shape (n,), in the order of coefficients."""
         _, _, kept, _ = self._on(like.device)
-        pixels = self.size[0] * self.size[1]
-        values = torch.full((pixels,), b, dtype=working_dtype(like.dtype), device=like.device)
+        dtype = working_dtype(like.dtype)
+        values = torch.full((len(self._order),), b, dtype=dtype, device=like.device)
         values[kept] += a
         return values
 

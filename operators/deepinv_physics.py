@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_count, check_finite, check_non_negative, check_positive
+from ncvsd_inverse.numerics import white_probe
 from ncvsd_inverse.protocols import Operator
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def from_deepinv(
         return PhysicsOperator(physics, y, packed, shape), packed
     linear = LinearPhysicsOperator(physics, y, packed, shape)
     white = packed.new_full((packed.shape[0], *shape), 1.0)
-    source = torch.Generator().manual_seed(0)
-    probe = torch.randn(shape, generator=source, dtype=torch.float32).to(packed).expand(white.shape)
+    probe = white_probe(white)
     seen = linear(probe)
     power, pulled = (seen * seen).sum(), (probe * linear.adjoint(seen)).sum()
     if not bool((power - pulled).abs() <= MISMATCH * power):

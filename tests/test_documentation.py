@@ -318,6 +318,10 @@ COMMANDS: dict[str, Short | Skipped] = {
     "--prior runs/natural_teacher/prior": Skipped("as above"),
     "python experiments/natural/denoising.py --data DIR/faces64/val.zip "
     "--prior runs/faces_teacher/prior": Skipped("as above"),
+    "ncvsd train teacher.toml --data all.zip --out runs/natural_teacher": Skipped("it takes days"),
+    "ncvsd train teacher.toml --data DIR/faces64/train.zip --out runs/faces_teacher": Skipped(
+        "it takes days"
+    ),
     "python experiments/operators/motion_kernels.py": Short(
         "python experiments/operators/motion_kernels.py --draws 2 --picture kernels.jpg",
         makes=("kernels.jpg",),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ncvsd_inverse.files import whole_files, write_whole
+from ncvsd_inverse.files import whole_files, write_between, write_whole
 from ncvsd_inverse.images import (
     centre_crop,
     centre_crop_to_multiple,
@@ -291,3 +291,22 @@ def test_threads_that_write_one_file_leave_each_other_alone(tmp_path):
             assert path.read_text() == "second"
         assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_between_marks_is_replaced_and_the_rest_stays(tmp_path):
+    path, marks = tmp_path / "README.md", ("<!-- from -->", "<!-- to -->")
+    path.write_text("before\n<!-- from -->\nold\n<!-- to -->\nafter\n")
+    for text in ("new", "newer"):
+        write_between(path, marks, text)
+        assert path.read_text() == f"before\n<!-- from -->\n\n{text}\n\n<!-- to -->\nafter\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["no marks", "<a> no end", "<b> wrong order <a>", "<a> twice <a> <b>", "<a> <b> <b>"]
+)
+def test_marks_that_are_not_there_once_each_are_refused(tmp_path, content):
+    path = tmp_path / "README.md"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="must hold the marks <a> and <b> once each"):
+        write_between(path, ("<a>", "<b>"), "new")
+    assert path.read_text() == content

@@ -20,6 +20,7 @@ Source:
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -112,11 +113,22 @@ def _chains(problem: Problem, nfe: int) -> int:
     return next(fits, 1)
 
 
-_TEMPERED_SEARCH = {
-    "temperature": Ladder(math.sqrt(2), most=1.0),
-    "noise": Ladder(math.sqrt(2)),
-    "first": Ladder(values=(0.0, 0.2, 0.4, 0.8, 1.6)),
-}
+_TEMPERED = Method(
+    name="ncvsd-tempered",
+    title="NCVSD (ours), tempered",
+    run=_run_tempered,
+    network="student",
+    samples=False,
+    linear_only=False,
+    calls=(4, 10, 20, 50),
+    reference="peng2025ncvsd",
+    settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
+    search={
+        "temperature": Ladder(math.sqrt(2), most=1.0),
+        "noise": Ladder(math.sqrt(2)),
+        "first": Ladder(values=(0.0, 0.2, 0.4, 0.8, 1.6)),
+    },
+)
 
 OURS = (
     Method(
@@ -129,29 +141,13 @@ OURS = (
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",
     ),
-    Method(
-        name="ncvsd-tempered",
-        title="NCVSD (ours), tempered",
-        run=_run_tempered,
-        network="student",
-        samples=False,
-        linear_only=False,
-        calls=(4, 10, 20, 50),
-        reference="peng2025ncvsd",
-        settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
-        search=_TEMPERED_SEARCH,
-    ),
-    Method(
+    _TEMPERED,
+    replace(
+        _TEMPERED,
         name="teacher-gaussian",
         title="Teacher + Gaussian, our loop",
         run=_run_teacher,
         network="teacher",
-        samples=False,
-        linear_only=False,
-        calls=(4, 10, 20, 50),
-        reference="peng2025ncvsd",
-        settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
-        search=_TEMPERED_SEARCH,
     ),
     Method(
         name="ncvsd-published",

@@ -35,12 +35,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from baselines.interface import Models, Problem
-from baselines.physics import SingularSystem, pseudo_inverse, singular_system
+from baselines.physics import SingularSystem, linear, pseudo_inverse, singular_system
 from baselines.registry import METHODS
 from harness.problems import KnownProblem, find_test_set, load_images, make_problem
 from ncvsd_inverse import load_prior, metrics
-from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.files import write_between, write_whole
 from ncvsd_inverse.machine import count_passes
+from ncvsd_inverse.operators import SuperResolution
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 
 PRIOR = "ncvsd_faces64"
@@ -159,7 +160,7 @@ def run_daps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
 
     def gradient(x: Tensor, y: Tensor, return_loss: bool) -> tuple[Tensor, Tensor]:
         error = problem.operator(x) - y
-        return 2 * _linear(problem).adjoint(error), error.square().sum()
+        return 2 * linear(problem.operator).adjoint(error), error.square().sum()
 
     langevin = {"num_steps": 100, "lr": 1e-4, "tau": 0.01, "lr_min_ratio": 0.01}
     edm = {"name": "edm", "timestep": "poly-7"}
@@ -178,7 +179,7 @@ def run_daps(problem: Problem, teacher: DiffusionPrior) -> Tensor:
 def run_pnpdm(problem: Problem, teacher: DiffusionPrior) -> Tensor:
     """PnP-DM with the reverse SDE on its VP grid: 100 sweeps."""
     module = _import("pnpdm.samplers.pnp_edm.pnp_edm")
-    operator = _linear(problem)
+    operator = linear(problem.operator)
 
     def proximal(x: Tensor, y: Tensor, sigma: float, rho: float) -> Tensor:
         noisy = x / rho**2 + torch.randn_like(x) / rho
@@ -342,7 +343,7 @@ def run_diffpir(problem: Problem, teacher: DiffusionPrior) -> Tensor:
         if isinstance(node, ast.For) and ast.unparse(node.iter) == "range(len(seq))"
     ]
     loop = compile(ast.Module([loops[0]], []), "main_ddpir_deblur.py", "exec")
-    network, operator, steps = EpsModel(teacher), _linear(problem), 100
+    network, operator, steps = EpsModel(teacher), linear(problem.operator), 100
     kept = network.kept.float()
     ratios = ((1 - kept) / kept).sqrt()
     offset = operator(torch.ones(problem.shape))
@@ -371,7 +372,7 @@ def run_diffpir(problem: Problem, teacher: DiffusionPrior) -> Tensor:
         **{"generate_mode": "DiffPIR", "model_output_type": "pred_xstart", "ddim_sample": False},
         **{"model_out_type": "pred_xstart", "iter_num_U": 1, "num_train_timesteps": 1000},
         **{"sub_1_analytic": True, "guidance_scale": 1.0, "eta": 0.0, "save_progressive": False},
-        **ZETAS["sr4x" if operator.family == "superres" else "deblur_gaussian"],
+        **ZETAS["sr4x" if isinstance(operator, SuperResolution) else "deblur_gaussian"],
         "noise_model_t": 0,
         "sigmas": ratios.flip(0),
         "reduced_alpha_cumprod": ratios,
@@ -463,10 +464,6 @@ def _import(name: str, stubs: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
     for stub in stubs:
         sys.modules[stub] = mock.MagicMock()
     return importlib.import_module(name)
-
-
-def _linear(problem: Problem) -> Any:  # noqa: ANN401
-    return problem.operator
 
 
 def judge(known: KnownProblem, restored: Tensor) -> dict[str, list[float]]:
@@ -561,11 +558,7 @@ def write_table() -> None:
                 title = METHODS[RIVALS[name].ours].title
                 counts = f"{first['images']} | {first['calls']}"
                 lines.append(f"| {title} | {task} | {counts} | {cells[0]} | {cells[1]} |")
-    path = FOLDER / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    table = "\n".join(lines)
-    write_whole(path, f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    write_between(FOLDER / "README.md", MARKS, "\n".join(lines))
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Covariances of images, dense or stationary, in coordinates where they are diagonal."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.machine import exact_arithmetic
+from ncvsd_inverse.numerics import digest
 
 __all__ = ["DenseCovariance", "SpectralCovariance"]
 
@@ -72,7 +72,6 @@ class SpectralCovariance:
         self.spectrum = spectrum
         self.variances = spectrum[..., None]
         self.size = (spectrum.shape[1], width)
-        self._double: SpectralCovariance | None = None
 
     @property
     def nbytes(self) -> int:
@@ -93,10 +92,7 @@ class SpectralCovariance:
     @cached_property
     def digest(self) -> str:
         """A hash of what it holds."""
-        found = hashlib.sha256(repr(self.size).encode())
-        for tensor in (self.mixing, self.spectrum):
-            found.update(tensor.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+        return f"{self.size} {digest(self.mixing, self.spectrum)}"
 
     @cached_property
     def is_even(self) -> bool:
@@ -115,12 +111,12 @@ class SpectralCovariance:
 
     def double(self) -> "SpectralCovariance":
         """Return the covariance in float64; its mixtures are orthonormal in float64 too."""
-        if self.spectrum.dtype == torch.float64:
-            return self
-        if self._double is None:
-            left, _, right = torch.linalg.svd(self.mixing.double())
-            self._double = SpectralCovariance(left @ right, self.spectrum.double(), self.size[1])
-        return self._double
+        return self if self.spectrum.dtype == torch.float64 else self._in_double
+
+    @cached_property
+    def _in_double(self) -> "SpectralCovariance":
+        left, _, right = torch.linalg.svd(self.mixing.double())
+        return SpectralCovariance(left @ right, self.spectrum.double(), self.size[1])
 
     def mix(self, x: Tensor) -> Tensor:
         """Return the mixtures (B, C, H, W) of the colours of images."""

@@ -1,19 +1,18 @@
 """Dense matrices for masks and small measurements, kept from call to call."""
 
-import hashlib
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.machine import Cache
+from ncvsd_inverse.numerics import digest
 
 __all__ = [
     "KEPT_MASKS",
     "KEPT_TENSORS",
     "DenseMask",
     "MaskMatrices",
-    "digest",
     "separable_covariance",
 ]
 
@@ -31,15 +30,6 @@ KEPT_MASKS: Cache["DenseMask"] = Cache(256, MASK_BYTES)
 
 KEPT_TENSORS: Cache[Tensor] = Cache(256, TENSOR_BYTES)
 """Other matrices that were used last."""
-
-
-def digest(*tensors: Tensor) -> str:
-    """Return a hash of tensors."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(repr(tensor.shape).encode())
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def separable_covariance(rows: Tensor, columns: Tensor, function: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ncvsd_inverse.numerics import (
     draw_normal,
     jacobian,
     squared_norm,
+    white_probe,
     working_dtype,
 )
 from ncvsd_inverse.protocols import (
@@ -245,7 +246,6 @@ class GaussNewton:
 
 def _mean_gram(x: Tensor, push: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the mean of the diagonal of J^T J of each image, seen by one probe, (B, 1, 1, 1)."""
-    source = torch.Generator().manual_seed(0)
-    probe = torch.randn(x.shape[1:], generator=source, dtype=torch.float32).to(x).expand(x.shape)
+    probe = white_probe(x)
     seen = squared_norm(push(probe)) / squared_norm(probe)
     return seen.reshape(-1, 1, 1, 1)

@@ -18,7 +18,7 @@ from ncvsd_inverse.checks import (
 )
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.machine import Signal
-from ncvsd_inverse.numerics import draw_normal, jacobian, squared_norm, working_dtype
+from ncvsd_inverse.numerics import draw_normal, jacobian, squared_norm, white_probe, working_dtype
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.protocols import (
     DiagonalOperator,
@@ -268,9 +268,7 @@ class Langevin:
         if self._lipschitz is not None:
             return x.new_full((x.shape[0],), float(self._lipschitz) ** 2)
         _, push, pull = jacobian(self.operator, x)
-        source = torch.Generator().manual_seed(0)
-        start = torch.randn(x.shape[1:], generator=source, dtype=torch.float32)
-        direction = start.to(x).expand(x.shape)
+        direction = white_probe(x)
         for _ in range(self.POWER_ITERATIONS):
             norm = squared_norm(direction).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
             direction = direction / _per_image(norm, x)

@@ -1,14 +1,20 @@
 """Gaussian conditioning as linear algebra: S A^T (A S A^T + s^2 I)^-1, each A in its best way."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.numerics import Map, conjugate_gradient, squared_norm
+from ncvsd_inverse.numerics import (
+    Map,
+    conjugate_gradient,
+    digest,
+    filter_periodic,
+    squared_norm,
+)
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.protocols import (
     Covariance,
@@ -21,7 +27,6 @@ from ncvsd_inverse.sampling.dense_solves import (
     KEPT_TENSORS,
     DenseMask,
     MaskMatrices,
-    digest,
     separable_covariance,
 )
 
@@ -65,8 +70,9 @@ class LinearSolver:
       under T + s^2 I, which conjugate gradients find there. Their matrix is the unknown block of
       (T + s^2 I)^-1, whose condition does not grow without bound as s falls. Holes are
       preconditioned by the unknown block of T + s^2 I; scattered pixels need nothing;
-    - forms that hold but for the edges of images: conjugate gradients on A S A^T + s^2 I,
-      preconditioned by the periodic form;
+    - forms that hold but for the edges of images: if rows and columns have matrices, the inverse of
+      A S A^T + s^2 I for a small y, or conjugate gradients on it in the singular vectors of a blur,
+      where S is nearly diagonal; else conjugate gradients, preconditioned by the periodic form;
     - small images of dense S, or under blurs with other edges and little noise: least squares for
       w, the move in stds, by a QR factorisation;
     - all else: conjugate gradients for w, preconditioned by the diagonal of A^T A over
@@ -112,8 +118,9 @@ class LinearSolver:
         self.iterations = 0
         self._form: LinearForm | None = None
         self._is_read = False
-        self._holes: Tensor | None = None
+        self._holes: _Holes | None = None
         self._matrices: MaskMatrices | None = None
+        self._weights: tuple[float, ...] | None = None
         self._axes_digest: str | None = None
         self._vectors: tuple[tuple[Tensor, ...], ...] | None = None
         self._gram: _Gram | None = None
@@ -198,7 +205,7 @@ class LinearSolver:
             waves = waves if form.transfer is None else form.transfer.conj() * waves
             return Move(_leave(waves, form, covariance), misfit.new_zeros(len(misfit)))
         if form.exact:
-            z, error = _filter(entered, inverse), misfit.new_zeros(len(misfit))
+            z, error = filter_periodic(entered, inverse), misfit.new_zeros(len(misfit))
         elif form.axes is not None and math.prod(misfit.shape[2:]) <= self.SMALL:
             z, error = self._by_matrix(entered, form, form.axes, covariance)
         elif form.axes is not None and form.stride == 1:
@@ -217,8 +224,7 @@ class LinearSolver:
     ) -> tuple[Tensor, Tensor]:
         """Return (A S A^T + s^2 I)^-1 rhs by the inverse, kept, and the error (B,)."""
         noise, spectrum = self.sigma_lik**2, _mixed(form, covariance)
-        weights = None if form.weights is None else tuple(form.weights.tolist())
-        key = (self._digest(axes), covariance.digest, weights, noise, rhs.dtype, rhs.device)
+        key = (self._digest(axes), *self._key(form, covariance, rhs))
 
         def make() -> Tensor:
             function = torch.fft.irfft2(spectrum, s=covariance.size)
@@ -234,11 +240,19 @@ class LinearSolver:
             return (inverse @ flat).permute(2, 0, 1).view(r.shape)
 
         def left(z: Tensor) -> Tensor:
-            return rhs - _forward(form, _filter(_backward(form, z), spectrum)) - noise * z
+            return rhs - _forward(form, filter_periodic(_backward(form, z), spectrum)) - noise * z
 
         z = solve(rhs)
         z = z + solve(left(z))  # what the rounding of the inverse leaves
         return z, (squared_norm(left(z)) / rhs[0].numel() / noise).sqrt()
+
+    def _key(
+        self, form: LinearForm, covariance: SpectralCovariance, like: Tensor
+    ) -> tuple[Hashable, ...]:
+        """Return what variances of what A blurs follow from, in the arithmetic of `like`."""
+        if self._weights is None and form.weights is not None:
+            self._weights = tuple(form.weights.tolist())
+        return covariance.digest, self._weights, self.sigma_lik, like.dtype, like.device
 
     def _digest(self, axes: tuple[Tensor, Tensor]) -> str:
         if self._axes_digest is None:
@@ -280,16 +294,15 @@ class LinearSolver:
             exact: Tensor = torch.linalg.inv(block)
             return exact
 
-        weights = None if form.weights is None else tuple(form.weights.tolist())
-        key = ("kept best", self._digest(axes), covariance.digest, weights, noise)
-        exact = KEPT_TENSORS.get((*key, rhs.dtype, rhs.device), make)
+        key = ("kept best", self._digest(axes), *self._key(form, covariance, rhs))
+        exact = KEPT_TENSORS.get(key, make)
 
         def maps(places: Tensor) -> tuple[Map, Map]:
             spectrum, own, best = spectra[places], inverse[places], exact[places]
 
             def apply(z: Tensor) -> Tensor:
                 self.iterations += 1
-                images = _filter(right.T @ (gains * z) @ right_w, spectrum)
+                images = filter_periodic(right.T @ (gains * z) @ right_w, spectrum)
                 return gains * (right @ images @ right_w.T) + noise * z
 
             def precondition(r: Tensor) -> Tensor:
@@ -316,9 +329,9 @@ class LinearSolver:
 
             def apply(z: Tensor) -> Tensor:
                 self.iterations += 1
-                return _forward(form, _filter(_backward(form, z), spectrum)) + noise * z
+                return _forward(form, filter_periodic(_backward(form, z), spectrum)) + noise * z
 
-            return apply, partial(_filter, spectrum=filtered)
+            return apply, partial(filter_periodic, gains=filtered)
 
         return self._invert(rhs, maps)
 
@@ -350,10 +363,9 @@ class LinearSolver:
         if self._matrices is None:
             self._matrices = MaskMatrices(mask[0, 0])
         least, most = (variance + self.sigma_lik**2 for variance in covariance.extremes)
-        weights = None if form.weights is None else tuple(form.weights.tolist())
         return self._matrices.find(
             noisy,
-            (covariance.digest, weights, self.sigma_lik, noisy.dtype, noisy.device),
+            self._key(form, covariance, noisy),
             condition=most / least,
             is_even=covariance.is_even,
         )
@@ -370,18 +382,15 @@ class LinearSolver:
         precision = 1 / noisy
         unknown = (~mask).to(known.dtype)
         if self._holes is None:
-            self._holes = _find_holes(mask)
+            self._holes = _Holes.find(mask, everywhere=form.transfer is not None)
         holes = self._holes
-        if form.transfer is not None:
-            holes = torch.ones_like(holes)
-        some, every = bool(holes.any()), bool(holes.all())
         meet = mask.shape[1] > 1  # mixtures of colours meet where a channel alone is known
         begin = known if meet else _enter(known, form, covariance)
 
         def through(x: Tensor, spectrum: Tensor) -> Tensor:
             if meet:
-                return unknown * covariance.unmix(_filter(covariance.mix(x), spectrum))
-            return unknown * _filter(x, spectrum)
+                return unknown * covariance.unmix(filter_periodic(covariance.mix(x), spectrum))
+            return unknown * filter_periodic(x, spectrum)
 
         def maps(places: Tensor) -> tuple[Map, Map | None]:
             narrow, wide = (part if meet else part[:, places] for part in (precision, noisy))
@@ -391,9 +400,10 @@ class LinearSolver:
                 return through(v, narrow)
 
             def widen(r: Tensor) -> Tensor:
-                return through(r, wide) if every else torch.where(holes, through(r, wide), r)
+                widened = through(r, wide)
+                return widened if holes.every else torch.where(holes.are_large, widened, r)
 
-            return apply, widen if some else None
+            return apply, widen if holes.some else None
 
         dimension = covariance.dimension / (1 if meet else begin.shape[1])
         most = self.tolerance * math.sqrt(dimension)
@@ -562,12 +572,6 @@ class _Gram(NamedTuple):
     has_rank: bool
 
 
-def _filter(x: Tensor, spectrum: Tensor) -> Tensor:
-    """Return images (..., H, W) convolved periodically, by the gains (..., H, W // 2 + 1)."""
-    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * spectrum, s=x.shape[-2:])
-    return filtered
-
-
 def _singular(axis: Tensor) -> tuple[Tensor, ...]:
     """Return U, S and V^T of a matrix, largest values first, and the Fourier transform of V^T."""
     left, values, right = torch.linalg.svd(axis)
@@ -643,8 +647,23 @@ def _fold(spectrum: Tensor, stride: int, width: int) -> Tensor:
     return folded[..., : width // stride // 2 + 1]
 
 
-def _find_holes(mask: Tensor) -> Tensor:
-    """Return whether most unknown pixels of each mask touch no known one, (B, 1, 1, 1)."""
-    near = nn.functional.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
-    unknown, alone = (part.flatten(1).sum(1) for part in (~mask, ~near))
-    return (2 * alone > unknown).reshape(-1, 1, 1, 1)
+class _Holes(NamedTuple):
+    """Which masks of a batch have their unknown pixels in holes, found once: a GPU is waited for.
+
+    Attributes:
+        are_large: whether most unknown pixels of a mask touch no known one, (1 or B, 1, 1, 1).
+        some: whether that is so of any mask.
+        every: whether it is of all.
+    """
+
+    are_large: Tensor
+    some: bool
+    every: bool
+
+    @classmethod
+    def find(cls, mask: Tensor, *, everywhere: bool) -> "_Holes":
+        """Look at masks of known pixels; with `everywhere` all count as holes."""
+        near = nn.functional.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
+        unknown, alone = (part.flatten(1).sum(1) for part in (~mask, ~near))
+        large = (2 * alone > unknown).reshape(-1, 1, 1, 1) | everywhere
+        return cls(large, bool(large.any()), bool(large.all()))
