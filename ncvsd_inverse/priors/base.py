@@ -187,12 +187,12 @@ class NetworkPrior(ABC):
         x = u.to(torch.promote_types(u.dtype, torch.float32))
         return x, expand_level(sigma, x).flatten()
 
-    def _call(self, *arguments: Tensor | None) -> object:
+    def _call(self, *arguments: Tensor | None, **options: bool) -> object:
         """Call the network, under the caller's autocast unless it has a dtype of its own."""
         if NetworkTraits.of(self.network).compute_dtype is not None:
-            return self.network(*arguments)
+            return self.network(*arguments, **options)
         with callers_autocast():
-            return self.network(*arguments)
+            return self.network(*arguments, **options)
 
     def _labels(self, x: Tensor) -> Tensor | None:
         """Return the class of each image of `x`, one-hot, shape (B, num_classes)."""

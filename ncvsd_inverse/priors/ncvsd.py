@@ -18,7 +18,7 @@ from ncvsd_inverse.numerics import draw_normal, expand_level, interpolate
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, check_output
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.observations import combine_observations, raise_noise
-from ncvsd_inverse.protocols import Generators, Statistics
+from ncvsd_inverse.protocols import Generators, NetworkTraits, Statistics
 from ncvsd_inverse.schedules import karras
 
 __all__ = ["NCVSDPrior", "RefinedPrior"]
@@ -40,6 +40,8 @@ class NCVSDPrior(NetworkPrior):
     alike or too unlike have the right variance with the noise z a little larger or smaller (see
     `ncvsd_inverse.evaluation.calibrate_noise_scale`).
 
+    A network with a mean head returns E[x0 | u] in the same call; `tempered` and `denoise` use it.
+
     The network is told a level in [sigma_min, sigma_max], where it was trained: a smaller sigma is
     raised to sigma_min, so the draw is made as if u were that little noisier; a larger one is an
     error (beyond 1% for rounding).
@@ -59,6 +61,7 @@ class NCVSDPrior(NetworkPrior):
 
     Attributes:
         nfe_per_sample: 1.
+        has_mean: whether the network has a mean head.
 
     Raises:
         ValueError: if an argument is out of range or `image_shape` does not fit the network.
@@ -92,6 +95,8 @@ class NCVSDPrior(NetworkPrior):
         self.gamma = check_non_negative("gamma", gamma)
         self.noise_scale = check_noise_scale("noise_scale", noise_scale)
         self.nfe_per_sample = 1
+        self.has_mean = NetworkTraits.of(network).mean_head
+        self._temperature = 1.0
 
     @exact_arithmetic()
     @torch.no_grad()
@@ -112,6 +117,25 @@ class NCVSDPrior(NetworkPrior):
         x, level = self._prepare("u", u, sigma)
         return self._draw(x, level, generator).to(u.dtype)
 
+    @exact_arithmetic()
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """Return E[x0 | x]: what the mean head returns, else the draw with its noise z at 0.
+
+        Args:
+            x: noisy images, shape (B, C, H, W).
+            sigma: noise std, image units; a float or shape (B,).
+
+        Returns:
+            Means, same shape and dtype as x.
+
+        Raises:
+            ValueError: if x does not fit the prior or sigma is not in (0, 1.01 sigma_max].
+        """
+        images, level = self._prepare("x", x, sigma)
+        drawn, mean = self._pass(images, level, torch.zeros_like(images), with_mean=self.has_mean)
+        return (drawn if mean is None else mean).to(x.dtype)
+
     def with_noise_scale(self, noise_scale: Sequence[tuple[float, float]]) -> Self:
         """Return this prior with another `noise_scale`; the network is shared."""
         twin = copy.copy(self)
@@ -119,13 +143,20 @@ class NCVSDPrior(NetworkPrior):
         return twin
 
     def tempered(self, temperature: float) -> Self:
-        """Return this prior with its noise z, and so the spread of its draws, made smaller.
+        """Return this prior with the spread of its draws made smaller.
+
+        With a mean head, draws are `temperature` times as far from the mean; without one it scales
+        their noise z, which moves the mean too.
 
         Args:
-            temperature: factor on z, > 0; below 1 draws are nearer to their mean than the law that
+            temperature: the factor, > 0; below 1 draws are nearer to their mean than the law that
                 the network learned.
         """
         check_positive("temperature", temperature)
+        if self.has_mean:
+            twin = copy.copy(self)
+            twin._temperature = self._temperature * temperature
+            return twin
         pairs = self.noise_scale or ((1.0, 1.0),)
         return self.with_noise_scale([(sigma, temperature * factor) for sigma, factor in pairs])
 
@@ -179,14 +210,24 @@ class NCVSDPrior(NetworkPrior):
 
     def _draw(self, u: Tensor, level: Tensor, generator: Generators) -> Tensor:
         """Draw x0 given checked images (B, C, H, W) at levels (B,)."""
-        level = level.clamp(self.sigma_min, self.sigma_max)
         z = draw_normal(u, generator)
+        drawn, mean = self._pass(u, level, z, with_mean=self._temperature != 1)
+        return drawn if mean is None else mean + self._temperature * (drawn - mean)
+
+    def _pass(
+        self, u: Tensor, level: Tensor, z: Tensor, *, with_mean: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the network makes of images at levels (B,), and the mean if asked for."""
+        level = level.clamp(self.sigma_min, self.sigma_max)
         if self.noise_scale:
             stds, factors = (z.new_tensor(row) for row in zip(*self.noise_scale, strict=True))
             z = expand_level(interpolate(level.log(), stds.log(), factors), z) * z
         x, raised = raise_noise(u, level, z, self.gamma)
-        x0 = check_output(self._call(x, raised, u, level, self._labels(u)))
-        return x0.to(u.dtype)
+        arguments = (x, raised, u, level, self._labels(u))
+        if with_mean:
+            drawn, mean = check_output(self._call(*arguments, with_mean=True)).to(u.dtype)
+            return drawn, mean
+        return check_output(self._call(*arguments)).to(u.dtype), None
 
 
 class RefinedPrior:

@@ -4,6 +4,7 @@ Source: Peng et al., arXiv 2506.09416.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -30,6 +31,7 @@ from ncvsd_inverse.training.losses import (
     distillation_loss,
     energy_loss,
     generate,
+    mean_loss,
     score_loss,
 )
 from ncvsd_inverse.training.teacher import check_same_networks
@@ -45,12 +47,13 @@ __all__ = [
 
 
 class Draw(NamedTuple):
-    """What the generator drew for a microbatch."""
+    """What the generator drew for a microbatch; `mean` is that of its head, None without one."""
 
     u: Observation
     z: Tensor
     generated: Tensor
     sigma_hat: Tensor
+    mean: Tensor | None
 
 
 class DistillationTrainer(Trainer[DistillConfig]):
@@ -100,7 +103,7 @@ class DistillationTrainer(Trainer[DistillConfig]):
             if not isinstance(teacher, Denoiser):
                 raise TypeError("teacher must be a Denoiser unless networks are given")
             check_same_networks("teacher", teacher, config)
-            networks = _start_networks(config.kind, teacher)
+            networks = _start_networks(config, teacher)
             if config.init is not None and not self.has_checkpoint:
                 _start_generator(networks[0], config)
         if isinstance(teacher, Network):
@@ -141,7 +144,11 @@ class DistillationTrainer(Trainer[DistillConfig]):
 
     def _generate(self, microbatch: Microbatch, u: Observation, z: Tensor) -> Draw:
         network = with_labels(self._generator, microbatch.labels)
-        return Draw(u, z, *generate(network, u, z, gamma=self.config.gamma))
+        if not self.config.mean_weight:
+            return Draw(u, z, *generate(network, u, z, gamma=self.config.gamma), None)
+        both, sigma_hat = generate(partial(network, with_mean=True), u, z, gamma=self.config.gamma)
+        generated, mean = both
+        return Draw(u, z, generated, sigma_hat, mean)
 
     def _score_losses(self, pairs: list[tuple[Microbatch, Draw]]) -> Iterator[Tensor]:
         for microbatch, draw in pairs:
@@ -198,11 +205,12 @@ class DistillationTrainer(Trainer[DistillConfig]):
                 self.discriminator.requires_grad_(True)
             if self.config.energy_weight:
                 loss = loss + self.config.energy_weight * self._energy(microbatch, draw)
-            yield loss
+            yield loss + self._mean_loss(microbatch, draw)
 
     def _energy_losses(self, microbatches: list[Microbatch]) -> Iterator[Tensor]:
         for microbatch in microbatches:
-            yield self._energy(microbatch, self._draw(microbatch))
+            draw = self._draw(microbatch)
+            yield self._energy(microbatch, draw) + self._mean_loss(microbatch, draw)
 
     def _energy(self, microbatch: Microbatch, draw: Draw) -> Tensor:
         """Return the energy score of `draw` and another one against the true images, (b,)."""
@@ -214,12 +222,24 @@ class DistillationTrainer(Trainer[DistillConfig]):
             sigma_data=self.config.sigma_data,
         )
 
+    def _mean_loss(self, microbatch: Microbatch, draw: Draw) -> Tensor:
+        """Return the weighted loss of the mean head, (b,); 0 without one."""
+        if draw.mean is None:
+            return torch.zeros_like(draw.u.sigma)
+        loss = mean_loss(
+            draw.mean, microbatch.images, draw.u.sigma, sigma_data=self.config.sigma_data
+        )
+        return self.config.mean_weight * loss
 
-def _start_networks(kind: str, teacher: Denoiser) -> tuple[nn.Module, nn.Module, nn.Module]:
+
+def _start_networks(
+    config: DistillConfig, teacher: Denoiser
+) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Return generator, score model and discriminator, all started from the teacher's weights."""
-    if kind == "concat":
+    if config.kind == "concat":
+        generator = ConcatDenoiser.from_teacher(teacher)
         return (
-            ConcatDenoiser.from_teacher(teacher),
+            generator.with_mean_head() if config.mean_weight else generator,
             ConcatDenoiser.from_teacher(teacher),
             ConcatDiscriminator.from_teacher(teacher),
         )
@@ -240,4 +260,11 @@ def _start_generator(generator: nn.Module, config: DistillConfig) -> None:
             f"a {type(start).__name__}"
         )
     check_same_networks("init", start, config)
+    if isinstance(start, ConcatDenoiser):
+        if start.mean_head and not config.mean_weight:
+            raise ValueError(
+                f"mean_weight must be positive to start from {config.init}, which has a mean head"
+            )
+        if config.mean_weight and not start.mean_head:
+            start = start.with_mean_head()
     generator.load_state_dict(start.state_dict())

@@ -26,6 +26,7 @@ __all__ = [
     "distillation_loss",
     "energy_loss",
     "generate",
+    "mean_loss",
     "score_loss",
 ]
 
@@ -190,6 +191,17 @@ def energy_loss(
     pairs = ((first, images, 0.5), (second, images, 0.5), (first, second, -0.5))
     scores = [sign * _distance(a - b, sigma, sigma_data, patch) for a, b, sign in pairs]
     return torch.stack(scores).sum(0)
+
+
+def mean_loss(mean: Tensor, images: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
+    """Return the squared error of means given u at level sigma, (B,).
+
+    It is the mean over pixels in units of the squared error of the best linear denoiser of white
+    images of std `sigma_data`, so that all levels count alike. Its expectation is least at
+    E[x0 | u].
+    """
+    error = (mean.float() - images).square().flatten(1).mean(1)
+    return error / _unknown(sigma, sigma_data).square()
 
 
 def _distance(difference: Tensor, sigma: Tensor, sigma_data: float, patch: int) -> Tensor:

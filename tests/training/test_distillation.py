@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ from ncvsd_inverse.training.losses import (
     discriminator_losses,
     distillation_loss,
     energy_loss,
+    generate,
+    mean_loss,
 )
 from ncvsd_inverse.training.progress import picture_grid
 
@@ -168,6 +171,84 @@ def test_a_student_starts_from_the_weights_of_a_prior(tmp_path):
         DistillationTrainer(config, small_images(), tmp_path / "other", teacher)
     with pytest.raises(ValueError, match="teacher must be a denoiser, got ConcatDenoiser"):
         TeacherTrainer(teacher_config(init=init), small_images(), tmp_path / "third")
+
+
+def untrained_teacher(folder):
+    return TeacherTrainer(teacher_config(), small_images(), folder).averaged("teacher")
+
+
+def test_a_mean_head_can_start_from_a_prior_without_one_and_not_be_lost(tmp_path):
+    teacher = untrained_teacher(tmp_path / "teacher")
+    plain = DistillationTrainer(distill_config(seed=3), small_images(), tmp_path / "a", teacher)
+    plain.run(seconds=0.0)
+    init = str(save_run_prior(plain, "noise"))
+    headed = DistillationTrainer(
+        distill_config(init=init, mean_weight=1.0), small_images(), tmp_path / "b", teacher
+    )
+    state, before = headed.generator.state_dict(), load_network(init).state_dict()
+    assert all(torch.allclose(state[name], before[name], atol=1e-6) for name in before)
+    assert torch.equal(state["unet.mean_conv.weight"], state["unet.out_conv.weight"])
+    headed.run(seconds=0.0)
+    init = str(save_run_prior(headed, "noise"))
+    assert load_prior(init).has_mean
+    again = DistillationTrainer(
+        distill_config(init=init, mean_weight=1.0), small_images(), tmp_path / "c", teacher
+    )
+    for name, value in load_network(init).state_dict().items():
+        assert torch.allclose(again.generator.state_dict()[name], value, atol=1e-6)
+    with pytest.raises(ValueError, match="mean_weight must be positive to start from"):
+        DistillationTrainer(distill_config(init=init), small_images(), tmp_path / "d", teacher)
+    with pytest.raises(ValueError, match="mean_weight must be 0 for kind 'controlled'"):
+        distill_config(kind="controlled", mean_weight=1.0)
+
+
+@pytest.mark.parametrize("energy_images", [0, 1600])
+def test_the_mean_head_learns_the_mean(tmp_path, energy_images):
+    """Of images of one colour each the mean given u is about that of its pixels."""
+    torch.set_num_threads(1)
+    colours = torch.randint(0, 256, (64, 3, 1, 1), generator=torch.Generator().manual_seed(0))
+    data = ImageData(colours.to(torch.uint8).expand(-1, -1, 8, 8).contiguous())
+    config = distill_config(
+        images=1600,
+        batch_size=32,
+        mean_weight=1.0,
+        learning_rate=0.03,
+        generator_rate=1.0,
+        energy_rate=1.0,
+        energy_images=energy_images,
+        adversarial_images=1600,
+        decay_steps=200.0,
+        sigma_min=0.3,
+        sigma_max=0.6,
+    )
+    run = DistillationTrainer(config, data, tmp_path, untrained_teacher(tmp_path / "teacher"))
+    x0 = next(data.batches(0, 32, seed=1)).images
+    u = Observation(
+        add_noise(x0, torch.full((32,), 0.4), torch.randn_like(x0)), torch.full((32,), 0.4)
+    )
+
+    @torch.no_grad()
+    def error():
+        network = run.generator.eval()
+        both, _ = generate(partial(network, with_mean=True), u, torch.randn_like(x0), gamma=0.414)
+        return float((both[1] - x0).square().mean().sqrt())
+
+    # A pixel by itself tells the colour to 0.31, all of them to 0.05.
+    assert error() > 0.31
+    run.run()
+    assert error() < 0.28
+
+
+def test_the_loss_of_the_mean_is_least_at_the_mean_and_alike_at_all_levels():
+    generator = torch.Generator().manual_seed(0)
+    for level in (0.05, 0.5, 5.0):
+        x0 = 0.5 * torch.randn(64, 3, 8, 8, generator=generator)
+        sigma = torch.full((64,), level)
+        u = add_noise(x0, sigma, torch.randn(x0.shape, generator=generator))
+        mean = 0.25 / (0.25 + level**2) * u
+        losses = [float(mean_loss(factor * mean, x0, sigma).mean()) for factor in (1.0, 0.7, 1.3)]
+        assert losses[0] == min(losses)
+        assert losses[0] == pytest.approx(1, abs=0.05)
 
 
 def test_weights_of_another_shape_are_no_start(tmp_path):
