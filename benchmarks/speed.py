@@ -148,7 +148,7 @@ def large_rows(device: torch.device, repeats: int) -> Iterator[Row]:
         chains = []
         for _ in range(max(3, repeats // 2)):
             with timed_draws(device) as kept:
-                solve(y, operator=operator, prior=prior, nfe=CALLS)
+                solve(y, operator=operator, prior=prior, nfe=CALLS, estimate="sample")
             chains.append(kept)
         calls = [statistics.median(level) for level in zip(*chains, strict=True)]
         most, start = max(calls[1:]) * 1e3, calls[0] * 1e3
@@ -210,7 +210,7 @@ def exactness_rows(device: torch.device, draws: int = 400) -> Iterator[Row]:
             sigma_y = 10.0**-exponent
             y = operator.measure(x, sigma_y, generator=generator(device, 1))
             settings: Any = {"operator": operator, "prior": prior, "nfe": 2, "sigma_y": sigma_y}
-            drawn = solve(y, num_samples=draws, **settings).samples
+            drawn = solve(y, num_samples=draws, estimate="sample", **settings).samples
             std = float(drawn.double().var(0).mean().sqrt())
             ratios.append(std / closed_form_std(operator, prior, sigma_y))
         yield (
@@ -232,7 +232,7 @@ def peak_of(name: str, device: torch.device) -> None:
         operator = task_operators(8, 64)[name]
         y = operator.measure(x, 0.05, generator=generator(device, 1))
         for _ in range(2):
-            solve(y, operator=operator, prior=prior, nfe=CALLS)
+            solve(y, operator=operator, prior=prior, nfe=CALLS, estimate="sample")
     print(PeakMemory(device).peak() / 2**20)
 
 

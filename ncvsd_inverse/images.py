@@ -7,7 +7,7 @@ import io
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,6 +19,7 @@ from ncvsd_inverse.checks import check_choice, check_count, check_finite, check_
 from ncvsd_inverse.files import write_whole
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL import Image
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "SUFFIXES",
     "centre_crop",
     "centre_crop_to_multiple",
+    "encode_figure",
+    "encode_image",
+    "plot_pictures",
     "read_image",
     "read_images",
     "resize_cover",
@@ -163,18 +167,67 @@ def write_image(path: str | Path, x: Tensor) -> None:
         ValueError: if x has another shape or is not finite.
         OSError: if the file cannot be written.
     """
+    kind = "JPEG" if Path(path).suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    write_whole(path, encode_image(x, kind))
+
+
+def encode_image(x: Tensor, kind: str = "PNG") -> bytes:
+    """Return a picture as the bytes of a file of 8 bits; arguments and errors as `write_image`."""
     from PIL import Image
 
-    check_finite("x", check_images("x", x))
-    if x.shape[0] != 1 or x.shape[1] not in (1, 3):
-        raise ValueError(f"x must have shape (1, 1 or 3, H, W), got {tuple(x.shape)}")
-    levels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = levels.permute(1, 2, 0).cpu().numpy()
+    pixels = np.round(_pixels("x", x) * 255).astype(np.uint8)
     buffer = io.BytesIO()
-    kind = "JPEG" if Path(path).suffix.lower() in (".jpg", ".jpeg") else "PNG"
-    picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
-    picture.save(buffer, format=kind, quality=90)
-    write_whole(path, buffer.getvalue())
+    Image.fromarray(pixels).save(buffer, format=kind, quality=90)
+    return buffer.getvalue()
+
+
+def _pixels(name: str, x: Tensor) -> np.ndarray:
+    """Return a picture as (H, W, 3) or (H, W) in [0, 1]."""
+    check_finite(name, check_images(name, x))
+    if x.shape[0] != 1 or x.shape[1] not in (1, 3):
+        raise ValueError(f"{name} must have shape (1, 1 or 3, H, W), got {tuple(x.shape)}")
+    pixels: np.ndarray = ((x[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
+    return pixels if pixels.shape[2] == 3 else pixels[..., 0]
+
+
+def plot_pictures(
+    rows: Sequence[Sequence[Tensor | None]], titles: Sequence[str], labels: Sequence[str] = ()
+) -> "Figure":
+    """Return a figure of pictures in rows.
+
+    Args:
+        rows: pictures (1, 1 or 3, H, W) in [-1, 1]; None leaves a place empty.
+        titles: of the columns.
+        labels: of the rows; empty for none.
+
+    Raises:
+        ValueError: if there is no row or a picture has another shape.
+    """
+    from matplotlib.figure import Figure
+
+    if not rows:
+        raise ValueError("rows must hold at least one row, got none")
+    figure = Figure(figsize=(1.7 * len(titles) + 0.5, 1.85 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for place, pictures in zip(axes, rows, strict=True):
+        for axis, picture in zip(place, pictures, strict=True):
+            axis.set(xticks=[], yticks=[])
+            if picture is not None:
+                axis.imshow(_pixels("picture", picture), cmap="gray", vmin=0, vmax=1)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize="medium")
+    for place, label in zip(axes, labels, strict=False):
+        place[0].set_ylabel(label)
+    return figure
+
+
+def encode_figure(figure: "Figure") -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def centre_crop_to_multiple(x: Tensor, multiple: int) -> Tensor:

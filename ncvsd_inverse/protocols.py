@@ -7,9 +7,9 @@ that their names are free.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ __all__ = [
     "NetworkTraits",
     "Operator",
     "OperatorTraits",
+    "Point",
+    "Points",
     "Prior",
     "PriorTraits",
     "SolvableOperator",
@@ -50,6 +52,28 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 Tangent: TypeAlias = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """A(x) and, for the Jacobian J of A at x, the functions v -> J v and r -> J^T r."""
+
+
+class Point(NamedTuple):
+    """How the chain of a point estimate runs; levels are stds in image units.
+
+    Attributes:
+        temperature: factor on the noise of draws and likelihood, in (0, 1].
+        noise: what the likelihood assumes over sigma_y, > 0.
+        first: first level of the sweeps, > 0.
+        smallest: their last level, > 0, at sigma_y = 0.05; in proportion at others.
+        last: level of the last call, which returns the mean, likewise; 0: no such call.
+    """
+
+    temperature: float
+    noise: float
+    first: float
+    smallest: float
+    last: float
+
+
+Points: TypeAlias = Mapping[str | None, Mapping[int, Point]]
+"""Settings of point estimates by operator family (None: any other) and number of calls."""
 
 
 @runtime_checkable
@@ -369,6 +393,8 @@ class OperatorTraits:
             `measured` keeps.
         takes_complex: whether y may come as complex numbers too, in place of pairs of real and
             imaginary part in a last dimension.
+        gain: about how much y changes with its images: noise of std s in y is like noise of std
+            s / gain in them.
         repeated: times -> the operator for a batch tiled `times` times along dimension 0, itself
             if it treats all images alike; None: not known whether it does.
     """
@@ -378,6 +404,7 @@ class OperatorTraits:
     measured: Callable[[Tensor], Tensor] | None = None
     count_measured: Callable[[Tensor], Tensor] | None = None
     takes_complex: bool = False
+    gain: float = 1.0
     repeated: Callable[[int], Operator] | None = None
 
     @classmethod
@@ -394,11 +421,13 @@ class PriorTraits:
         nfe_per_sample: network calls of a draw.
         image_shape: the one shape (C, H, W) of its images; None: any.
         sigma_max: largest noise std that it knows, image units.
+        points: settings of point estimates that were found for it; None: the general ones.
     """
 
     nfe_per_sample: int = 1
     image_shape: tuple[int, int, int] | None = None
     sigma_max: float = math.inf
+    points: Points | None = None
 
     @classmethod
     def of(cls, prior: object) -> Self:

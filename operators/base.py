@@ -1,5 +1,6 @@
 """Base classes of the forward models: simulated noise, counts, batches, normal equations."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -33,8 +34,17 @@ class BaseOperator(ABC):
     sigma_y: float | None = None
     """Noise std of the measurements, units of y; None: not known."""
 
+    gain: float = 1.0
+    """About how much y changes with the images: what makes noise of y noise of images."""
+
     lipschitz: float | None = None
     """Largest singular value of the Jacobian anywhere; None: not known."""
+
+    def __repr__(self) -> str:
+        names = inspect.signature(type(self)).parameters
+        held = ((name, vars(self)[name]) for name in names if name in vars(self))
+        shown = ", ".join(f"{name}={_describe(value)}" for name, value in held)
+        return f"{type(self).__name__}({shown})"
 
     def __init_subclass__(cls, **given: object) -> None:
         """Let what a subclass defines compute in the dtypes of its tensors under any autocast."""
@@ -146,3 +156,13 @@ def check_broadcasts(name: str, stored: Tensor, images_name: str, images: Tensor
             f"{images_name} must have the batch and channels of {name}, "
             f"{tuple(stored.shape[:2])} (1 fits any), got {tuple(images.shape[:2])}"
         )
+
+
+def _describe(value: object) -> str:
+    """Return an argument in words; of tensors the size, of masks what they hide."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    size = " x ".join(str(side) for side in value.shape if side > 1) or "1"
+    if value.dtype != torch.bool:
+        return f"<{size}>"
+    return f"<{size}, {float((~value).double().mean()):.0%} hidden>"

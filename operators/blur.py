@@ -257,6 +257,7 @@ class GaussianBlur(Blur):
         kernel = torch.outer(axis, axis)
         super().__init__(kernel / kernel.sum(), boundary)
         self.std = std
+        self.kernel_size = kernel_size
 
 
 class MotionBlur(Blur):
@@ -309,6 +310,7 @@ class MotionBlur(Blur):
             raise ValueError(f"intensity must be in [0, 1], got {intensity}")
         corners = _shaken_path(intensity, torch.Generator().manual_seed(seed))
         super().__init__(_draw_path(corners, kernel_size), boundary)
+        self.kernel_size = kernel_size
         self.intensity = intensity
         self.seed = seed
 

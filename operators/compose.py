@@ -50,6 +50,9 @@ class Compose(BaseOperator):
         linear = isinstance(outer, LinearOperator) and isinstance(inner, LinearOperator)
         return super().__new__(_LinearCompose if linear else Compose)
 
+    def __repr__(self) -> str:
+        return f"Compose({self.outer!r}, {self.inner!r})"
+
     def __init__(self, outer: Operator, inner: Operator) -> None:
         for name, part in (("outer", outer), ("inner", inner)):
             if not isinstance(part, Operator):
@@ -58,6 +61,7 @@ class Compose(BaseOperator):
                 )
         self.outer = outer
         self.inner = inner
+        self.gain = OperatorTraits.of(outer).gain * OperatorTraits.of(inner).gain
         self.sigma_y = outer.sigma_y if isinstance(outer, HasNoiseLevel) else None
         self._runs = 1
 

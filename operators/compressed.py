@@ -55,6 +55,7 @@ class CompressedSensing(LinearBase):
             raise ValueError(f"ratio must be in (0, 1], got {ratio}")
         self.seed = check_count("seed", seed, least=0)
         pixels = self.size[0] * self.size[1]
+        self.ratio = ratio
         self.num_measured = max(1, round(ratio * pixels))
         self._side = 1 << (pixels.bit_length() - 1)
         self._starts = (0,) if self._side == pixels else (0, pixels - self._side)

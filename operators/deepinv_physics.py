@@ -118,9 +118,11 @@ class PhysicsOperator:
     Attributes:
         family: the kind of problem, by which defaults are looked up; None: no kind of ours.
         seen: which entries of y are measured, shape (1 or B, ...); None: not known.
+        gain: 0.5, as deepinv's range of images is half of ours.
     """
 
     seen: Tensor | None = None
+    gain = 0.5
 
     def __init__(
         self,

@@ -380,6 +380,7 @@ def run_chains(
         nfe=nfe,
         sigma_y=SIGMA_Y,
         num_samples=num_samples,
+        estimate="sample",
         method="gibbs" if loop.startswith("gibbs") else "conditioning",
         schedule=levels.get(loop),
     )

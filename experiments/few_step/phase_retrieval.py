@@ -99,6 +99,7 @@ def main() -> None:
             sigma_y=task.sigma_y,
             sigma_lik=args.noise * task.sigma_y,
             temperature=args.temperature,
+            estimate="sample",
             method=args.method,
             seed=seeds,
         )

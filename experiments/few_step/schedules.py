@@ -75,6 +75,7 @@ def judge(task: Task, prior: Prior, images: Tensor, levels: tuple[float, ...]) -
         schedule=levels,
         method="conditioning",
         num_samples=DRAWS,
+        estimate="sample",
     )
     scores = (
         crps(result.samples, images),

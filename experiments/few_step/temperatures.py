@@ -61,6 +61,7 @@ def main() -> None:
                 sigma_y=SIGMA_Y,
                 sigma_lik=noise * SIGMA_Y,
                 temperature=temperature,
+                estimate="sample",
             ).x0.clamp(-1, 1)
             scores = float(psnr(x0, images).mean()), float(lpips(x0, images).mean())
             row.append(f"{scores[0]:.2f} {scores[1]:.4f}")

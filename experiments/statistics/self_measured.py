@@ -106,7 +106,15 @@ def judge(
     """Return PSNR and lpips-alex of the first draw and CRPS of all, means over images."""
     operator = make_task(name, (images.shape[2], images.shape[3])).operator
     y = operator.measure(images, SIGMA_Y, generator=torch.Generator().manual_seed(1))
-    result = solve(y, operator=operator, prior=prior, nfe=calls, num_samples=draws, method=method)
+    result = solve(
+        y,
+        operator=operator,
+        prior=prior,
+        nfe=calls,
+        num_samples=draws,
+        method=method,
+        estimate="sample",
+    )
     scores = (
         psnr(result.x0, images),
         lpips(result.x0.clamp(-1, 1), images),

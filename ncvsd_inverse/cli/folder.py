@@ -39,6 +39,7 @@ __all__ = [
     "prepare_clean",
     "prepare_measurement",
     "process_place",
+    "read_levels",
     "report_failures",
     "sha256",
     "write_result",
@@ -103,6 +104,14 @@ def process_place() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def read_levels(text: str) -> list[float]:
+    """Return the levels of a schedule as the command line has it, separated by commas."""
+    try:
+        return [float(level) for level in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--schedule must be numbers separated by commas, got {text!r}") from None
+
+
 def report_failures(bad: list[str], pictures: int) -> None:
     """Wait for all processes, then in the first raise a ValueError that lists what failed."""
     process, processes = process_place()
@@ -140,10 +149,22 @@ def is_finished(folder: Path, name: str, settings: Mapping[str, object]) -> bool
     except ValueError:
         before = None
     found = before if isinstance(before, dict) else {}
-    changed = [entry for entry in settings if found.get(entry, ...) != settings[entry]]
+    changed = _differing(settings, found)
     if changed:
         typer.echo(f"{record} is of another {', '.join(changed)}: restored again")
     return not changed
+
+
+def _differing(settings: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
+    """Return which settings a record does not hold, by name; those within others by their own."""
+    names: list[str] = []
+    for name, value in settings.items():
+        was = found.get(name, ...)
+        if isinstance(value, Mapping) and isinstance(was, Mapping):
+            names += _differing(value, was)
+        elif was != value:
+            names.append(name)
+    return names
 
 
 def batch_by_size(jobs: Iterable[Job], pixels: int) -> Iterator[list[Job]]:
@@ -173,6 +194,8 @@ def one_image(result: Result, place: int) -> Result:
         std=None if result.std is None else result.std[image],
         seconds=result.seconds / len(result.x0),
         residual=result.residual[image],
+        sigma_y=result.sigma_y[image],
+        y=result.y[image],
     )
 
 
@@ -249,6 +272,7 @@ def write_result(folder: Path, job: Job, result: Result) -> None:
     paths[".json"].parent.mkdir(parents=True, exist_ok=True)
     figures: dict[str, object] = {
         "input": str(job.path),
+        "estimate": result.estimate,
         "calls": result.nfe,
         "loop": result.method,
         "residual": float(result.residual[0]),
@@ -270,6 +294,7 @@ def write_result(folder: Path, job: Job, result: Result) -> None:
     write_image(paths["_restored.png"], result.x0)
     content = json.dumps({**job.settings, **figures}, indent=2) + "\n"
     write_whole(paths[".json"], content)
-    typer.echo(
-        f"{line}, {result.method} loop, {result.nfe} network calls a sample, {result.seconds:.1f} s"
-    )
+    made = {"point": "point estimate", "mean": f"mean of {len(result.samples)} samples"}
+    done = made.get(result.estimate, result.estimate)
+    calls = f"{result.nfe} network calls" + (" a sample" if len(result.samples) > 1 else "")
+    typer.echo(f"{line}, {done}, {result.method} loop, {calls}, {result.seconds:.1f} s")

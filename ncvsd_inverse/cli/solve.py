@@ -25,6 +25,7 @@ from ncvsd_inverse.cli.folder import (
     prepare_clean,
     prepare_measurement,
     process_place,
+    read_levels,
     report_failures,
     sha256,
     write_result,
@@ -57,9 +58,23 @@ def solve(
         float | None, typer.Option("--sigma-y", help="Noise std in [-1, 1] units; the task's.")
     ] = None,
     samples: Samples = 1,
-    estimate: Annotated[Estimate, typer.Option("--estimate", help="What is written.")] = "sample",
+    estimate: Annotated[
+        Estimate | None,
+        typer.Option("--estimate", help="What is written; point, or mean of several samples."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="Factor on the noise of draws, at most 1."),
+    ] = None,
+    sigma_lik: Annotated[
+        float | None, typer.Option("--sigma-lik", help="Noise std that the sampler assumes.")
+    ] = None,
     method: Annotated[
         Method | None, typer.Option("--method", help="The sampler; what suits the prior.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="Falling noise levels of the calls, as in 3,0.8,0.2."),
     ] = None,
     steps: Annotated[
         int | None,
@@ -105,6 +120,7 @@ def solve(
     if mask is not None and not known.takes_mask:
         raise ValueError(f"--mask must come with an inpainting task, got {task}")
     level = known.sigma_y if sigma_y is None else check_positive("sigma_y", sigma_y)
+    levels = None if schedule is None else read_levels(schedule)
     seen = None if mask is None else read_image(mask).mean((0, 1)) > 0
     pictures = find_pictures(sources, out)
     process, processes = process_place()
@@ -130,7 +146,12 @@ def solve(
         "sigma_y": level,
         "nfe": nfe,
         "samples": samples,
-        "estimate": estimate,
+        "asked": {
+            "estimate": estimate,
+            "temperature": temperature,
+            "sigma_lik": sigma_lik,
+            "schedule": levels,
+        },
         "method": method,
         "steps": steps,
         "tile": None if loaded is whole else tile,
@@ -173,7 +194,10 @@ def solve(
                 sigma_y=level,
                 num_samples=samples,
                 estimate=estimate,
+                temperature=temperature,
+                sigma_lik=sigma_lik,
                 method=method,
+                schedule=levels,
                 seed=[job.key for job in jobs],
                 progress=len(pictures) == 1 and sys.stderr.isatty(),
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_count, check_shape
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import draw_normal, make_generators
-from ncvsd_inverse.priors import DiffusionPrior
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.protocols import Denoiser, Prior
 
 __all__ = [
@@ -73,8 +73,10 @@ def reverse_diffusion(
 
 def check_teacher(teacher: Denoiser) -> None:
     """TypeError unless the teacher returns posterior means."""
-    if not isinstance(teacher, Denoiser):
-        raise TypeError(f"teacher must have `denoise`, got {type(teacher).__name__}")
+    if isinstance(teacher, NCVSDPrior) or not isinstance(teacher, Denoiser):
+        raise TypeError(
+            f"teacher must be a denoiser that was not distilled, got {type(teacher).__name__}"
+        )
 
 
 def check_sound(name: str, x: Tensor, sigma: float | None = None) -> None:

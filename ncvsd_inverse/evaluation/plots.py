@@ -1,16 +1,14 @@
 """Picture grids of restorations, and plots of an evaluation."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_images
 from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import encode_figure, plot_pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,28 +61,23 @@ def save_picture_grid(path: str | Path, rows: Sequence[GridRow]) -> None:
         ValueError: if there is no row or a picture has another shape.
         OSError: if the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    if not rows:
-        raise ValueError("rows must hold at least one row, got none")
-    spreads = [None if row.std is None else row.std.mean((0, 1)).cpu().numpy() for row in rows]
+    spreads = [None if row.std is None else row.std.mean((0, 1))[None, None] for row in rows]
     widest = max((float(spread.max()) for spread in spreads if spread is not None), default=0.0)
-    figure = Figure(figsize=(1.7 * len(COLUMNS) + 0.5, 1.85 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(COLUMNS), squeeze=False)
-    for place, row, spread in zip(axes, rows, spreads, strict=True):
-        for axis in place:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        place[0].set_ylabel(row.title)
-        for axis, picture in zip(place, (row.truth, row.measurement, row.estimate), strict=False):
-            axis.imshow(_pixels(picture), cmap="gray", vmin=0, vmax=1)
-        place[2].set_title(f"{row.psnr:.1f} dB", fontsize="small")
-        if spread is not None:
-            place[3].imshow(spread, cmap="gray", vmin=0, vmax=widest or 1.0)
-    for axis, title in zip(axes[0], COLUMNS, strict=True):
-        over = axis.get_title()
-        axis.set_title(f"{title}, {over}" if over else title, fontsize="medium")
-    _write_png(path, figure)
+    pictures = [
+        (
+            row.truth,
+            row.measurement,
+            row.estimate,
+            None if spread is None else 2 * spread / (widest or 1.0) - 1,
+        )
+        for row, spread in zip(rows, spreads, strict=True)
+    ]
+    figure = plot_pictures(pictures, COLUMNS, [row.title for row in rows])
+    for number, row in enumerate(rows):
+        axis = figure.axes[len(COLUMNS) * number + 2]
+        before = f"{axis.get_title()}, " if axis.get_title() else ""
+        axis.set_title(f"{before}{row.psnr:.1f} dB", fontsize="medium" if before else "small")
+    write_whole(path, encode_figure(figure))
 
 
 def save_evaluation_plot(path: str | Path, levels: Sequence["LevelFigures"]) -> None:
@@ -103,7 +96,8 @@ def save_evaluation_plot(path: str | Path, levels: Sequence["LevelFigures"]) -> 
     """
     if not levels:
         raise ValueError("levels must hold at least one level, got none")
-    _write_png(path, _plot_levels(sorted(levels, key=lambda level: level.sigma)))
+    figure = _plot_levels(sorted(levels, key=lambda level: level.sigma))
+    write_whole(path, encode_figure(figure))
 
 
 def _plot_levels(levels: Sequence["LevelFigures"]) -> "Figure":
@@ -159,20 +153,3 @@ def _plot_levels(levels: Sequence["LevelFigures"]) -> "Figure":
     for axis in (psnr, crps):
         axis.set_xlabel("noise std sigma, images in [-1, 1]")
     return figure
-
-
-def _write_png(path: str | Path, figure: "Figure") -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    write_whole(path, buffer.getvalue())
-
-
-def _pixels(x: Tensor) -> np.ndarray:
-    """Return a picture as matplotlib takes it, (H, W, 3) or (H, W) in [0, 1]."""
-    check_images("picture", x)
-    if x.shape[0] != 1 or x.shape[1] not in (1, 3):
-        raise ValueError(f"picture must have shape (1, 1 or 3, H, W), got {tuple(x.shape)}")
-    pixels: np.ndarray = ((x[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
-    return pixels if pixels.shape[2] == 3 else pixels[..., 0]

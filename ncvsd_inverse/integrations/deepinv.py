@@ -13,7 +13,7 @@ from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.numerics import expand_level, make_generators
 from ncvsd_inverse.operators import Compose
 from ncvsd_inverse.operators.deepinv_physics import from_deepinv
-from ncvsd_inverse.priors import load_prior
+from ncvsd_inverse.priors import NCVSDPrior, load_prior
 from ncvsd_inverse.protocols import (
     Denoiser,
     NetworkBacked,
@@ -35,12 +35,12 @@ def as_deepinv_denoiser(prior: Prior | str, *, draws: int = 1, seed: int = 0) ->
 
     x (B, C, H, W) is in [0, 1] up to noise of std sigma, a float or shape (B,), in those units.
 
-    - Of a prior with `denoise` (a `DiffusionPrior`, the analytic ones) it is the posterior mean
-      E[x0 | x], which most of deepinv's algorithms expect; gradients pass.
-    - Of any other, such as the distilled `NCVSDPrior`, it is the average of `draws` draws of x0
-      given x. One draw, the default, is sharper and noisier than the mean; more draws approach
-      the mean, at a network call each. Their noise is the same at every call, so that the denoiser
-      is a function of x; no gradients pass.
+    - Of a prior with `denoise` it is the posterior mean E[x0 | x], which most of deepinv's
+      algorithms expect; gradients pass where it lets them, as a `DiffusionPrior` does.
+    - Of any other, and of an `NCVSDPrior` without a mean head, it is the average of `draws` draws
+      of x0 given x. One draw, the default, is sharper and noisier than the mean; more draws
+      approach the mean, at a network call each. Their noise is the same at every call, so that the
+      denoiser is a function of x; no gradients pass.
 
     Args:
         prior: a prior, or a name or path that `load_prior` accepts.
@@ -60,7 +60,7 @@ def as_deepinv_reconstructor(
     nfe: int = 10,
     sigma_y: float | None = None,
     num_samples: int = 1,
-    estimate: Estimate = "sample",
+    estimate: Estimate | None = None,
     method: Method | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -76,7 +76,7 @@ def as_deepinv_reconstructor(
         nfe: as for `solve`.
         sigma_y: noise std in units of the physics' y; None takes that of its noise model.
         num_samples: as for `solve`.
-        estimate: as for `solve`; "mean" with several samples has the best PSNR.
+        estimate: as for `solve`.
         method: as for `solve`.
         seed: an integer >= 0; image i of every batch uses (seed, i).
 
@@ -108,7 +108,8 @@ class _Denoiser(_PriorModule):
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """Return clean images (B, C, H, W) for noisy ones and their noise std, in [0, 1] units."""
         u, level = 2 * x - 1, 2 * expand_level(sigma, x).flatten()
-        if isinstance(self.prior, Denoiser):
+        draws_only = isinstance(self.prior, NCVSDPrior) and not self.prior.has_mean
+        if isinstance(self.prior, Denoiser) and not draws_only:
             return (self.prior.denoise(u, level) + 1) / 2
         keys = [(self.seed, image) for image in range(len(x))]
         generators = make_generators(keys, x.device)
@@ -125,7 +126,7 @@ class _Reconstructor(_PriorModule):
         nfe: int,
         sigma_y: float | None,
         num_samples: int,
-        estimate: Estimate,
+        estimate: Estimate | None,
         method: Method | None,
         seed: int,
     ) -> None:
@@ -136,7 +137,7 @@ class _Reconstructor(_PriorModule):
         self.nfe = nfe
         self.sigma_y = sigma_y
         self.num_samples = num_samples
-        self.estimate: Estimate = estimate
+        self.estimate: Estimate | None = estimate
         self.method: Method | None = method
         self.seed = seed
 

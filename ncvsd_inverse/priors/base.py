@@ -70,6 +70,7 @@ class NetworkPrior(ABC):
         size_multiple: what both sides must be a multiple of.
         num_classes: number of class labels, 0 for none.
         label: the class of its images; None for any.
+        points: settings of point estimates that were found for it; None: the general ones.
         statistics_store: where statistics that are measured later are kept; None: in memory only.
     """
 
@@ -98,6 +99,7 @@ class NetworkPrior(ABC):
         self.statistics = statistics
         self.statistics_store: StatisticsStore | None = None
         self.label: int | None = None
+        self.points = None if card is None else card.points
         traits = NetworkTraits.of(network)
         self.image_channels = traits.image_channels
         self.size_multiple = traits.size_multiple
@@ -109,6 +111,18 @@ class NetworkPrior(ABC):
                 channels=self.image_channels,
                 multiple=self.size_multiple,
             )
+
+    def __repr__(self) -> str:
+        name = (
+            type(self).__name__ if self.card is None else f"{type(self).__name__} {self.card.name}"
+        )
+        images = "any size" if self.image_shape is None else " x ".join(map(str, self.image_shape))
+        weights = sum(weight.numel() for weight in self.network.parameters())
+        known = "statistics" if self.statistics is not None else "no statistics yet"
+        return (
+            f"<{name}: images of {images}, noise {self.sigma_min:g} to {self.sigma_max:g}, "
+            f"{weights / 1e6:.3g} M weights on {self.device or 'no device'}, {known}>"
+        )
 
     @property
     def device(self) -> torch.device | None:

@@ -10,13 +10,17 @@ from typing import Literal, Self
 
 from ncvsd_inverse.checks import check_choice, check_noise_scale
 from ncvsd_inverse.priors.statistics import ImageStatistics
+from ncvsd_inverse.protocols import Point, Points
 
 __all__ = [
     "PriorCard",
 ]
 
-OPTIONAL = ("noise_scale", "statistics")
+OPTIONAL = ("noise_scale", "statistics", "points")
 """Fields that a card may leave out."""
+
+_OTHER = "other"
+"""How JSON names operators of all families that have no row of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class PriorCard:
         noise_scale: pairs (sigma, factor) of an "ncvsd" prior, see `NCVSDPrior`; may be left
             out.
         statistics: mean and covariances of its images, or None; may be left out.
+        points: settings of point estimates by operator family and network calls, or None; in JSON
+            {family, or "other": {calls: {temperature, ...}}}; may be left out.
 
     Raises:
         ValueError: if a field has a wrong type or is out of range.
@@ -62,6 +68,7 @@ class PriorCard:
     intended_use: str
     noise_scale: tuple[tuple[float, float], ...] = ()
     statistics: ImageStatistics | None = None
+    points: Points | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "licence", "data", "weaknesses", "intended_use"):
@@ -85,6 +92,8 @@ class PriorCard:
         check_noise_scale("noise_scale", self.noise_scale)
         if not isinstance(self.statistics, ImageStatistics | None):
             raise ValueError(f"statistics must be ImageStatistics, got {self.statistics!r}")
+        if self.points is not None:
+            _check_points(self.points)
         digits = set(string.hexdigits.lower())
         if (
             not (isinstance(self.sha256, str) and len(self.sha256) == 64)
@@ -127,6 +136,7 @@ class PriorCard:
                 "image_shape": shape,
                 "noise_scale": noise_scale,
                 "statistics": statistics,
+                "points": _read_points(entries.get("points")),
             }
         )
 
@@ -144,9 +154,45 @@ class PriorCard:
         entries = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.statistics is not None:
             entries["statistics"] = self.statistics.to_dict()
+        if self.points is not None:
+            entries["points"] = {
+                family or _OTHER: {str(calls): point._asdict() for calls, point in rows.items()}
+                for family, rows in self.points.items()
+            }
         text = json.dumps(entries, indent=2, ensure_ascii=False, allow_nan=False)
         # Texts hold no bare line breaks in JSON, so that only lists of numbers match.
         return re.sub(r"\[\n[-+.,\de\s]+\]", _on_one_line, text) + "\n"
+
+
+def _read_points(entries: object) -> Points | None:
+    """Return settings of point estimates from what JSON gives; ValueError if they are none."""
+    if entries is None:
+        return None
+    try:
+        return {
+            None if family == _OTHER else family: {
+                int(calls): Point(**values) for calls, values in rows.items()
+            }
+            for family, rows in dict(entries).items()  # type: ignore[call-overload]
+        }
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"points must be settings by family and number of calls: {error}"
+        ) from None
+
+
+def _check_points(points: Points) -> None:
+    if not points.get(None):
+        raise ValueError(f"points must hold settings for {_OTHER!r} families")
+    for family, rows in points.items():
+        for calls, point in rows.items():
+            name = f"points[{family or _OTHER!r}][{calls}]"
+            if not calls > 0:
+                raise ValueError(f"{name} must be of at least 1 call")
+            for field, value in point._asdict().items():
+                _check_positive_number(f"{name}.{field}", value, or_zero=field == "last")
+            if point.temperature > 1:
+                raise ValueError(f"{name}.temperature must be at most 1, got {point.temperature}")
 
 
 def _on_one_line(numbers: re.Match[str]) -> str:

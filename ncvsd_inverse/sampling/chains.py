@@ -11,13 +11,23 @@ from torch import Tensor
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import LinearOperator, Prior, Statistics
+from ncvsd_inverse.sampling.counting import CountedPrior
 from ncvsd_inverse.sampling.gauss_newton import GaussNewton
 from ncvsd_inverse.sampling.likelihood import ExactGaussian, likelihood_step
 from ncvsd_inverse.sampling.matheron import Matheron
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.sampling.settings import Average
 
-__all__ = ["Method", "Outcome", "Plan", "Sweep", "gibbs_chain", "matheron_chain", "run_chain"]
+__all__ = [
+    "Method",
+    "Outcome",
+    "Plan",
+    "Progress",
+    "Sweep",
+    "gibbs_chain",
+    "matheron_chain",
+    "run_chain",
+]
 
 Method: TypeAlias = Literal["conditioning", "gibbs"]
 
@@ -33,7 +43,9 @@ class Plan:
         method: the loop.
         levels: the levels of rho, largest first, > 0, image units.
         sigma_lik: noise std that is assumed, > 0, units of y.
-        temperature: factor on the noise of the likelihood, in (0, 1], for "conditioning".
+        temperature: factor on the noise of draws and likelihood, in (0, 1], for "conditioning".
+        last: level of a last call that returns the prior's mean, for "conditioning"; None: no such
+            call. There may then be no other level.
         ends_on_y: whether a chain of "gibbs" whose last level is above sigma_lik ends by
             conditioning on a linear y.
     """
@@ -42,7 +54,13 @@ class Plan:
     levels: tuple[float, ...]
     sigma_lik: float
     temperature: float = 1.0
+    last: float | None = None
     ends_on_y: bool = False
+
+    @property
+    def calls(self) -> tuple[float, ...]:
+        """The levels of all calls."""
+        return self.levels if self.last is None else (*self.levels, self.last)
 
 
 class Sweep(NamedTuple):
@@ -58,6 +76,22 @@ class Sweep(NamedTuple):
     x0: Tensor
     drawn: Tensor
     error: Tensor
+
+
+class Progress(NamedTuple):
+    """Where chains are after a call of the prior.
+
+    Attributes:
+        call: which call it was, from 1.
+        calls: how many there are.
+        rho: its level, image units.
+        x0: images so far, shape (chains, C, H, W).
+    """
+
+    call: int
+    calls: int
+    rho: float
+    x0: Tensor
 
 
 class Outcome(NamedTuple):
@@ -93,7 +127,7 @@ def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Sweep]:
 
 
 def matheron_chain(
-    problem: Problem, prior: Prior, plan: Plan, statistics: Statistics
+    problem: Problem, prior: CountedPrior, plan: Plan, statistics: Statistics
 ) -> Iterator[Sweep]:
     """Yield every sweep of images given y, begun at Gaussian images given y."""
     generators = problem.generators()
@@ -107,6 +141,9 @@ def matheron_chain(
         covariance = statistics.covariance(rho, x0)
         x = conditioner.draw(x0, covariance, generator=generators, temperature=plan.temperature)
         yield Sweep(x, x0, conditioner.error)
+    if plan.last is not None:
+        x = prior.denoise(x, plan.last)
+        yield Sweep(x, x, conditioner.error)
 
 
 def _make_conditioner(problem: Problem, sigma_lik: float) -> Matheron | GaussNewton:
@@ -120,7 +157,7 @@ def run_chain(
     levels: Sequence[float],
     *,
     average: Average | None,
-    advance: Callable[[int], None],
+    watch: Callable[[Progress], None],
 ) -> Outcome:
     """Run chains to their end.
 
@@ -128,7 +165,7 @@ def run_chain(
         sweeps: what each sweep ends with.
         levels: the levels of the sweeps.
         average: weights of the exponential average; None: the last images stand for it.
-        advance: called after each sweep with 1.
+        watch: called after each sweep.
 
     Raises:
         DivergenceError: if an image stops being finite or a linear solve is far from done; it
@@ -145,7 +182,7 @@ def run_chain(
         _check(state, where, rho)
         keep = average.mu if average and sweep > 1 and rho < average.below else 0.0
         averaged = state.x0 + keep * (averaged - state.x0) if keep else state.x0
-        advance(1)
+        watch(Progress(sweep, len(levels), rho, state.x0))
     if state is None:
         raise ValueError("levels must hold at least one, got none")
     return Outcome(state.x0, averaged, state.error)

@@ -12,21 +12,27 @@ from ncvsd_inverse.checks import check_choice, check_count, check_image_size, ch
 from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
 from ncvsd_inverse.priors.own_statistics import lacks_statistics
-from ncvsd_inverse.protocols import NetworkTraits, Prior, PriorTraits, Temperable
+from ncvsd_inverse.protocols import Denoiser, NetworkTraits, Prior, PriorTraits, Temperable
 from ncvsd_inverse.sampling.chains import Method, Plan
 from ncvsd_inverse.sampling.counting import network_of
 from ncvsd_inverse.sampling.problem import Problem
+from ncvsd_inverse.sampling.result import Estimate
 from ncvsd_inverse.sampling.settings import (
+    POINTS,
     default_schedule,
+    point_settings,
     published_schedule,
     published_sigma_lik,
 )
+from ncvsd_inverse.schedules import karras
 
 __all__ = [
     "Preset",
     "check_prior_fits",
+    "choose_estimate",
     "choose_method",
     "choose_plan",
+    "choose_point_plan",
     "describe_far_sweep",
     "draws_by_statistics",
     "find_prior",
@@ -95,6 +101,30 @@ def check_prior_fits(prior: Prior, problem: Problem) -> None:
         raise ValueError(f"y must be on the prior's device {device}, got {problem.y.device}")
 
 
+def can_be_tempered(prior: Prior) -> bool:
+    """Tell whether draws of a prior can be made to vary less."""
+    several = isinstance(prior, DiffusionPrior) and prior.nfe_per_sample > 1
+    return isinstance(prior, Temperable) and not several
+
+
+def choose_estimate(
+    estimate: Estimate | None, prior: Prior, method: Method, num_samples: int
+) -> Estimate:
+    """Return what the estimate is; ValueError for a point where chains cannot make one."""
+    if estimate is not None:
+        check_choice("estimate", estimate, get_args(Estimate))
+    is_possible = method == "conditioning" and can_be_tempered(prior)
+    if estimate == "point" and not is_possible:
+        others = ", ".join(repr(other) for other in get_args(Estimate) if other != "point")
+        why = f"method {method!r}" if method != "conditioning" else "a prior without tempered draws"
+        raise ValueError(f"estimate must be one of {others} with {why}, got 'point'")
+    if estimate is not None:
+        return estimate
+    if num_samples > 1:
+        return "mean"
+    return "point" if is_possible else "sample"
+
+
 def temper(prior: Prior, temperature: float) -> Prior:
     """Return the prior whose draws vary by `temperature`, in (0, 1], times as much."""
     if not 0 < temperature <= 1:
@@ -157,18 +187,14 @@ def choose_plan(
     schedule: Sequence[float] | None,
     preset: Preset | None,
     sigma_lik: float | None,
-    temperature: float,
+    temperature: float | None,
 ) -> Plan:
-    """Return how chains run; arguments and errors as for `solve`."""
+    """Return how chains of draws run; arguments and errors as for `solve`."""
+    temperature = 1.0 if temperature is None else temperature
     if temperature != 1 and method != "conditioning":
         raise ValueError(f"temperature must be 1 with method {method!r}, got {temperature}")
     traits = PriorTraits.of(prior)
-    calls = check_count("prior.nfe_per_sample", traits.nfe_per_sample)
-    sweeps, rest = divmod(check_count("nfe", nfe), calls)
-    if rest:
-        raise ValueError(
-            f"nfe must be a multiple of the prior's nfe_per_sample = {calls}, got {nfe}"
-        )
+    sweeps = _count_sweeps(traits, nfe)
     family = problem.traits.family
     if preset is not None:
         check_choice("preset", preset, get_args(Preset))
@@ -182,14 +208,66 @@ def choose_plan(
         levels = default_schedule(method, family, sweeps, traits.sigma_max)
     else:
         levels = _check_schedule(schedule, sweeps)
+    _check_highest(levels, traits)
+    level = problem.sigma_y if sigma_lik is None else check_positive("sigma_lik", sigma_lik)
+    # Draws of the last level would miss y by rho, many times its noise.
+    ends_on_y = schedule is None and preset is None and level < levels[-1]
+    return Plan(method, levels, level, temperature, ends_on_y=ends_on_y)
+
+
+def choose_point_plan(
+    problem: Problem,
+    prior: Prior,
+    *,
+    nfe: int,
+    schedule: Sequence[float] | None,
+    sigma_lik: float | None,
+    temperature: float | None,
+) -> Plan:
+    """Return how the chain of a point estimate runs; arguments and errors as for `solve`."""
+    traits = PriorTraits.of(prior)
+    sweeps = _count_sweeps(traits, nfe)
+    points = POINTS if traits.points is None else traits.points
+    noise = problem.sigma_y / problem.traits.gain
+    point = point_settings(problem.traits.family, sweeps, noise, points)
+    gives_mean = isinstance(prior, Denoiser) and traits.nfe_per_sample == 1
+    if schedule is not None:
+        levels = _check_schedule(schedule, sweeps)
+        levels, last = (levels[:-1], levels[-1]) if gives_mean else (levels, None)
+    else:
+        last = point.last if gives_mean and point.last else None
+        sweeps -= last is not None
+        first = min(point.first, traits.sigma_max)
+        levels = karras(sweeps, first, min(point.smallest, first / 2)) if sweeps else ()
+    plan = Plan(
+        "conditioning",
+        levels,
+        point.noise * problem.sigma_y
+        if sigma_lik is None
+        else check_positive("sigma_lik", sigma_lik),
+        point.temperature if temperature is None else temperature,
+        last,
+    )
+    _check_highest(plan.calls, traits)
+    return plan
+
+
+def _count_sweeps(traits: PriorTraits, nfe: int) -> int:
+    """Return how many draws of the prior `nfe` calls are."""
+    calls = check_count("prior.nfe_per_sample", traits.nfe_per_sample)
+    sweeps, rest = divmod(check_count("nfe", nfe), calls)
+    if rest:
+        raise ValueError(
+            f"nfe must be a multiple of the prior's nfe_per_sample = {calls}, got {nfe}"
+        )
+    return sweeps
+
+
+def _check_highest(levels: Sequence[float], traits: PriorTraits) -> None:
     if levels[0] > traits.sigma_max:
         raise ValueError(
             f"schedule must not exceed the prior's sigma_max = {traits.sigma_max}, got {levels[0]}"
         )
-    level = problem.sigma_y if sigma_lik is None else check_positive("sigma_lik", sigma_lik)
-    # Draws of the last level would miss y by rho, many times its noise.
-    ends_on_y = schedule is None and preset is None and level < levels[-1]
-    return Plan(method, levels, level, temperature, ends_on_y)
 
 
 def _check_schedule(schedule: Sequence[float], sweeps: int) -> tuple[float, ...]:
@@ -206,7 +284,7 @@ def _check_schedule(schedule: Sequence[float], sweeps: int) -> tuple[float, ...]
 
 def describe_far_sweep(plan: Plan, nfe: int, sigma_y: float) -> str:
     """Return what to say of a single sweep at which draws hardly know y; "" of others."""
-    levels = plan.levels
+    levels = plan.calls
     is_exact = plan.method == "conditioning" and nfe == 1
     if len(levels) > 1 or levels[0] <= FAR * sigma_y or is_exact:
         return ""

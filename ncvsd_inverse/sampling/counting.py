@@ -1,6 +1,6 @@
 """A prior whose draws are checked and whose network calls are counted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.machine import PassCounter, callers_autocast, count_passes
-from ncvsd_inverse.protocols import Generators, NetworkBacked, Prior, PriorTraits
+from ncvsd_inverse.protocols import (
+    Denoiser,
+    Generators,
+    NetworkBacked,
+    Prior,
+    PriorTraits,
+)
 
 __all__ = ["CountedPrior", "network_of"]
 
@@ -66,19 +72,33 @@ class CountedPrior:
             ValueError: if the prior draws another shape or dtype, or calls its network other than
                 `nfe_per_sample` times an image.
         """
+
+        def draw() -> Tensor:
+            return self.prior.sample(u, sigma, generator=generator)
+
+        return self._counted(draw, u, self.nfe_per_sample)
+
+    def denoise(self, u: Tensor, sigma: float | Tensor, /) -> Tensor:
+        """Return E[x0 | u], shape (B, C, H, W), in one call; errors as for `sample`."""
+        prior = self.prior
+        assert isinstance(prior, Denoiser)
+        return self._counted(lambda: prior.denoise(u, sigma), u, 1)
+
+    def _counted(self, call: Callable[[], Tensor], u: Tensor, calls: int) -> Tensor:
         before = self.forwards
         with callers_autocast():
             is_mixed = torch.is_autocast_enabled(u.device.type)
-            x0 = self.prior.sample(u, sigma, generator=generator)
+            x0 = call()
         if is_mixed and isinstance(x0, Tensor) and x0.is_floating_point():
             x0 = x0.to(u.dtype)
         if not isinstance(x0, Tensor) or (x0.shape, x0.dtype) != (u.shape, u.dtype):
             came = f"{tuple(x0.shape)}, {x0.dtype}" if isinstance(x0, Tensor) else f"{type(x0)}"
             raise ValueError(f"prior must draw x0 as {tuple(u.shape)}, {u.dtype}, got {came}")
-        self._drawn += self.nfe_per_sample * u.shape[0]
-        if self.forwards - before != self.nfe_per_sample * u.shape[0]:
+        self._drawn += calls * u.shape[0]
+        if self.forwards - before != calls * u.shape[0]:
+            name = "nfe_per_sample = " if calls == self.nfe_per_sample else ""
             raise ValueError(
-                f"prior must call its network nfe_per_sample = {self.nfe_per_sample} times an "
-                f"image, got {self.forwards - before} images through it for {u.shape[0]} draws"
+                f"prior must call its network {name}{calls} times an image, got "
+                f"{self.forwards - before} images through it for {u.shape[0]} draws"
             )
         return x0

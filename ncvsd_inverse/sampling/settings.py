@@ -7,12 +7,14 @@ import math
 from typing import NamedTuple
 
 from ncvsd_inverse.checks import check_choice
+from ncvsd_inverse.protocols import SIGMA_Y, Point, Points
 from ncvsd_inverse.schedules import karras
 
 __all__ = [
     "DEFAULT_LEVELS",
     "FEW_LEVELS",
     "LONG_LEVELS",
+    "POINTS",
     "PUBLISHED",
     "PUBLISHED_LEVELS",
     "Average",
@@ -20,6 +22,7 @@ __all__ = [
     "Published",
     "default_average",
     "default_schedule",
+    "point_settings",
     "published_schedule",
     "published_sigma_lik",
 ]
@@ -76,6 +79,15 @@ LONG_LEVELS = Levels(6.0, 0.05, 7.0)
 Errors of single draws add up over many sweeps at low levels; sweeps at high levels forget them.
 """
 
+POINTS: Points = {
+    None: {10: Point(0.5, 0.7, 3.0, 0.05, 0.03)},
+    "inpainting": {10: Point(0.5, 0.7, 6.0, 0.05, 0.03)},
+    "blur": {10: Point(0.5, 0.7, 0.8, 0.05, 0.03)},
+    "motion_blur": {10: Point(0.5, 0.7, 0.8, 0.05, 0.03)},
+    "superres": {10: Point(0.5, 0.7, 1.5, 0.05, 0.03)},
+}
+"""Settings of point estimates for priors that bring none."""
+
 PUBLISHED_LEVELS = Levels(80.0, 0.002, 2.0)
 """Published schedule; its last level is never called."""
 
@@ -105,6 +117,22 @@ def default_schedule(
     if method == "conditioning" and num > FEW_LEVELS:
         levels = LONG_LEVELS
     return karras(num, min(levels.largest, highest), levels.smallest, levels.exponent)
+
+
+def point_settings(family: str | None, calls: int, sigma_y: float, points: Points) -> Point:
+    """Return how a point estimate of so many calls runs: the row nearest in the ratio of calls.
+
+    Args:
+        family: the operator's family.
+        calls: network calls of the chain, >= 1.
+        sigma_y: noise std of the measurement, image units.
+        points: the rows.
+    """
+    rows = points.get(family, points[None])
+    nearest = min(sorted(rows), key=lambda known: abs(math.log(known / calls)))
+    point, scale = rows[nearest], sigma_y / SIGMA_Y
+    smallest = min(point.smallest * scale, point.first)
+    return point._replace(smallest=smallest, last=point.last * scale)
 
 
 def default_average(family: str | None) -> Average:

@@ -2,13 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_choice, check_count
+from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.machine import (
     exact_arithmetic,
     out_of_inference,
@@ -20,8 +21,8 @@ from ncvsd_inverse.priors.own_statistics import with_own_statistics
 from ncvsd_inverse.protocols import Operator, Prior, Statistics
 from ncvsd_inverse.sampling.chains import (
     Method,
-    Outcome,
     Plan,
+    Progress,
     gibbs_chain,
     matheron_chain,
     run_chain,
@@ -29,8 +30,10 @@ from ncvsd_inverse.sampling.chains import (
 from ncvsd_inverse.sampling.choices import (
     Preset,
     check_prior_fits,
+    choose_estimate,
     choose_method,
     choose_plan,
+    choose_point_plan,
     describe_far_sweep,
     draws_by_statistics,
     find_prior,
@@ -41,7 +44,7 @@ from ncvsd_inverse.sampling.problem import Problem, Seed
 from ncvsd_inverse.sampling.result import Estimate, Result
 from ncvsd_inverse.sampling.settings import Average, default_average
 
-__all__ = ["Estimate", "Method", "Preset", "Problem", "Result", "Seed", "solve"]
+__all__ = ["Estimate", "Method", "Preset", "Problem", "Progress", "Result", "Seed", "solve"]
 
 CONVERGED = 0.1
 """Largest error of a linear solve, in stds of the law that is conditioned, that does no harm."""
@@ -61,17 +64,32 @@ def solve(
     sigma_y: float | None = None,
     num_samples: int = 1,
     method: Method | None = None,
-    estimate: Estimate = "sample",
+    estimate: Estimate | None = None,
     schedule: Sequence[float] | None = None,
     restarts: int = 1,
     preset: Preset | None = None,
     seed: Seed = 0,
     sigma_lik: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     batch_size: int | None = None,
     progress: bool = False,
+    callback: Callable[[Progress], None] | None = None,
 ) -> Result:
-    """Draw images from the posterior p(x0 | y) of y = A(x0) + sigma_y * noise.
+    """Restore images from y = A(x0) + sigma_y * noise: the best picture, or posterior draws.
+
+    By default `Result.x0` is the best single image that the calls buy, a point estimate. Several
+    samples are draws from the posterior p(x0 | y), whose spread says what y leaves open:
+
+        from ncvsd_inverse import make_task, read_image, solve, write_image
+
+        x0 = read_image("face.png")  # (1, 3, 64, 64), values in [-1, 1]
+        task = make_task("sr4x", x0.shape[-2:])
+        y = task.operator.measure(x0, task.sigma_y)
+        result = solve(y, operator=task.operator, prior="ncvsd_faces64", nfe=10)
+        write_image("restored.png", result.x0)
+        draws = solve(y, operator=task.operator, prior="ncvsd_faces64", num_samples=8)
+        write_image("uncertainty.png", draws.std / draws.std.max() * 2 - 1)
+        print(result)
 
     Two loops over the levels rho of a decreasing schedule:
 
@@ -99,22 +117,29 @@ def solve(
         num_samples: independent samples for each measurement, >= 1.
         method: the loop; None takes "conditioning", and "gibbs" for presets and for a prior that
             has no statistics and cannot make its own, with a warning.
-        estimate: what `Result.x0` is: the first "sample"; the "mean" of the samples; or "ema", an
-            exponential average along the first chain, a point estimate, not a posterior sample.
+        estimate: what `Result.x0` is. "point": the best single image, from a chain whose draws
+            vary less and whose last call returns the prior's mean; no posterior draw. "sample": the
+            first draw. "mean": the mean of the draws. "ema": an exponential average along the first
+            chain, as published. None: "mean" of several samples; for one "point", and "sample"
+            where chains cannot make one: for "gibbs" and for a prior that cannot be tempered. With
+            several samples the chain of "point" runs beside theirs.
         schedule: nfe / prior.nfe_per_sample levels of rho, strictly decreasing, > 0, image units;
-            None takes the default of the method and the operator's family.
+            that of "point" ends with the level of the last call. None takes the default of the
+            method, the operator's family and the estimate.
         restarts: chains run for each returned sample, >= 1; the one that fits y best is kept.
         preset: "ncvsd" takes the published schedule and `sigma_lik` of the operator's family.
         seed: an integer >= 0 (measurement i uses (seed, i)), or one such integer or tuple of
             integers for each measurement. No draw depends on other measurements or samples.
         sigma_lik: noise std that the loop assumes, > 0; None takes `sigma_y`.
         temperature: factor on the std of the noise in every draw, in (0, 1], for "conditioning".
-            Below 1 images are point estimates, not posterior samples: sharper than the posterior
-            mean and closer to the truth than a sample; `std` is then too small.
+            Below 1 images are no posterior samples: sharper than the posterior mean and closer to
+            the truth than a sample; `std` is then too small. None: 1, for "point" its setting.
         batch_size: most chains that run at once, >= 1; changes memory and time, not the result.
             An operator that holds something for each image needs B of them. None: about four
             million pixels.
         progress: show a bar of sweeps on standard error.
+        callback: called after each sweep of a batch of chains with a `Progress`: the number of the
+            call, of how many, its level and the images so far.
 
     Returns:
         Samples, estimate and diagnostics.
@@ -134,7 +159,6 @@ def solve(
         Peng et al., arXiv 2506.09416, Alg. 1, for "gibbs", with two deviations: nfe counts every
         forward pass, and the likelihood assumes the true noise level unless told otherwise.
     """
-    check_choice("estimate", estimate, get_args(Estimate))
     check_count("num_samples", num_samples)
     check_count("restarts", restarts)
     operator, y = adapt(out_of_inference(operator), out_of_inference(y))
@@ -147,28 +171,30 @@ def solve(
     problem = Problem.checked(y, operator, sigma_y=sigma_y, seed=seed)
     check_prior_fits(prior, problem)
     method, prior, warning = choose_method(method, prior, nfe, preset)
-    tempered = temper(prior, temperature)
-    plan = choose_plan(
-        problem,
-        prior,
-        method,
-        nfe=nfe,
-        schedule=schedule,
-        preset=preset,
-        sigma_lik=sigma_lik,
-        temperature=temperature,
-    )
+    estimate = choose_estimate(estimate, prior, method, num_samples)
+    asked: _Asked = {
+        "nfe": nfe,
+        "schedule": schedule,
+        "sigma_lik": sigma_lik,
+        "temperature": temperature,
+    }
+    plans: list[tuple[Plan, int]] = []  # with the number of chains an image; the estimate's last
+    if estimate != "point" or num_samples > 1:
+        plans.append((choose_plan(problem, prior, method, preset=preset, **asked), num_samples))
+    if estimate == "point":
+        plans.append((choose_point_plan(problem, prior, **asked), 1))
+    for plan, _ in plans:
+        temper(prior, plan.temperature)
     if batch_size is None:
         batch_size = max(1, PIXELS_AT_ONCE // math.prod(problem.shape[2:]))
-    parts = problem.chains(
-        num_samples=num_samples,
-        restarts=restarts,
-        batch_size=check_count("batch_size", batch_size),
-    )
+    check_count("batch_size", batch_size)
+    jobs = [
+        _Job(plan, count, restarts, problem.chains(count, restarts, batch_size))
+        for plan, count in plans
+    ]
     statistics = None
     if method == "conditioning" or draws_by_statistics(prior):
         statistics = with_own_statistics(prior, problem.shape[1:])
-        tempered = temper(prior, temperature)
     notes = [warning, describe_far_sweep(plan, nfe, problem.sigma_y)]
     if method == "conditioning" and statistics is not None:
         notes.append(statistics.note)
@@ -176,12 +202,14 @@ def solve(
         warnings.warn(note, stacklevel=4)
 
     average = default_average(problem.traits.family) if estimate == "ema" else None
-    counted = CountedPrior(tempered)
+    total = sum(len(job.parts) * len(job.plan.calls) for job in jobs)
     started = time_now(y.device)
-    outcomes = _run_chains(parts, counted, plan, statistics, average, progress)
+    with progress_bar("sweeps", total, shown=progress) as advance:
+        watch = _watch(advance, callback)
+        ran = [job.run(prior, statistics, average, watch) for job in jobs]
     seconds = time_now(y.device) - started
 
-    error = max(float(outcome.error.max()) for outcome in outcomes)
+    error = max(each.error for each in ran)
     converged = error <= CONVERGED
     if not converged:
         warnings.warn(
@@ -190,64 +218,105 @@ def solve(
             "sigma_lik (or sigma_y) makes them easier",
             stacklevel=4,
         )
-    lasts = [outcome.last for outcome in outcomes]
-    runs = (restarts, num_samples, *problem.shape)
-    best = _best_restarts(parts, lasts, runs)
-    samples = _pick(lasts, best, runs)
+    samples = ran[0].images
     mean = samples.mean(0)
-    if estimate == "ema":
-        x0 = _pick([outcome.average for outcome in outcomes], best, runs)[0]
-    else:
-        x0 = mean if estimate == "mean" else samples[0]
+    x0 = {"mean": mean, "ema": ran[0].averages[0]}.get(estimate, ran[-1].images[0])
+    residual = problem.residual(x0)
     return Result(
         x0=x0,
         samples=samples,
         mean=mean,
         std=samples.std(0) if num_samples > 1 else None,
-        nfe=counted.forwards // (num_samples * len(y)),
+        nfe=sum(each.forwards for each in ran) // (sum(job.count for job in jobs) * len(y)),
         seconds=seconds,
-        residual=problem.residual(x0),
-        schedule=plan.levels,
+        residual=residual,
+        schedule=plan.calls,
         sigma_lik=plan.sigma_lik,
+        sigma_y=torch.full_like(residual, problem.sigma_y),
+        estimate=estimate,
         method=method,
         converged=converged,
+        y=problem.y,
     )
 
 
-def _run_chains(
-    parts: Sequence[Problem],
-    prior: CountedPrior,
-    plan: Plan,
-    statistics: Statistics | None,
-    average: Average | None,
-    progress: bool,
-) -> list[Outcome]:
-    """Run all chains, part by part."""
-    outcomes = []
-    total = len(parts) * len(plan.levels)
-    with prior.counting(), progress_bar("sweeps", total, shown=progress) as advance:
-        for part in parts:
-            if plan.method == "conditioning" and statistics is not None:
-                sweeps = matheron_chain(part, prior, plan, statistics)
-            else:
-                sweeps = gibbs_chain(part, prior, plan)
-            outcomes.append(run_chain(sweeps, plan.levels, average=average, advance=advance))
-    return outcomes
+class _Asked(TypedDict):
+    """What a user may ask of a plan; see `solve`."""
+
+    nfe: int
+    schedule: Sequence[float] | None
+    sigma_lik: float | None
+    temperature: float | None
 
 
-def _best_restarts(
-    parts: Sequence[Problem], lasts: Sequence[Tensor], runs: Sequence[int]
-) -> Tensor | None:
-    """Return which restart of each chain fits y best, shape (S, B); None where there is one."""
-    if runs[0] == 1:
-        return None
-    misfits = [part.misfit(last) for part, last in zip(parts, lasts, strict=True)]
-    return torch.cat(misfits).view(*runs[:3]).argmin(0)
+class _Ran(NamedTuple):
+    """What chains came to: ends and averages (S, B, C, H, W), passes, largest error of a solve."""
+
+    images: Tensor
+    averages: Tensor
+    forwards: int
+    error: float
 
 
-def _pick(parts: Sequence[Tensor], best: Tensor | None, runs: Sequence[int]) -> Tensor:
-    """Return the images (S, B, C, H, W) of the restart `best` (S, B) of each chain."""
-    images = torch.cat(list(parts)).view(*runs)
-    if best is None:
-        return images[0]
-    return images.take_along_dim(best[None, ..., None, None, None], 0)[0]
+@dataclass(frozen=True)
+class _Job:
+    """Chains of one plan: `count` for each image, each the best of `restarts`, in parts."""
+
+    plan: Plan
+    count: int
+    restarts: int
+    parts: Sequence[Problem]
+
+    def run(
+        self,
+        prior: Prior,
+        statistics: Statistics | None,
+        average: Average | None,
+        watch: Callable[[Progress], None],
+    ) -> _Ran:
+        """Run the chains, part by part, with the prior at the plan's temperature."""
+        plan, counted = self.plan, CountedPrior(temper(prior, self.plan.temperature))
+        outcomes = []
+        with counted.counting():
+            for part in self.parts:
+                if plan.method == "conditioning" and statistics is not None:
+                    sweeps = matheron_chain(part, counted, plan, statistics)
+                else:
+                    sweeps = gibbs_chain(part, counted, plan)
+                outcomes.append(run_chain(sweeps, plan.calls, average=average, watch=watch))
+        lasts = [outcome.last for outcome in outcomes]
+        best = self._best_restarts(lasts)
+        return _Ran(
+            self._pick(lasts, best),
+            self._pick([outcome.average for outcome in outcomes], best),
+            counted.forwards,
+            max(float(outcome.error.max()) for outcome in outcomes),
+        )
+
+    def _best_restarts(self, lasts: Sequence[Tensor]) -> Tensor | None:
+        """Return which restart of each chain fits y best, (S, B); None where there is one."""
+        if self.restarts == 1:
+            return None
+        misfits = [part.misfit(last) for part, last in zip(self.parts, lasts, strict=True)]
+        return torch.cat(misfits).view(self.restarts, self.count, -1).argmin(0)
+
+    def _pick(self, parts: Sequence[Tensor], best: Tensor | None) -> Tensor:
+        """Return the images (S, B, C, H, W) of the restart `best` (S, B) of each chain."""
+        images = torch.cat(list(parts))
+        images = images.view(self.restarts, self.count, -1, *images.shape[1:])
+        if best is None:
+            return images[0]
+        return images.take_along_dim(best[None, ..., None, None, None], 0)[0]
+
+
+def _watch(
+    advance: Callable[[int], None], callback: Callable[[Progress], None] | None
+) -> Callable[[Progress], None]:
+    """Return what moves the bar on and calls the user's function after a sweep."""
+
+    def watch(progress: Progress) -> None:
+        advance(1)
+        if callback is not None:
+            callback(progress)
+
+    return watch

@@ -515,13 +515,14 @@ def test_ncvsd_is_what_a_user_gets():
     problem = make_problem(prior, SuperResolution(4), batch=2)
     y, operator, student = problem.y, problem.operator, models.student
     arguments = {"operator": operator, "prior": student, "sigma_y": SIGMA_Y, "seed": problem.keys}
+    draw = {**arguments, "estimate": "sample"}
     restored = METHODS["ncvsd"].run(problem, models, 4, {})
-    assert restored.equal(solve(y, nfe=4, **arguments).x0)
+    assert restored.equal(solve(y, nfe=4, **draw).x0)
     cooler = {"temperature": 0.6, "sigma_lik": 0.5 * SIGMA_Y}
     for first, levels in ((0.0, None), (0.4, karras(4, 0.4, ours.TEMPERED_LAST))):
         settings = {"temperature": 0.6, "noise": 0.5, "first": first}
         restored = METHODS["ncvsd-tempered"].run(problem, models, 4, settings)
-        expected = solve(y, nfe=4, schedule=levels, **arguments, **cooler).x0
+        expected = solve(y, nfe=4, schedule=levels, **draw, **cooler).x0
         assert restored.equal(expected)
     restored = METHODS["ncvsd-published"].run(problem, models, 6, {})
     assert restored.equal(solve(y, nfe=6, preset="ncvsd", estimate="ema", **arguments).x0)

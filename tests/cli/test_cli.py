@@ -105,7 +105,7 @@ def test_demo_restores_every_shipped_picture(run, tmp_path):
     assert read_image(out / expected[0]).shape == (1, 3, 64, 64)
     assert read_image(out / "demo.png").shape[2] > 1000
     assert "stand_in computes on cpu" in printed
-    assert "2 network calls a sample" in printed
+    assert "2 network calls for the estimate and for each of 2 samples" in printed
     assert printed.count("sr4x") == len(pictures)
 
 
@@ -317,6 +317,30 @@ def test_what_cannot_be_measured_is_said(run, prior):
     status, _, err = run("statistics", "stand_in")
     assert (status, err.count("\n")) == (1, 1)
     assert "PRIOR must be a copy of stand_in" in err
+
+
+def test_settings_of_the_loop_reach_it_and_the_line_says_what_was_done(run, tmp_path, prior):
+    prior.kind = SmoothPrior.of_shape((3, 16, 16))
+    picture = tmp_path / "picture.png"
+    write_image(picture, torch.zeros(1, 3, 16, 16))
+    words = [picture, "--simulate", "--task", "inpaint_box", "--prior", "stand_in", "--nfe", 2]
+    words += ["-o", tmp_path / "out"]
+
+    def record():
+        return json.loads((tmp_path / "out" / "picture.json").read_text())
+
+    status, out, _ = run("solve", *words)
+    assert "dB, point estimate, conditioning loop, 2 network calls, " in out
+    assert (status, record()["estimate"], record()["asked"]["estimate"]) == (0, "point", None)
+    chosen = ["--schedule", "1,0.1", "--sigma-lik", 0.04, "--temperature", 0.8]
+    status, out, _ = run("solve", *words, *chosen, "--estimate", "sample")
+    assert "is of another estimate, temperature, sigma_lik, schedule: restored again" in out
+    assert "dB, sample, conditioning loop, 2 network calls, " in out
+    assert (record()["schedule"], record()["sigma_lik"]) == ([1.0, 0.1], 0.04)
+    status, out, _ = run("solve", *words, "--samples", 3)
+    assert "dB, mean of 3 samples, conditioning loop, 2 network calls a sample, " in out
+    status, _, err = run("solve", *words, "--schedule", "1;0.1")
+    assert (status, err[:50]) == (1, "error: --schedule must be numbers separated by com")
 
 
 def test_a_diffusion_prior_takes_steps_and_the_loop_is_named(run, tmp_path, prior):

@@ -155,6 +155,8 @@ def test_finished_pictures_are_skipped(run, tmp_path, pictures, prior):
         ("--task", "deblur_motion", "task"),
         ("--samples", 2, "samples"),
         ("--estimate", "ema", "estimate"),
+        ("--sigma-lik", 0.04, "sigma_lik"),
+        ("--schedule", "1,0.1", "schedule"),
         ("--simulate", None, "simulated"),
     ],
 )

@@ -115,7 +115,7 @@ def test_the_halves_are_random_and_disjoint():
         ),
         ({"samples": 1}, ValueError, "samples must be at least 2"),
         ({"teacher_samples": 1}, ValueError, "teacher_samples must be at least 2"),
-        ({"teacher": object()}, TypeError, "teacher must have `denoise`"),
+        ({"teacher": object()}, TypeError, "teacher must be a denoiser"),
         ({"teacher": BrokenTeacher()}, DivergenceError, "generation with teacher, 2 calls"),
     ],
 )

@@ -287,7 +287,7 @@ class BrokenTeacher:
         ({"images": torch.zeros(SHAPE)}, ValueError, "images must have shape"),
         ({"images": torch.full((2, *SHAPE), math.nan)}, ValueError, "images must be finite"),
         ({"images": torch.zeros(2, 1, 4, 4)}, ValueError, "must hold images of shape|must have"),
-        ({"teacher": object()}, TypeError, "teacher must have `denoise`, got object"),
+        ({"teacher": object()}, TypeError, "teacher must be a denoiser .* got object"),
         ({"prior": Broken(None)}, DivergenceError, "a draw left the finite numbers at sigma = 1"),
         ({"teacher": BrokenTeacher()}, DivergenceError, "the teacher's mean left the finite"),
     ],

@@ -98,6 +98,25 @@ def test_solve_normal_spread_adds_the_root_of_the_inverse(case, a, b):
 
 
 @each(SOLVABLE + COMPOSITIONS)
+def test_operators_print_what_they_are_on_a_line(case):
+    shown = repr(case.operator)
+    assert shown.startswith(type(case.operator).__name__.removeprefix("_Linear") + "(")
+    assert "\n" not in shown
+    assert len(shown) < 200
+
+
+def test_what_operators_print():
+    mask = torch.tensor([[True, False], [False, False]])
+    assert repr(ops.Inpaint(mask)) == "Inpaint(mask=<2 x 2, 75% hidden>)"
+    blur = "GaussianBlur(std=2, kernel_size=9, boundary='reflect')"
+    assert repr(ops.GaussianBlur(2, 9, boundary="reflect")) == blur
+    assert repr(ops.Blur(torch.ones(3, 5))) == "Blur(kernel=<3 x 5>, boundary='circular')"
+    shown = repr(ops.Compose(ops.SuperResolution(2), ops.GaussianBlur(2, 9, boundary="reflect")))
+    assert shown == f"Compose(SuperResolution(factor=2, filter='bicubic'), {blur})"
+    assert repr(ops.Denoise()) == "Denoise()"
+
+
+@each(SOLVABLE + COMPOSITIONS)
 def test_shapes_and_roles(case):
     assert case.operator(normal(*case.shape)).shape == case.y_shape
     assert case.operator.input_shape(case.y_shape) == case.shape

@@ -416,6 +416,7 @@ def test_solve_draws_from_the_posterior(name):
             sigma_y=SIGMA_Y,
             num_samples=samples,
             method=method,
+            estimate="sample",
         )
         found = result.samples.flatten(1)
         # Four and a half standard errors, of 72 pixels; and for conjugate gradients' tolerance.

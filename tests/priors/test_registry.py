@@ -39,7 +39,7 @@ from ncvsd_inverse.priors import (
 from ncvsd_inverse.priors.files import TensorFile, write_tensors
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.priors.tiled import tiled
-from ncvsd_inverse.protocols import PriorTraits
+from ncvsd_inverse.protocols import Point, PriorTraits
 from tests.priors.tiny import CARD, SHAPE, make_network, use_folders
 
 
@@ -191,6 +191,8 @@ def test_card_that_is_no_text(saved):
         load_prior(saved)
 
 
+POINT = {"temperature": 0.5, "noise": 0.7, "first": 3.0, "smallest": 0.05, "last": 0.0}
+
 BAD_FIELDS = [
     ("name", 3, "name must be a text"),
     ("name", "", "name must be a text"),
@@ -221,6 +223,13 @@ BAD_FIELDS = [
     ("noise_scale", [[0.1, 0.0]], "noise_scale must be pairs of positive"),
     ("noise_scale", [0.1], "noise_scale must be pairs"),
     ("noise_scale", "wide", "noise_scale must be pairs"),
+    ("points", {}, "points must hold settings for 'other' families"),
+    ("points", {"other": 3}, "points must be settings by family"),
+    ("points", {"other": {"ten": {}}}, "points must be settings by family"),
+    ("points", {"other": {"10": {"temperature": 1}}}, "points must be settings by family"),
+    ("points", {"other": {"10": {**POINT, "temperature": 2}}}, "temperature must be at most 1"),
+    ("points", {"other": {"10": {**POINT, "first": "3"}}}, r"\[10\]\.first must be a positive"),
+    ("points", {"other": {"0": POINT}}, "must be of at least 1 call"),
     ("surprise", 1, "unknown: surprise"),
 ]
 
@@ -265,6 +274,25 @@ def test_spread_comes_back_with_the_prior(tmp_path):
     assert PriorCard.from_dict(entries).noise_scale == ()
     older = PriorCard.from_dict({**entries, "spread": [[0.1, 1.2]]})
     assert older.noise_scale == ((0.1, 1.2),)
+
+
+def test_settings_of_points_come_back_with_the_prior(tmp_path):
+    stem, warm = tmp_path / "found", {**POINT, "temperature": 1}
+    points = {"other": {"10": POINT}, "blur": {"4": POINT, "10": warm}}
+    save_prior(stem, make_network(), {**CARD, "points": points})
+    prior = load_prior(stem)
+    assert prior.points[None] == {10: Point(0.5, 0.7, 3.0, 0.05, 0.0)}
+    assert prior.points["blur"][10].temperature == 1
+    assert json.loads(Path(f"{stem}.json").read_text())["points"] == points
+    save_prior(stem, make_network(), CARD)
+    assert load_prior(stem).points is None
+
+
+def test_a_prior_says_what_it_is(saved):
+    shown = repr(load_prior(saved))
+    assert shown.startswith("<NCVSDPrior tiny: images of 3 x 8 x 8, noise 0.004 to 40, ")
+    assert shown.endswith("weights on cpu, no statistics yet>")
+    assert "DiffusionPrior: images of any size" in repr(DiffusionPrior(lambda x, s: x))
 
 
 def test_save_refuses_before_it_writes(tmp_path):

@@ -657,14 +657,22 @@ class Heard(ops.PhaseRetrieval):
 def test_searches_know_the_noise_of_y_whatever_the_likelihood_assumes():
     operator = Heard(4)
     y = operator.measure(torch.zeros(1, *SHAPE), 0.1)
-    solve(y, operator=operator, prior=student(), nfe=2, sigma_y=0.1, sigma_lik=0.02)
+    solve(
+        y,
+        operator=operator,
+        prior=student(),
+        nfe=2,
+        sigma_y=0.1,
+        sigma_lik=0.02,
+        estimate="sample",
+    )
     assert operator.heard == [0.1] * 4  # a start, its half turn and two draws
 
 
 def test_temperature_of_one_changes_nothing():
     y = measurement(box()).float()
     one, left = (
-        solve(y, operator=box(), prior=student(), nfe=2, **settings)
+        solve(y, operator=box(), prior=student(), nfe=2, num_samples=2, **settings)
         for settings in ({"temperature": 1}, {})
     )
     assert torch.equal(one.samples, left.samples)

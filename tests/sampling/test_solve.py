@@ -1,6 +1,7 @@
 """The published loop, and what both loops share."""
 
 import dataclasses
+import json
 import math
 import multiprocessing
 import re
@@ -11,10 +12,11 @@ from itertools import chain
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import ncvsd_inverse
-from ncvsd_inverse import DivergenceError, Result, load_prior
+from ncvsd_inverse import DivergenceError, Result, load_prior, read_image
 from ncvsd_inverse import operators as ops
 from ncvsd_inverse.priors import (
     DiffusionPrior,
@@ -23,8 +25,10 @@ from ncvsd_inverse.priors import (
     NCVSDPrior,
     ncvsd_natural,
 )
+from ncvsd_inverse.protocols import Point
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
 from ncvsd_inverse.sampling.problem import Problem
+from ncvsd_inverse.sampling.settings import point_settings
 from ncvsd_inverse.schedules import karras
 
 SHAPE = (3, 8, 6)
@@ -202,7 +206,8 @@ def test_result_is_whole_and_frozen():
     assert result.seconds > 0
     assert result.samples.shape == (4, 2, *SHAPE)
     assert result.std.shape == (2, *SHAPE)
-    assert torch.equal(result.x0, result.samples[0])
+    assert torch.equal(result.x0, result.mean)
+    assert result.estimate == "mean"
     assert torch.allclose(result.mean, result.samples.mean(0))
     assert torch.allclose(result.std, result.samples.std(0))
     assert (result.method, result.schedule) == ("gibbs", karras(3, 3.0, 0.02))
@@ -328,7 +333,7 @@ def test_keys_of_chains_differ_and_stay():
     problem = Problem.checked(torch.zeros(2, *SHAPE), ops.Denoise(), sigma_y=None, seed=3)
 
     def keys(num_samples, restarts):
-        parts = problem.chains(num_samples=num_samples, restarts=restarts, batch_size=3)
+        parts = problem.chains(num_samples, restarts, batch_size=3)
         return [key for part in parts for key in part.keys]
 
     assert len(set(keys(2, 2))) == 8
@@ -521,7 +526,7 @@ BAD_VALUES = {
         {"method": "gibs"},
         "method must be one of conditioning, gibbs, got 'gibs'; did you mean gibbs",
     ),
-    "estimate": ({"estimate": "median"}, "estimate must be one of sample, mean, ema"),
+    "estimate": ({"estimate": "median"}, "estimate must be one of point, sample, mean, ema"),
     "preset": ({"preset": "ncvs"}, "preset must be one of ncvsd"),
     "preset and schedule": ({"preset": "ncvsd", "schedule": (1.0,), "nfe": 1}, "preset must be"),
     "preset and sigma_lik": ({"preset": "ncvsd", "sigma_lik": 0.1}, "preset must be"),
@@ -897,7 +902,218 @@ def test_images_fit_y_however_little_noise_there_is(name, method):
     for sigma_y in (1e-2, 1e-4, 1e-6):
         y = operator.measure(x, sigma_y, generator=torch.Generator().manual_seed(2))
         settings = {"operator": operator, "prior": prior, "method": method, "sigma_y": sigma_y}
-        result = ncvsd_inverse.solve(y, nfe=10, **settings)
+        result = ncvsd_inverse.solve(y, nfe=10, estimate="sample", **settings)
         assert result.converged
         assert 0.4 < float(result.residual.min()) <= float(result.residual.max()) < 1.6
         assert float(result.x0.abs().max()) < 2 * float(x.abs().max())
+
+
+# Point estimates.
+
+
+def coloured_prior(**changes):
+    power = torch.fft.fftfreq(8)[:, None] ** 2 + torch.fft.fftfreq(6) ** 2
+    spectrum = (1 / (1 + 100 * power)).expand(SHAPE)
+    return GaussianPrior.stationary(torch.zeros(SHAPE), spectrum, **changes)
+
+
+def test_a_point_is_the_default_of_one_image_and_nearer_to_the_truth():
+    prior = coloured_prior()
+    x0 = prior.draw(100, generator=torch.Generator().manual_seed(1))
+    y = box().measure(x0, 0.05, generator=torch.Generator().manual_seed(2))
+    settings = {"operator": box(), "prior": prior, "nfe": 10}
+    point = ncvsd_inverse.solve(y, **settings)
+    assert (point.estimate, point.nfe, len(point.schedule)) == ("point", 10, 10)
+    assert torch.equal(point.samples[0], point.x0)
+    assert point.std is None
+    drawn = ncvsd_inverse.solve(y, estimate="sample", **settings)
+    mean = ncvsd_inverse.solve(y, num_samples=32, **settings)
+    assert (drawn.estimate, mean.estimate) == ("sample", "mean")
+    errors = [float((each.x0 - x0).square().mean()) for each in (point, drawn, mean)]
+    # A draw has twice the squared error of the posterior mean.
+    assert errors[1] > 1.8 * errors[2]
+    assert errors[0] < 1.5 * errors[2]
+
+
+def test_a_point_runs_beside_several_samples():
+    prior, y = coloured_prior(), measurement()
+    settings = {"operator": box(), "prior": prior, "nfe": 4, "seed": 3}
+    drawn = ncvsd_inverse.solve(y, num_samples=3, **settings)
+    both = ncvsd_inverse.solve(y, num_samples=3, estimate="point", **settings)
+    alone = ncvsd_inverse.solve(y, **settings)
+    assert torch.equal(both.samples, drawn.samples)
+    assert torch.equal(both.x0, alone.x0)
+    assert torch.equal(both.std, drawn.std)
+    assert (both.nfe, both.schedule, both.estimate) == (4, alone.schedule, "point")
+    assert both.schedule != drawn.schedule
+
+
+def test_the_last_call_of_a_point_returns_the_mean_at_the_last_level():
+    class Watched(GaussianPrior):
+        asked = ()
+
+        def sample(self, u, sigma, *, generator=None):
+            type(self).asked += (("sample", sigma),)
+            return super().sample(u, sigma, generator=generator)
+
+        def denoise(self, u, sigma):
+            type(self).asked += (("denoise", sigma),)
+            self.given = u
+            return super().denoise(u, sigma)
+
+    prior = Watched.stationary(torch.zeros(SHAPE), torch.full(SHAPE, 0.25))
+    settings = {"operator": box(), "prior": prior, "temperature": 1.0}
+    result = ncvsd_inverse.solve(measurement(), nfe=3, schedule=(0.5, 0.2, 0.04), **settings)
+    assert Watched.asked == (("sample", 0.5), ("sample", 0.2), ("denoise", 0.04))
+    assert result.schedule == (0.5, 0.2, 0.04)
+    Watched.asked = ()
+    once = ncvsd_inverse.solve(measurement(), nfe=1, schedule=(0.3,), **settings)
+    assert Watched.asked == (("denoise", 0.3),)
+    assert once.nfe == 1
+
+
+def test_a_prior_that_gives_no_mean_ends_a_point_on_y():
+    class Tempered(ShrinkPrior):
+        def tempered(self, temperature):
+            return self
+
+    statistics = coloured_prior().statistics
+    prior = Tempered()
+    prior.statistics = statistics
+    result = ncvsd_inverse.solve(measurement(), operator=box(), prior=prior, nfe=3)
+    assert (result.estimate, result.nfe) == ("point", 3)
+    assert [level for level, _ in prior.calls] == list(result.schedule)
+
+
+def test_where_there_is_no_point():
+    y, settings = measurement(), {"operator": box(), "nfe": 2}
+    assert solve(y, prior=coloured_prior(), **settings).estimate == "sample"
+    with pytest.raises(ValueError, match=r"estimate must be one of 'sample', .*method 'gibbs'"):
+        solve(y, prior=coloured_prior(), estimate="point", **settings)
+    many = DiffusionPrior(lambda x, s: x, num_steps=2, statistics=coloured_prior().statistics)
+    assert ncvsd_inverse.solve(y, prior=many, **settings).estimate == "sample"
+    with pytest.raises(ValueError, match="with a prior without tempered draws, got 'point'"):
+        ncvsd_inverse.solve(y, prior=many, estimate="point", **settings)
+
+
+def test_settings_of_a_point_are_those_of_the_nearest_calls_at_the_noise_of_y():
+    rows = {
+        None: {10: Point(0.5, 0.7, 3.0, 0.05, 0.03)},
+        "blur": {2: Point(0.4, 0.8, 1.0, 0.2, 0.0), 20: Point(0.6, 0.6, 0.8, 0.05, 0.04)},
+    }
+    assert point_settings("blur", 6, 0.05, rows) == rows["blur"][2]
+    assert point_settings("blur", 7, 0.05, rows) == rows["blur"][20]
+    assert point_settings("hdr", 1, 0.05, rows) == rows[None][10]
+    quiet = point_settings("blur", 50, 0.01, rows)
+    assert quiet == pytest.approx((0.6, 0.6, 0.8, 0.01, 0.008))
+    loud = point_settings("blur", 1, 0.5, rows)
+    assert loud == pytest.approx((0.4, 0.8, 1.0, 1.0, 0.0))
+
+
+def test_the_noise_that_settings_go_by_is_that_of_images():
+    """A physics of images in [0, 1], counts and amplitudes have units of their own."""
+    x = 0.2 * torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    step = 0.01 * torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    counts = ops.Poisson(50.0)
+    for operator in (
+        counts,
+        ops.PhaseRetrieval(0),
+        ops.Denoise(),
+        ops.Compose(counts, ops.Denoise()),
+    ):
+        change = (operator(x + step) - operator(x)).norm() / step.norm()
+        assert 0.6 < float(change) / operator.gain < 1.1
+    y = ops.Poisson(20.0)(torch.zeros(1, *SHAPE))
+    result = ncvsd_inverse.solve(y, operator=ops.Poisson(20.0), prior=coloured_prior(), nfe=4)
+    assert 0.1 < result.schedule[-1] < 0.25  # that of sigma_y = 0.05 is 0.03
+
+
+def test_a_prior_may_bring_settings_of_its_own():
+    prior = coloured_prior()
+    prior.points = {None: {10: Point(0.9, 0.5, 0.7, 0.1, 0.0)}}
+    result = ncvsd_inverse.solve(measurement(), operator=box(), prior=prior, nfe=3)
+    assert result.schedule == karras(3, 0.7, 0.1)
+    assert result.sigma_lik == 0.025
+
+
+def test_a_callback_sees_every_call():
+    seen = []
+    settings = {"operator": box(), "prior": coloured_prior(), "nfe": 3}
+    result = ncvsd_inverse.solve(measurement(), callback=seen.append, **settings)
+    assert [(step.call, step.calls, step.rho) for step in seen] == [
+        (place, 3, rho) for place, rho in enumerate(result.schedule, start=1)
+    ]
+    assert torch.equal(seen[-1].x0, result.x0)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ncvsd_inverse.solve(measurement(), callback=stop, **settings)
+
+
+# What comes back.
+
+
+def faces_result(**settings):
+    prior = coloured_prior()
+    return ncvsd_inverse.solve(measurement(), operator=box(), prior=prior, nfe=2, **settings)
+
+
+def test_a_result_prints_in_five_lines():
+    lines = repr(faces_result()).splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "2 images of 3 x 8 x 6, torch.float32: point estimate"
+    assert lines[1].startswith("conditioning loop, 2 network calls at levels ")
+    assert lines[3].startswith("residual ")
+    several = repr(faces_result(num_samples=3)).splitlines()
+    assert len(several) == 5
+    assert several[0].endswith("mean of the samples, 3 samples each with their std")
+    assert several[2] == "noise of y 0.05, assumed 0.05"
+
+
+def test_a_notebook_shows_the_images(tmp_path):
+    result = faces_result()
+    (tmp_path / "shown.png").write_bytes(result._repr_png_())
+    shown = read_image(tmp_path / "shown.png")
+    assert shown.shape == (1, 3, 8, 12)
+    assert torch.allclose(shown[..., :6], result.x0[:1].clamp(-1, 1), atol=0.005)
+
+
+def test_a_saved_result_holds_the_pictures_and_the_numbers(tmp_path):
+    result = faces_result(num_samples=3)
+    for _ in range(2):
+        result.save(tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    names = ["0.png", "0_std.png", "1.png", "1_std.png", "result.json", "result.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert torch.allclose(read_image(folder / "1.png"), result.x0[1:].clamp(-1, 1), atol=0.005)
+    tensors = load_file(folder / "result.safetensors")
+    assert torch.equal(tensors["samples"], result.samples)
+    assert torch.equal(tensors["std"], result.std)
+    figures = json.loads((folder / "result.json").read_text())
+    assert figures["residual"] == pytest.approx(result.residual.tolist())
+    assert (figures["estimate"], figures["nfe"]) == ("mean", 2)
+    faces_result().save(tmp_path / "one")
+    assert not (tmp_path / "one" / "0_std.png").exists()
+
+
+def test_a_plot_shows_what_is_a_picture():
+    result = faces_result(num_samples=2)
+
+    def columns(figure):
+        return [axis.get_title() for axis in figure.axes if axis.get_title()]
+
+    assert columns(result.plot()) == ["measurement", "estimate", "std"]
+    assert columns(result.plot(torch.zeros(2, *SHAPE))) == [
+        *("truth", "measurement", "estimate", "std")
+    ]
+    assert columns(faces_result().plot()) == ["measurement", "estimate"]
+    counts = dataclasses.replace(result, y=torch.zeros(2, 48))
+    assert columns(counts.plot()) == ["estimate", "std"]
+    shown = result.plot().axes[1].images[0].get_array()
+    assert torch.allclose(
+        torch.tensor(shown).permute(2, 0, 1), (result.x0[0].clamp(-1, 1) + 1) / 2, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="truth must have shape"):
+        result.plot(torch.zeros(1, *SHAPE))
