@@ -249,19 +249,15 @@ COMMANDS: dict[str, Short | Skipped] = {
         makes=("schedules.json",),
         lpips=True,
     ),
-    "python experiments/few_step/temperatures.py --data DIR/faces64/val.zip --skip 8 --images 24": (
-        Short(
-            "python experiments/few_step/temperatures.py --data DIR/faces64/val.zip --skip 1 "
-            "--images 1 --tasks sr4x --calls 1 --first 0.4 --temperatures 0.5",
-            lpips=True,
-        )
-    ),
-    "python experiments/few_step/temperatures.py --data DIR/faces64/val.zip --skip 8 "
-    "--temperatures .1 .4 .65": Short(
-        "python experiments/few_step/temperatures.py --data DIR/faces64/val.zip --skip 1 "
-        "--temperatures .1 .4 --tasks sr4x --calls 1 --first 0.4",
+    "python experiments/few_step/point.py --prior ncvsd_faces64 --data DIR/faces64/val.zip "
+    "--out experiments/few_step/points.json": Short(
+        "python experiments/few_step/point.py --prior ncvsd_faces64 --data DIR/faces64/val.zip "
+        "--out points.json --images 1 --calls 1 --trials 2",
+        makes=("points.json",),
         lpips=True,
     ),
+    "python experiments/few_step/point.py --prior ncvsd_faces64 --write "
+    "--out experiments/few_step/points.json": Skipped("it changes the package"),
     "python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 16 "
     "--out experiments/statistics/records.jsonl": Short(
         "python experiments/statistics/self_measured.py --data DIR/faces64/test.zip --images 1 "

@@ -125,7 +125,7 @@ class Problem:
             count = seen.flatten(1).count_nonzero(1)
         return (self.misfit(x0) / (self.sigma_y * count.double().sqrt())).to(self.y.dtype)
 
-    def chains(self, num_samples: int, restarts: int, batch_size: int) -> list["Problem"]:
+    def chains(self, *, num_samples: int, restarts: int, batch_size: int) -> list["Problem"]:
         """Cut restarts * num_samples chains of every image into problems of their own.
 
         The images of all problems together are in the order restart, sample, image. A chain's key

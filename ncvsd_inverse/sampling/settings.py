@@ -80,11 +80,26 @@ Errors of single draws add up over many sweeps at low levels; sweeps at high lev
 """
 
 POINTS: Points = {
-    None: {10: Point(0.5, 0.7, 3.0, 0.05, 0.03)},
-    "inpainting": {10: Point(0.5, 0.7, 6.0, 0.05, 0.03)},
-    "blur": {10: Point(0.5, 0.7, 0.8, 0.05, 0.03)},
-    "motion_blur": {10: Point(0.5, 0.7, 0.8, 0.05, 0.03)},
-    "superres": {10: Point(0.5, 0.7, 1.5, 0.05, 0.03)},
+    None: {
+        1: Point(0.5, 0.7, 3.0, 0.05, 0.0),
+        10: Point(0.5, 0.7, 3.0, 0.05, 0.03),
+    },
+    "inpainting": {
+        1: Point(0.5, 0.7, 6.0, 0.05, 0.0),
+        10: Point(0.5, 0.7, 6.0, 0.05, 0.03),
+    },
+    "blur": {
+        1: Point(0.5, 0.7, 0.8, 0.05, 0.0),
+        10: Point(0.5, 0.7, 0.8, 0.05, 0.03),
+    },
+    "motion_blur": {
+        1: Point(0.5, 0.7, 0.8, 0.05, 0.0),
+        10: Point(0.5, 0.7, 0.8, 0.05, 0.03),
+    },
+    "superres": {
+        1: Point(0.5, 0.7, 1.5, 0.05, 0.0),
+        10: Point(0.5, 0.7, 1.5, 0.05, 0.03),
+    },
 }
 """Settings of point estimates for priors that bring none."""
 

@@ -188,8 +188,9 @@ def solve(
     if batch_size is None:
         batch_size = max(1, PIXELS_AT_ONCE // math.prod(problem.shape[2:]))
     check_count("batch_size", batch_size)
+    runs = {"restarts": restarts, "batch_size": batch_size}
     jobs = [
-        _Job(plan, count, restarts, problem.chains(count, restarts, batch_size))
+        _Job(plan, count, restarts, problem.chains(num_samples=count, **runs))
         for plan, count in plans
     ]
     statistics = None

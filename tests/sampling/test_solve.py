@@ -333,7 +333,7 @@ def test_keys_of_chains_differ_and_stay():
     problem = Problem.checked(torch.zeros(2, *SHAPE), ops.Denoise(), sigma_y=None, seed=3)
 
     def keys(num_samples, restarts):
-        parts = problem.chains(num_samples, restarts, batch_size=3)
+        parts = problem.chains(num_samples=num_samples, restarts=restarts, batch_size=3)
         return [key for part in parts for key in part.keys]
 
     assert len(set(keys(2, 2))) == 8

@@ -1,0 +1,204 @@
+r"""Search the settings of point estimates on validation images, and put them into a prior's card.
+
+    python experiments/few_step/point.py --prior ncvsd_faces64 --data DIR/faces64/val.zip \
+        --out experiments/few_step/points.json
+    python experiments/few_step/point.py --prior ncvsd_faces64 --write \
+        --out experiments/few_step/points.json
+
+The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
+each a mean over images, and over the tasks of a family. A search begins with what the next fewer
+calls found; it widens while its best is on an edge, then looks between, as that of
+`benchmarks/tune.py`. A stopped search goes on with the same command. `--images` are taken from the
+first; `--judge` scores what was found, and draws, on the images after them.
+"""
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from baselines.interface import Ladder, Method
+from harness.tuning import Position, Search
+from ncvsd_inverse import load_prior, make_task, solve
+from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.images import centre_crop, read_images
+from ncvsd_inverse.metrics import lpips, psnr
+from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.priors.files import PACKAGE_WEIGHTS, card_path, read_card
+from ncvsd_inverse.protocols import SIGMA_Y, Point, Points, Prior
+from ncvsd_inverse.sampling.settings import POINTS, point_settings
+
+FAMILIES: Mapping[str | None, tuple[str, ...]] = {
+    "inpainting": ("inpaint_box", "inpaint_random"),
+    "superres": ("sr4x",),
+    "blur": ("deblur_gaussian",),
+    "motion_blur": ("deblur_motion",),
+    None: ("compressed_sensing", "mri", "hdr"),
+}
+CALLS = (1, 2, 4, 10, 20, 50)
+LADDERS = {
+    "temperature": Ladder(math.sqrt(2), least=0.02, most=1.0),
+    "last": Ladder(values=(0.0, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)),
+    "noise": Ladder(math.sqrt(2), least=0.1, most=2.0),
+    "first": Ladder(2.0, least=0.1, most=12.0),
+    "smallest": Ladder(math.sqrt(2), least=0.01, most=1.0),
+}
+
+
+def main() -> None:
+    """Make the trials that are missing and print the best, or judge or write them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prior", default="ncvsd_faces64", help="its name (%(default)s)")
+    parser.add_argument("--data", type=Path, help="zip or folder of validation images")
+    parser.add_argument("--images", type=int, default=64, help="how many (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="side of crops (%(default)s)")
+    parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
+    parser.add_argument("--trials", type=int, default=16, help="of each search (%(default)s)")
+    parser.add_argument("--sigma-y", type=float, default=SIGMA_Y, help="noise std (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the trials")
+    parser.add_argument("--judge", action="store_true", help="score what was found, on others")
+    parser.add_argument("--write", action="store_true", help="put what was found into the card")
+    args = parser.parse_args()
+    found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    trials = found.setdefault(args.prior, {})
+    if args.write:
+        write_card(args.prior, read_points(trials))
+        return
+    prior, size = load_prior(args.prior), (args.size, args.size)
+    pictures = read_images(args.data, 2 * args.images if args.judge else args.images)
+    images = torch.cat([centre_crop(x, size) for x in pictures])
+    if args.judge:
+        judge(prior, images[args.images :], args.calls, args.sigma_y)
+        return
+    for family, tasks in FAMILIES.items():
+        problems = [pose(name, images, args.sigma_y) for name in tasks]
+        before = None
+        for calls in sorted(args.calls):
+            before = before or point_settings(family, calls, SIGMA_Y, POINTS)
+            row = trials.setdefault(family or "other", {}).setdefault(str(calls), [])
+            for settings in search(calls, before, row, args.trials):
+                score = score_of(prior, problems, images, Point(**settings), calls)
+                row.append({**settings, "score": score})
+                write_whole(args.out, json.dumps(found, indent=1) + "\n")
+            before = best_of(row)
+            print(family or "other", calls, f"{min(t['score'] for t in row):.4f}", before)
+
+
+Problem = tuple[str, Any, Tensor, float]
+"""Task, operator, measurements and their noise std."""
+
+
+def pose(name: str, images: Tensor, sigma_y: float) -> Problem:
+    """Return a task with measurements of the images, image i's noise that of seed i."""
+    task = make_task(name, (images.shape[2], images.shape[3]))
+    sources = make_generators([(1, i) for i in range(len(images))])
+    return name, task.operator, task.operator.measure(images, sigma_y, generator=sources), sigma_y
+
+
+def search(
+    calls: int, start: Point, row: list[dict[str, float]], trials: int
+) -> Iterator[dict[str, float]]:
+    """Yield the settings of the trials that `row` lacks, each after the score of the one before."""
+    method = Method(
+        name="point",
+        title="",
+        run=lambda *_: torch.zeros(()),
+        network="student",
+        samples=False,
+        linear_only=False,
+        calls=(calls,),
+        reference="",
+        settings=start._asdict(),
+        search=LADDERS,
+    )
+    walk, tried = Search(method, calls, start._asdict()), dict[Position, float]()
+    while len(tried) < trials:
+        position = walk.propose(tried)
+        if position is None:
+            return
+        if len(tried) == len(row):
+            yield walk.settings(position)
+        tried[position] = row[len(tried)]["score"]
+
+
+def restore(prior: Prior, problem: Problem, point: Point | None, calls: int) -> Tensor:
+    """Return estimates with settings of their own, or with the prior's."""
+    _, operator, y, sigma_y = problem
+    if point is not None:
+        prior = with_points(prior, {None: {calls: point}})
+    return solve(y, operator=operator, prior=prior, nfe=calls, sigma_y=sigma_y).x0.clamp(-1, 1)
+
+
+def with_points(prior: Any, points: Points) -> Any:  # noqa: ANN401
+    """Return a prior with other settings of point estimates."""
+    twin = copy.copy(prior)
+    twin.points = points
+    return twin
+
+
+def score_of(
+    prior: Prior, problems: list[Problem], images: Tensor, point: Point | None, calls: int
+) -> float:
+    """Return the score of settings, lower is better; infinity where they do not go together."""
+    scores = []
+    for problem in problems:
+        try:
+            x0 = restore(prior, problem, point, calls)
+        except ValueError:
+            return math.inf
+        scores += [math.log(value) for value in figures(x0, images)]
+    return math.exp(sum(scores) / len(scores))
+
+
+def figures(x0: Tensor, images: Tensor) -> tuple[float, float, float]:
+    """Return lpips-alex, lpips-vgg and root mean square error, means over images."""
+    alex, vgg = (float(lpips(x0, images, net=net).mean()) for net in ("alex", "vgg"))
+    return alex, vgg, 2 * 10 ** (-float(psnr(x0, images).mean()) / 20)
+
+
+def best_of(row: list[dict[str, float]]) -> Point:
+    """Return the settings of the best trial."""
+    best = min(row, key=lambda trial: trial["score"])
+    return Point(**{name: best[name] for name in Point._fields})
+
+
+def read_points(trials: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> Points:
+    """Return the best settings by family and number of calls."""
+    return {
+        None if family == "other" else family: {
+            int(calls): best_of(row) for calls, row in rows.items()
+        }
+        for family, rows in trials.items()
+    }
+
+
+def write_card(name: str, points: Points) -> None:
+    """Put settings into the card of a prior of the package."""
+    stem = PACKAGE_WEIGHTS / name
+    write_whole(card_path(stem), replace(read_card(stem), points=points).to_json())
+
+
+def judge(prior: Prior, images: Tensor, calls: list[int], sigma_y: float) -> None:
+    """Print PSNR, lpips-alex and lpips-vgg of point estimates with the prior's settings."""
+    for tasks in FAMILIES.values():
+        for problem in (pose(name, images, sigma_y) for name in tasks):
+            for number in calls:
+                alex, vgg, error = figures(restore(prior, problem, None, number), images)
+                quality = -20 * math.log10(error / 2)
+                print(problem[0], number, f"{quality:.2f} {alex:.4f} {vgg:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
