@@ -7,8 +7,7 @@ r"""Search the settings of point estimates on validation images, and put them in
 
 The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
 each a mean over images, and over the tasks of a family. A search begins with what the next fewer
-calls found; it widens while its best is on an edge, then looks between, as that of
-`benchmarks/tune.py`. A stopped search goes on with the same command. `--images` are taken from the
+calls found. A stopped search goes on with the same command. `--images` are taken from the
 first; `--judge` scores what was found, and draws, on the images after them.
 """
 
@@ -27,8 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from baselines.interface import Ladder, Method
-from harness.tuning import Position, Search
+from baselines.interface import Ladder
 from ncvsd_inverse import load_prior, make_task, solve
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images
@@ -47,12 +45,16 @@ FAMILIES: Mapping[str | None, tuple[str, ...]] = {
 }
 CALLS = (1, 2, 4, 10, 20, 50)
 LADDERS = {
-    "temperature": Ladder(math.sqrt(2), least=0.02, most=1.0),
-    "last": Ladder(values=(0.0, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)),
-    "noise": Ladder(math.sqrt(2), least=0.1, most=2.0),
+    "last": Ladder(values=(0.0, 0.015, 0.03, 0.05, 0.1, 0.2, 0.4)),
+    "temperature": Ladder(1.5, least=0.05, most=1.0),
     "first": Ladder(2.0, least=0.1, most=12.0),
-    "smallest": Ladder(math.sqrt(2), least=0.01, most=1.0),
+    "smallest": Ladder(2.0, least=0.0125, most=0.8),
+    "noise": Ladder(math.sqrt(2), least=0.25, most=2.0),
 }
+"""The steps of a search, by setting, in the order in which they are tried."""
+
+WORTHWHILE = 0.997
+"""Score over the best so far with which a search goes on the same way."""
 
 
 def main() -> None:
@@ -110,27 +112,37 @@ def pose(name: str, images: Tensor, sigma_y: float) -> Problem:
 def search(
     calls: int, start: Point, row: list[dict[str, float]], trials: int
 ) -> Iterator[dict[str, float]]:
-    """Yield the settings of the trials that `row` lacks, each after the score of the one before."""
-    method = Method(
-        name="point",
-        title="",
-        run=lambda *_: torch.zeros(()),
-        network="student",
-        samples=False,
-        linear_only=False,
-        calls=(calls,),
-        reference="",
-        settings=start._asdict(),
-        search=LADDERS,
-    )
-    walk, tried = Search(method, calls, start._asdict()), dict[Position, float]()
-    while len(tried) < trials:
-        position = walk.propose(tried)
-        if position is None:
-            return
-        if len(tried) == len(row):
-            yield walk.settings(position)
-        tried[position] = row[len(tried)]["score"]
+    """Yield the settings of the trials that `row` lacks, each after the score of the one before.
+
+    One setting after the other is moved a step at a time, up and then down, as long as that pays;
+    after all of them it begins anew, with half the steps if nothing did.
+    """
+    tried: dict[tuple[float, ...], float] = {}
+
+    def score(settings: dict[str, float]) -> Iterator[dict[str, float]]:
+        """Yield the settings if they are new and `row` does not hold their score yet."""
+        key = tuple(settings.values())
+        if key not in tried and len(tried) < trials:
+            if len(tried) == len(row):
+                yield settings
+            tried[key] = row[len(tried)]["score"]
+
+    best = start._asdict()
+    yield from score(best)
+    step = 1.0
+    while step >= 0.25 and len(tried) < trials:
+        before = tried[tuple(best.values())]
+        for name, ladder in LADDERS.items():
+            for way in (step, -step):
+                while len(tried) < trials:
+                    moved = {**best, name: ladder.value(best[name], way, calls)}
+                    yield from score(moved)
+                    least = tried[tuple(best.values())] * WORTHWHILE
+                    if moved == best or tried.get(tuple(moved.values()), math.inf) > least:
+                        break
+                    best = moved
+        if tried[tuple(best.values())] == before:
+            step /= 2
 
 
 def restore(prior: Prior, problem: Problem, point: Point | None, calls: int) -> Tensor:

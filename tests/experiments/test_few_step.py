@@ -1,5 +1,6 @@
 """Few-step draws beside exact posteriors: experiments/few_step/oracle.py, shortened."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,10 @@ from experiments.few_step.oracle import (
     tasks,
     uniform_p_value,
 )
+from experiments.few_step.point import best_of, read_points, search
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
-from ncvsd_inverse.protocols import SIGMA_Y
+from ncvsd_inverse.protocols import SIGMA_Y, Point
 from ncvsd_inverse.sampling.matheron import Matheron
 
 CHAINS = 400
@@ -182,3 +184,33 @@ def test_report_tells_goals_that_are_missed(line):
     page = report("command", [*rows, missed], calibration)
     assert "| 1.5: yes |" in page
     assert "| 2.00 | 1.5: no |" in page
+
+
+START = Point(temperature=0.5, noise=0.7, first=3.0, smallest=0.05, last=0.03)
+
+
+def walk(row, trials, calls=10):
+    """Go on with a search whose best is at a temperature of 0.15, a last level of 0.1 and so on."""
+    best = Point(temperature=0.15, noise=0.7, first=0.75, smallest=0.05, last=0.1)
+    for settings in search(calls, START, row, trials):
+        distance = sum(abs(math.log(settings[name] / getattr(best, name))) for name in settings)
+        row.append({**settings, "score": math.exp(0.1 * distance)})
+    return row
+
+
+def test_a_search_of_settings_finds_the_best_and_goes_on_where_it_stopped():
+    row = walk([], 24)
+    assert row[0] == {**START._asdict(), "score": row[0]["score"]}
+    found = best_of(row)
+    assert (found.last, found.first, found.smallest, found.noise) == (0.1, 0.75, 0.05, 0.7)
+    assert found.temperature == pytest.approx(0.15, rel=0.3)
+    settings = [tuple(trial[name] for name in START._fields) for trial in row]
+    assert len(set(settings)) == len(settings) == 24
+    assert walk(walk([], 9), 24) == row
+
+
+def test_settings_that_were_found_are_read_by_family():
+    trials = {"blur": {"4": walk([], 5)}, "other": {"10": walk([], 2)}}
+    points = read_points(trials)
+    assert points["blur"][4] == best_of(trials["blur"]["4"])
+    assert list(points[None]) == [10]
