@@ -178,20 +178,21 @@ def solve(
         "sigma_lik": sigma_lik,
         "temperature": temperature,
     }
-    plans: list[tuple[Plan, int]] = []  # with the number of chains an image; the estimate's last
+    plans: list[tuple[Plan, int]] = []  # each with its number of chains an image
     if estimate != "point" or num_samples > 1:
         plans.append((choose_plan(problem, prior, method, preset=preset, **asked), num_samples))
     if estimate == "point":
         plans.append((choose_point_plan(problem, prior, **asked), 1))
-    for plan, _ in plans:
-        temper(prior, plan.temperature)
+    for each_plan, _ in plans:
+        temper(prior, each_plan.temperature)
+    plan, _ = plans[-1]  # that of the estimate
     if batch_size is None:
         batch_size = max(1, PIXELS_AT_ONCE // math.prod(problem.shape[2:]))
     check_count("batch_size", batch_size)
     runs = {"restarts": restarts, "batch_size": batch_size}
     jobs = [
-        _Job(plan, count, restarts, problem.chains(num_samples=count, **runs))
-        for plan, count in plans
+        _Job(each_plan, count, restarts, problem.chains(num_samples=count, **runs))
+        for each_plan, count in plans
     ]
     statistics = None
     if method == "conditioning" or draws_by_statistics(prior):
