@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="zip or folder of validation images")
     parser.add_argument("--images", type=int, default=64, help="how many (%(default)s)")
     parser.add_argument("--size", type=int, default=64, help="side of crops (%(default)s)")
+    known = [family or "other" for family in FAMILIES]
+    parser.add_argument("--families", nargs="+", choices=known, default=known)
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
     parser.add_argument("--trials", type=int, default=16, help="of each search (%(default)s)")
     parser.add_argument("--sigma-y", type=float, default=SIGMA_Y, help="noise std (%(default)s)")
@@ -85,6 +87,8 @@ def main() -> None:
         judge(prior, images[args.images :], args.calls, args.sigma_y)
         return
     for family, tasks in FAMILIES.items():
+        if (family or "other") not in args.families:
+            continue
         problems = [pose(name, images, args.sigma_y) for name in tasks]
         before = None
         for calls in sorted(args.calls):

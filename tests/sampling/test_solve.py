@@ -1023,9 +1023,10 @@ def test_the_noise_that_settings_go_by_is_that_of_images():
     ):
         change = (operator(x + step) - operator(x)).norm() / step.norm()
         assert 0.6 < float(change) / operator.gain < 1.1
-    y = ops.Poisson(20.0)(torch.zeros(1, *SHAPE))
-    result = ncvsd_inverse.solve(y, operator=ops.Poisson(20.0), prior=coloured_prior(), nfe=4)
-    assert 0.1 < result.schedule[-1] < 0.25  # that of sigma_y = 0.05 is 0.03
+    y, prior = ops.Poisson(20.0)(torch.zeros(1, *SHAPE)), coloured_prior()
+    prior.points = {None: {4: Point(0.5, 0.7, 3.0, 0.05, 0.03)}}
+    result = ncvsd_inverse.solve(y, operator=ops.Poisson(20.0), prior=prior, nfe=4)
+    assert result.schedule[-1] == pytest.approx(0.03 * (1 / 10**0.5) / 0.05)
 
 
 def test_a_prior_may_bring_settings_of_its_own():
