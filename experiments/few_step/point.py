@@ -8,7 +8,7 @@ r"""Search the settings of point estimates on validation images, and put them in
 The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
 each a mean over images, and over the tasks of a family. A search begins with what the next fewer
 calls found. A stopped search goes on with the same command. `--images` are taken from the
-first; `--judge` scores what was found, and draws, on the images after them.
+first; `--judge` prints what the prior's present settings reach on the images after them.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=16, help="of each search (%(default)s)")
     parser.add_argument("--sigma-y", type=float, default=SIGMA_Y, help="noise std (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the trials")
-    parser.add_argument("--judge", action="store_true", help="score what was found, on others")
+    parser.add_argument("--judge", action="store_true", help="judge the prior on others")
     parser.add_argument("--write", action="store_true", help="put what was found into the card")
     args = parser.parse_args()
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}

@@ -93,7 +93,7 @@ class TiledNetwork(nn.Module):
         if len(rows) == len(columns) == 1:
             whole: Tensor = self.network(x, *arguments, **options)
             return whole
-        total = torch.zeros_like(torch.stack((x, x)) if with_mean else x)
+        total = x.new_zeros((2, *x.shape) if with_mean else x.shape)
         for row, row_weight in rows:
             for column, column_weight in columns:
                 here = (..., row, column)
