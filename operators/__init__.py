@@ -15,6 +15,7 @@ from ncvsd_inverse.operators.blur import Blur, GaussianBlur, MotionBlur
 from ncvsd_inverse.operators.colorize import Colorize
 from ncvsd_inverse.operators.compose import Compose
 from ncvsd_inverse.operators.compressed import CompressedSensing
+from ncvsd_inverse.operators.custom import check_operator, from_function
 from ncvsd_inverse.operators.denoise import Denoise
 from ncvsd_inverse.operators.fourier import MaskedFourier
 from ncvsd_inverse.operators.hdr import HDR
@@ -37,4 +38,6 @@ __all__ = [
     "PhaseRetrieval",
     "Poisson",
     "SuperResolution",
+    "check_operator",
+    "from_function",
 ]

@@ -67,7 +67,8 @@ class NetworkPrior(ABC):
 
     Attributes:
         image_channels: channels of the images; None if the network does not say.
-        size_multiple: what both sides must be a multiple of.
+        size_multiple: what both sides of what the network sees are a multiple of; images of other
+            sides are mirrored at their edges, and the result is cropped.
         num_classes: number of class labels, 0 for none.
         label: the class of its images; None for any.
         points: settings of point estimates that were found for it; None: the general ones.
@@ -185,11 +186,7 @@ class NetworkPrior(ABC):
         """Check images and levels; return both in at least float32, levels as (B,)."""
         check_images(name, u)
         check_image_size(
-            name,
-            u.shape[1:],
-            channels=self.image_channels,
-            image_shape=self.image_shape,
-            multiple=self.size_multiple,
+            name, u.shape[1:], channels=self.image_channels, image_shape=self.image_shape
         )
         check_level("sigma", sigma, largest=ROUNDING * self.sigma_max)
         device = self.device
@@ -201,12 +198,26 @@ class NetworkPrior(ABC):
         x = u.to(torch.promote_types(u.dtype, torch.float32))
         return x, expand_level(sigma, x).flatten()
 
-    def _call(self, *arguments: Tensor | None, **options: bool) -> object:
-        """Call the network, under the caller's autocast unless it has a dtype of its own."""
+    def _call(self, x: Tensor, *arguments: Tensor | None, **options: bool) -> object:
+        """Call the network, under the caller's autocast unless it has a dtype of its own.
+
+        Images, all of the height and width of `x`, are mirrored at the right and the bottom until
+        the network can take them, and what it returns is cropped.
+        """
+        size = x.shape[2:]
+        lacking = [-side % self.size_multiple for side in size]
+        fitted = [
+            _extend(argument, lacking)
+            if argument is not None and any(lacking) and argument.shape[2:] == size
+            else argument
+            for argument in (x, *arguments)
+        ]
         if NetworkTraits.of(self.network).compute_dtype is not None:
-            return self.network(*arguments, **options)
-        with callers_autocast():
-            return self.network(*arguments, **options)
+            out = self.network(*fitted, **options)
+        else:
+            with callers_autocast():
+                out = self.network(*fitted, **options)
+        return check_output(out)[..., : size[0], : size[1]] if any(lacking) else out
 
     def _labels(self, x: Tensor) -> Tensor | None:
         """Return the class of each image of `x`, one-hot, shape (B, num_classes)."""
@@ -239,9 +250,17 @@ class NetworkPrior(ABC):
         if size is None or self.image_channels is None:
             lacking = "size" if size is None else "image_shape"
             raise ValueError(f"{lacking} must be given to generate images: this prior fixes none")
-        shape = _image_shape((self.image_channels, *size), name="size")
-        check_image_size("size", shape, multiple=self.size_multiple)
-        return shape
+        return _image_shape((self.image_channels, *size), name="size")
+
+
+def _extend(x: Tensor, lacking: Sequence[int]) -> Tensor:
+    """Return images (B, C, H, W) with mirrored rows below and columns to the right of them."""
+    for dim, more in zip((2, 3), lacking, strict=True):
+        while more > 0:  # an image of few pixels is mirrored again and again
+            part = min(more, max(1, x.shape[dim] - 1))
+            mirrored = x.flip(dim).narrow(dim, min(1, x.shape[dim] - 1), part)
+            x, more = torch.cat((x, mirrored), dim), more - part
+    return x
 
 
 def _image_shape(shape: Sequence[int], name: str = "image_shape") -> tuple[int, int, int]:

@@ -35,6 +35,10 @@ class DenseCovariance:
         values = self.variances.flatten().double()
         return DenseCovariance(self._vectors.double(), values, self._image_shape)
 
+    def scaled(self, factor: float) -> "DenseCovariance":
+        """Return the covariance times a factor."""
+        return DenseCovariance(self._vectors, factor * self.variances.flatten(), self._image_shape)
+
     @exact_arithmetic()
     def coordinates(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, D, 1, 1, 1) of images (B, C, H, W)."""
@@ -117,6 +121,10 @@ class SpectralCovariance:
     def _in_double(self) -> "SpectralCovariance":
         left, _, right = torch.linalg.svd(self.mixing.double())
         return SpectralCovariance(left @ right, self.spectrum.double(), self.size[1])
+
+    def scaled(self, factor: float) -> "SpectralCovariance":
+        """Return the covariance times a factor."""
+        return SpectralCovariance(self.mixing, factor * self.spectrum, self.size[1])
 
     def mix(self, x: Tensor) -> Tensor:
         """Return the mixtures (B, C, H, W) of the colours of images."""

@@ -15,6 +15,7 @@ from ncvsd_inverse.sampling.counting import CountedPrior
 from ncvsd_inverse.sampling.gauss_newton import GaussNewton
 from ncvsd_inverse.sampling.likelihood import ExactGaussian, likelihood_step
 from ncvsd_inverse.sampling.matheron import Matheron
+from ncvsd_inverse.sampling.noise import NoiseTracker
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.sampling.settings import Average
 
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 Method: TypeAlias = Literal["conditioning", "gibbs"]
+
+NOISE_STEPS = 3
+"""Most iterations of a fit of the noise in a sweep."""
 
 WORTHLESS = 0.5
 """Error of a linear solve, in stds of the law that is conditioned, of which nothing good comes."""
@@ -127,9 +131,17 @@ def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Sweep]:
 
 
 def matheron_chain(
-    problem: Problem, prior: CountedPrior, plan: Plan, statistics: Statistics
+    problem: Problem,
+    prior: CountedPrior,
+    plan: Plan,
+    statistics: Statistics,
+    tracker: NoiseTracker | None = None,
 ) -> Iterator[Sweep]:
-    """Yield every sweep of images given y, begun at Gaussian images given y."""
+    """Yield every sweep of images given y, begun at Gaussian images given y.
+
+    With a `tracker` the noise of y is fitted to the draws of every sweep before they are
+    conditioned; the likelihood then assumes it, times the plan's sigma_lik over sigma_y.
+    """
     generators = problem.generators()
     conditioner = _make_conditioner(problem, plan.sigma_lik)
     like = problem.y.new_zeros(problem.shape)
@@ -139,6 +151,11 @@ def matheron_chain(
         u = x + rho * draw_normal(x, generators)
         x0 = prior.sample(u, rho, generator=generators)
         covariance = statistics.covariance(rho, x0)
+        if tracker is not None and tracker.tells(rho) and isinstance(conditioner, Matheron):
+            # Draws err by their own spread beside that of the truth.
+            factor = 1 + plan.temperature**2
+            noise = tracker.update(x0, covariance, factor=factor, iterations=NOISE_STEPS)
+            conditioner = conditioner.with_noise(plan.sigma_lik / problem.sigma_y * noise.sigma)
         x = conditioner.draw(x0, covariance, generator=generators, temperature=plan.temperature)
         yield Sweep(x, x0, conditioner.error)
     if plan.last is not None:

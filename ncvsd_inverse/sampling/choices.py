@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from ncvsd_inverse.checks import check_choice, check_count, check_image_size, check_positive
-from ncvsd_inverse.priors import DiffusionPrior, PriorHandle, load_prior
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, PriorHandle, load_prior
+from ncvsd_inverse.priors.grey import GreyPrior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
-from ncvsd_inverse.priors.own_statistics import lacks_statistics
+from ncvsd_inverse.priors.own_statistics import lacks_statistics, with_own_statistics
+from ncvsd_inverse.priors.tiled import TiledNetwork, tiled
 from ncvsd_inverse.protocols import Denoiser, NetworkTraits, Prior, PriorTraits, Temperable
 from ncvsd_inverse.sampling.chains import Method, Plan
 from ncvsd_inverse.sampling.counting import network_of
@@ -36,10 +38,14 @@ __all__ = [
     "describe_far_sweep",
     "draws_by_statistics",
     "find_prior",
+    "fit_prior",
     "temper",
 ]
 
 Preset: TypeAlias = Literal["ncvsd"]
+
+LARGE = 1024 * 1024
+"""Pixels above which a network of any size sees an image in tiles."""
 
 FAR = 10
 """How many times sigma_y a single sweep may be at without a warning."""
@@ -75,6 +81,29 @@ def _how_to_wrap(model: object) -> str:
     return ""
 
 
+def fit_prior(prior: Prior, image_shape: Sequence[int]) -> Prior:
+    """Return the prior as one of grey images for those, and with tiles for large images.
+
+    Args:
+        prior: any prior; one of colours measures its statistics first if it lacks them.
+        image_shape: (C, H, W) of the images that are restored.
+    """
+    if not isinstance(prior, NCVSDPrior | DiffusionPrior):
+        return prior
+    channels, *size = image_shape
+    if (
+        prior.image_shape is None
+        and math.prod(size) > LARGE
+        and not isinstance(prior.network, TiledNetwork)
+    ):
+        prior = tiled(prior)
+    if channels == 1 and prior.image_channels == 3:
+        if not lacks_statistics(prior):
+            with_own_statistics(prior, (prior.image_channels, *size))
+        return GreyPrior(prior)
+    return prior
+
+
 def check_prior_fits(prior: Prior, problem: Problem) -> None:
     """ValueError unless the prior draws images of the problem's shape, on the device of y."""
     shape, network = problem.shape, network_of(prior)
@@ -92,10 +121,8 @@ def check_prior_fits(prior: Prior, problem: Problem) -> None:
         )
     if network is None:
         return
-    traits = NetworkTraits.of(network)
-    check_image_size(
-        "y's images", shape[1:], channels=traits.image_channels, multiple=traits.size_multiple
-    )
+    channels = 1 if isinstance(prior, GreyPrior) else NetworkTraits.of(network).image_channels
+    check_image_size("y's images", shape[1:], channels=channels)
     device = next(network.parameters(), problem.y).device
     if device != problem.y.device:
         raise ValueError(f"y must be on the prior's device {device}, got {problem.y.device}")

@@ -11,7 +11,7 @@ from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
 from ncvsd_inverse.protocols import Covariance, Generators, LinearOperator
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
 
-__all__ = ["Matheron"]
+__all__ = ["Matheron", "for_double"]
 
 
 class Matheron:
@@ -48,6 +48,12 @@ class Matheron:
         self.solver = LinearSolver(operator, self.sigma_lik)
         self._in_double: LinearSolver | None = None
         self.error = self._y.new_zeros(len(self._y))
+
+    def with_noise(self, sigma_lik: float) -> "Matheron":
+        """Return what conditions on the same y with another noise std; errors add up."""
+        other = Matheron(self.operator, self._y, sigma_lik)
+        other.error = self.error
+        return other
 
     def start(
         self,
@@ -97,14 +103,14 @@ class Matheron:
             if isinstance(covariance, SpectralCovariance | DenseCovariance):
                 covariance = covariance.double()
             if self._in_double is None:
-                self._in_double = LinearSolver(_for_double(self.operator, begin), self.sigma_lik)
+                self._in_double = LinearSolver(for_double(self.operator, begin), self.sigma_lik)
             solver = self._in_double
         move = solver.move(y + noise - solver.operator(begin), covariance, begin)
         self.error = torch.maximum(self.error, move.error.to(self.error))
         return (begin + move.images).to(x.dtype)
 
 
-def _for_double(operator: LinearOperator, like: Tensor) -> LinearOperator:
+def for_double(operator: LinearOperator, like: Tensor) -> LinearOperator:
     """Return the operator if it takes float64, else one that rounds to float32 on the way."""
     try:
         taken = operator(like).dtype == torch.float64

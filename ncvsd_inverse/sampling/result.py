@@ -1,9 +1,10 @@
 """What `solve` returns."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,8 +50,9 @@ class Result:
         residual: ||y - A x0|| / (sigma_y sqrt(number of measured entries)) of the estimate, shape
             (B,); about 1 when sigma_y is the noise level of y.
         schedule: the levels of the calls that made `x0`, largest first, image units.
-        sigma_lik: noise std that was assumed, units of y.
+        sigma_lik: noise std that was assumed, units of y; a mean over measurements.
         sigma_y: noise std of y, units of y, shape (B,).
+        sigma_y_std: how sure it is, a std, shape (B,); None where it was given.
         estimate: what `x0` is: a "point" estimate, the first "sample", the "mean" of the samples,
             or an average along the first chain, "ema".
         method: the loop that ran.
@@ -68,6 +70,7 @@ class Result:
     schedule: tuple[float, ...]
     sigma_lik: float
     sigma_y: Tensor
+    sigma_y_std: Tensor | None
     estimate: Estimate
     method: Method
     converged: bool
@@ -83,14 +86,43 @@ class Result:
         levels = f"{self.schedule[0]:.3g}"
         if len(self.schedule) > 1:
             levels += f" to {self.schedule[-1]:.3g}"
+        found = (
+            "" if self.sigma_y_std is None else f" found, give or take {_span(self.sigma_y_std)}"
+        )
         solves = "" if self.converged else "; linear solves fell short"
         return (
             f"{number} of {size}, {self.x0.dtype}: {MEANINGS[self.estimate]}{several}\n"
             f"{self.method} loop, {self.nfe} network calls at levels {levels}, "
             f"{self.seconds:.2g} s{solves}\n"
-            f"noise of y {_span(self.sigma_y)}, assumed {self.sigma_lik:.3g}\n"
+            f"noise of y {_span(self.sigma_y)}{found}, assumed {self.sigma_lik:.3g}\n"
             f"residual {_span(self.residual)} (about 1 where the noise of y is right)\n"
             "x0, samples, mean, std; save(folder), plot(truth=None)"
+        )
+
+    @classmethod
+    def joined(cls, results: Sequence["Result"]) -> Self:
+        """Return results of one measurement each as that of all."""
+        first = results[0]
+
+        def together(name: str, dim: int = 0) -> Tensor:
+            return torch.cat([getattr(result, name) for result in results], dim)
+
+        return cls(
+            x0=together("x0"),
+            samples=together("samples", 1),
+            mean=together("mean"),
+            std=None if first.std is None else together("std"),
+            nfe=first.nfe,
+            seconds=sum(result.seconds for result in results),
+            residual=together("residual"),
+            schedule=first.schedule,
+            sigma_lik=sum(result.sigma_lik for result in results) / len(results),
+            sigma_y=together("sigma_y"),
+            sigma_y_std=None if first.sigma_y_std is None else together("sigma_y_std"),
+            estimate=first.estimate,
+            method=first.method,
+            converged=all(result.converged for result in results),
+            y=together("y"),
         )
 
     def _repr_png_(self) -> bytes:
@@ -152,6 +184,7 @@ class Result:
             "seconds": self.seconds,
             "residual": self.residual.tolist(),
             "sigma_y": self.sigma_y.tolist(),
+            "sigma_y_std": None if self.sigma_y_std is None else self.sigma_y_std.tolist(),
             "sigma_lik": self.sigma_lik,
             "schedule": self.schedule,
             "converged": self.converged,

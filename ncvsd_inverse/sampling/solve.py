@@ -3,13 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_count
+from ncvsd_inverse.checks import check_choice, check_count
 from ncvsd_inverse.machine import (
     exact_arithmetic,
     out_of_inference,
@@ -37,9 +37,11 @@ from ncvsd_inverse.sampling.choices import (
     describe_far_sweep,
     draws_by_statistics,
     find_prior,
+    fit_prior,
     temper,
 )
 from ncvsd_inverse.sampling.counting import CountedPrior
+from ncvsd_inverse.sampling.noise import Noise, NoiseTracker, check_alike, first_noise, mean_noise
 from ncvsd_inverse.sampling.problem import Problem, Seed
 from ncvsd_inverse.sampling.result import Estimate, Result
 from ncvsd_inverse.sampling.settings import Average, default_average
@@ -61,7 +63,7 @@ def solve(
     operator: Operator,
     prior: Prior | str,
     nfe: int = 10,
-    sigma_y: float | None = None,
+    sigma_y: float | Literal["auto"] | None = None,
     num_samples: int = 1,
     method: Method | None = None,
     estimate: Estimate | None = None,
@@ -113,7 +115,9 @@ def solve(
         prior: a prior, or a name or path that `load_prior` accepts.
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05. A y
-            without noise still has its rounding: 0.002 for pictures of 8 bits in [-1, 1].
+            without noise still has its rounding: 0.002 for pictures of 8 bits in [-1, 1]. "auto"
+            estimates it, of each measurement by itself, before the chain and in every sweep, for a
+            linear operator that treats all images alike; noise must be white.
         num_samples: independent samples for each measurement, >= 1.
         method: the loop; None takes "conditioning", and "gibbs" for presets and for a prior that
             has no statistics and cannot make its own, with a warning.
@@ -168,9 +172,45 @@ def solve(
             "in [-1, 1]"
         )
     prior = find_prior(prior, y.device if isinstance(y, Tensor) else None)
-    problem = Problem.checked(y, operator, sigma_y=sigma_y, seed=seed)
+    if isinstance(sigma_y, str):
+        check_choice("sigma_y", sigma_y, ("auto",))
+    known = None if isinstance(sigma_y, str) else sigma_y
+    problem = Problem.checked(y, operator, sigma_y=known, seed=seed)
+    if isinstance(sigma_y, str) and len(problem.y) > 1:
+        check_alike(problem)
+        return Result.joined(
+            [
+                solve(
+                    problem.y[place : place + 1],
+                    operator=operator,
+                    prior=prior,
+                    nfe=nfe,
+                    sigma_y=sigma_y,
+                    num_samples=num_samples,
+                    method=method,
+                    estimate=estimate,
+                    schedule=schedule,
+                    restarts=restarts,
+                    preset=preset,
+                    seed=[key],
+                    sigma_lik=sigma_lik,
+                    temperature=temperature,
+                    batch_size=batch_size,
+                    progress=progress,
+                    callback=callback,
+                )
+                for place, key in enumerate(problem.keys)
+            ]
+        )
+    prior = fit_prior(prior, problem.shape[1:])
     check_prior_fits(prior, problem)
     method, prior, warning = choose_method(method, prior, nfe, preset)
+    statistics = None
+    if method == "conditioning" or draws_by_statistics(prior):
+        statistics = with_own_statistics(prior, problem.shape[1:])
+    noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
+    if noise is not None:
+        problem = replace(problem, sigma_y=noise.sigma)
     estimate = choose_estimate(estimate, prior, method, num_samples)
     asked: _Asked = {
         "nfe": nfe,
@@ -194,9 +234,6 @@ def solve(
         _Job(each_plan, count, restarts, problem.chains(num_samples=count, **runs))
         for each_plan, count in plans
     ]
-    statistics = None
-    if method == "conditioning" or draws_by_statistics(prior):
-        statistics = with_own_statistics(prior, problem.shape[1:])
     notes = [warning, describe_far_sweep(plan, nfe, problem.sigma_y)]
     if method == "conditioning" and statistics is not None:
         notes.append(statistics.note)
@@ -208,7 +245,7 @@ def solve(
     started = time_now(y.device)
     with progress_bar("sweeps", total, shown=progress) as advance:
         watch = _watch(advance, callback)
-        ran = [job.run(prior, statistics, average, watch) for job in jobs]
+        ran = [job.run(prior, statistics, average, watch, noise) for job in jobs]
     seconds = time_now(y.device) - started
 
     error = max(each.error for each in ran)
@@ -223,6 +260,9 @@ def solve(
     samples = ran[0].images
     mean = samples.mean(0)
     x0 = {"mean": mean, "ema": ran[0].averages[0]}.get(estimate, ran[-1].images[0])
+    noise = ran[-1].noise
+    if noise is not None:
+        problem = replace(problem, sigma_y=noise.sigma)
     residual = problem.residual(x0)
     return Result(
         x0=x0,
@@ -235,6 +275,7 @@ def solve(
         schedule=plan.calls,
         sigma_lik=plan.sigma_lik,
         sigma_y=torch.full_like(residual, problem.sigma_y),
+        sigma_y_std=None if noise is None else torch.full_like(residual, noise.std),
         estimate=estimate,
         method=method,
         converged=converged,
@@ -252,12 +293,16 @@ class _Asked(TypedDict):
 
 
 class _Ran(NamedTuple):
-    """What chains came to: ends and averages (S, B, C, H, W), passes, largest error of a solve."""
+    """What chains came to: ends and averages (S, B, C, H, W), passes, largest error of a solve.
+
+    And the noise of y, where it was not known.
+    """
 
     images: Tensor
     averages: Tensor
     forwards: int
     error: float
+    noise: Noise | None
 
 
 @dataclass(frozen=True)
@@ -275,17 +320,25 @@ class _Job:
         statistics: Statistics | None,
         average: Average | None,
         watch: Callable[[Progress], None],
+        noise: Noise | None,
     ) -> _Ran:
-        """Run the chains, part by part, with the prior at the plan's temperature."""
+        """Run the chains, part by part, with the prior at the plan's temperature.
+
+        `noise` is the first estimate of what is not known, which every part goes on from.
+        """
         plan, counted = self.plan, CountedPrior(temper(prior, self.plan.temperature))
-        outcomes = []
+        outcomes, found = [], []
         with counted.counting():
             for part in self.parts:
                 if plan.method == "conditioning" and statistics is not None:
-                    sweeps = matheron_chain(part, counted, plan, statistics)
+                    tracker = None if noise is None else NoiseTracker(part, noise)
+                    sweeps = matheron_chain(part, counted, plan, statistics, tracker)
                 else:
+                    tracker = None
                     sweeps = gibbs_chain(part, counted, plan)
                 outcomes.append(run_chain(sweeps, plan.calls, average=average, watch=watch))
+                if tracker is not None:
+                    found.append(tracker.noise)
         lasts = [outcome.last for outcome in outcomes]
         best = self._best_restarts(lasts)
         return _Ran(
@@ -293,6 +346,7 @@ class _Job:
             self._pick([outcome.average for outcome in outcomes], best),
             counted.forwards,
             max(float(outcome.error.max()) for outcome in outcomes),
+            mean_noise(found) if found else noise,
         )
 
     def _best_restarts(self, lasts: Sequence[Tensor]) -> Tensor | None:

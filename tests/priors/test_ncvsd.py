@@ -211,8 +211,7 @@ def test_generate_needs_a_size_when_any_size_works():
     assert prior.generate(2, num_steps=1, size=(4, 8)).shape == (2, 3, 4, 8)
     with pytest.raises(ValueError, match=r"size must be given .* fixes none"):
         prior.generate(2)
-    with pytest.raises(ValueError, match="size must have sides that are multiples of 4"):
-        prior.generate(2, size=(4, 6))
+    assert prior.generate(2, num_steps=1, size=(4, 6)).shape == (2, 3, 4, 6)
     with pytest.raises(ValueError, match=r"size must be \(2, 2\), got \(4, 4\)"):
         exact_prior().generate(2, size=(4, 4))
     with pytest.raises(ValueError, match="num_steps must be 1, 2 or 4, got 3"):
@@ -316,11 +315,20 @@ def test_bad_input_is_named(u, sigma, error, message):
         assert not prior.network.calls
 
 
-def test_images_of_any_size_must_fit_the_network():
+@pytest.mark.parametrize("size", [(8, 12), (8, 10), (5, 5), (1, 1), (2, 9)])
+def test_images_of_any_size_are_mirrored_to_fit_the_network(size, generator):
+    prior = NCVSDPrior(Recorder(), image_shape=None, gamma=0.0)
+    u = torch.randn(1, 3, *size, generator=generator)
+    assert torch.equal(prior.sample(u, 1.0), u)
+    (seen, _, condition, *_) = prior.network.calls[-1]
+    assert [side % 4 for side in seen.shape[2:]] == [0, 0]
+    assert torch.equal(seen[..., : size[0], : size[1]], u)
+    if size[0] == 5:
+        assert torch.equal(condition[..., 5:8, :5], u[..., [3, 2, 1], :])
+
+
+def test_images_must_have_the_channels_of_the_network():
     prior = NCVSDPrior(Recorder(), image_shape=None)
-    assert prior.sample(torch.zeros(1, 3, 8, 12), 1.0).shape == (1, 3, 8, 12)
-    with pytest.raises(ValueError, match="u must have sides that are multiples of 4, got 8 x 10"):
-        prior.sample(torch.zeros(1, 3, 8, 10), 1.0)
     with pytest.raises(ValueError, match="u must have 3 channels, got 1"):
         prior.sample(torch.zeros(1, 1, 8, 8), 1.0)
 

@@ -506,11 +506,10 @@ class WrongShape(ShrinkPrior):
         return u[:, :1]
 
 
-class ThreeChannels(NetworkPrior):
+class FourChannels(NetworkPrior):
     def __init__(self):
         super().__init__()
-        self.network.image_channels = 3
-        self.network.size_multiple = 4
+        self.network.image_channels = 4
 
 
 BAD_VALUES = {
@@ -551,7 +550,7 @@ BAD_VALUES = {
         {"prior": white_prior((3, 4, 4))},
         r"\by must come from images of shape \(3, 4, 4\).*got \(2, 3, 8, 6\)",
     ),
-    "prior of other sizes": ({"prior": ThreeChannels()}, r"\by's images .* multiples of 4"),
+    "prior of other channels": ({"prior": FourChannels()}, r"\by's images .* 4 channels, got 3"),
     "prior draws another shape": ({"prior": WrongShape()}, r"prior must draw x0 as \(2, 3, 8, 6\)"),
     "y not finite": ({"y": torch.full((2, *SHAPE), math.inf)}, r"\by\b must be finite"),
     "y without batch": ({"y": torch.zeros(SHAPE)}, r"\by\b"),

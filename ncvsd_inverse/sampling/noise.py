@@ -1,0 +1,191 @@
+"""The noise std of a measurement, from what a Gaussian law of its image leaves unexplained.
+
+With d = y - A x, where A x errs by a Gaussian of covariance k A S A^T, d is normal with covariance
+k K + v I, K = A S A^T. The most likely noise variance v and factor k are fixed points of
+
+    v = |r|^2 / tr P,   k <- k <A m, r> / (v tr(I - P)),
+    m = k S A^T (k K + v I)^-1 d,   r = d - A m = P d,   P = v (k K + v I)^-1,
+
+and v given all else is scaled inverse chi-squared with tr P degrees of freedom.
+
+Source: MacKay, Bayesian interpolation, Neural Computation 4 (1992).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.numerics import draw_normal
+from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
+from ncvsd_inverse.protocols import SIGMA_Y, Covariance, LinearOperator, Statistics
+from ncvsd_inverse.sampling.linear_solves import LinearSolver
+from ncvsd_inverse.sampling.matheron import for_double
+from ncvsd_inverse.sampling.problem import Problem
+
+__all__ = ["LEAST_NOISE", "Noise", "NoiseTracker", "check_alike", "first_noise", "mean_noise"]
+
+LEAST_NOISE = 5e-4
+"""Smallest noise std that is told from none, units of y: an eighth of a step of 8 bits."""
+
+FIRST_STEPS = 12
+"""Most iterations of the estimate before the chain."""
+
+SETTLED = 0.02
+"""Change of log v and log k at which iterations stop."""
+
+HIDES = 2.0
+"""How many times the noise of y the noise before a call must be, seen through A, to hide it."""
+
+FARTHEST = 2.0
+"""Largest change of log v and log k in an iteration."""
+
+BOUNDS = torch.tensor(
+    [[2 * math.log(LEAST_NOISE), 2 * math.log(100.0)], [math.log(0.02), math.log(50.0)]],
+    dtype=torch.float64,
+)
+"""Between which log v and log k lie."""
+
+
+class Noise(NamedTuple):
+    """A noise std and the std of its law, units of y."""
+
+    sigma: float
+    std: float
+
+
+def check_alike(problem: Problem) -> None:
+    """ValueError unless the operator treats all images alike, so that each can go by itself."""
+    repeated = problem.traits.repeated
+    if repeated is not None and repeated(2) is not problem.operator:
+        raise ValueError(
+            "sigma_y must be a number for an operator that holds something for each image, got "
+            "'auto': solve one image after the other"
+        )
+
+
+def first_noise(problem: Problem, statistics: Statistics | None) -> Noise:
+    """Estimate the noise of one measurement with a Gaussian law of images; no network call.
+
+    Raises:
+        ValueError: if the operator is not linear or there is no such law.
+    """
+    if not isinstance(problem.operator, LinearOperator):
+        raise ValueError("sigma_y must be a number for an operator that is not linear, got 'auto'")
+    if statistics is None:
+        raise ValueError("sigma_y must be a number for a prior without statistics, got 'auto'")
+    like = problem.y.new_zeros(problem.shape)
+    tracker = NoiseTracker(problem, Noise(SIGMA_Y, SIGMA_Y))
+    covariance = statistics.covariance(math.inf, like)
+    return tracker.update(like + statistics.mean_image(like), covariance, iterations=FIRST_STEPS)
+
+
+def mean_noise(found: Sequence[Noise]) -> Noise:
+    """Return the mean of estimates."""
+    return Noise(*(math.fsum(values) / len(found) for values in zip(*found, strict=True)))
+
+
+class NoiseTracker:
+    """Follows the noise std of one measurement along its chains.
+
+    Args:
+        problem: the measurement, repeated for each chain, of a linear operator.
+        start: where estimates begin.
+
+    Attributes:
+        noise: the latest estimate.
+        gain: std of A n for white noise n of std 1.
+    """
+
+    def __init__(self, problem: Problem, start: Noise) -> None:
+        y, operator = problem.y, problem.operator
+        assert isinstance(operator, LinearOperator)
+        self.operator = operator
+        self.noise = start
+        self._y = y.double()
+        self._measured = problem.traits.measured or (lambda values: values)
+        source = torch.Generator(y.device).manual_seed(0)
+        self._probe = self._measured(draw_normal(self._y[:1], source)).expand_as(self._y)
+        white = draw_normal(self._y.new_empty(problem.shape)[:1], source)
+        seen = self._measured(for_double(operator, white)(white))
+        self._count = float(self._measured(torch.ones_like(self._y)).count_nonzero())
+        self.gain = math.sqrt(float(seen.square().sum()) / self._count * len(y))
+
+    def tells(self, rho: float) -> bool:
+        """Tell whether draws given images of noise std rho hardly know the noise of y.
+
+        Images that were conditioned on y hold its noise; only more noise hides it.
+        """
+        return rho * self.gain >= HIDES * self.noise.sigma
+
+    def update(
+        self, x: Tensor, covariance: Covariance, *, factor: float = 1.0, iterations: int
+    ) -> Noise:
+        """Fit the noise to images.
+
+        Args:
+            x: images (chains, C, H, W) that err by a Gaussian.
+            covariance: its covariance, up to a factor.
+            factor: where the search for the factor begins.
+            iterations: most of them.
+        """
+        x, covariance = x.double(), _in_double(covariance)
+        operator = for_double(self.operator, x)
+        misfit = self._measured(self._y - operator(x))
+        place = torch.tensor(
+            [2 * math.log(self.noise.sigma), math.log(factor)], dtype=torch.float64
+        )
+        before: tuple[Tensor, Tensor] | None = None
+        for _ in range(iterations):
+            step = self._step(operator, x, misfit, covariance, place)
+            move = step
+            if before is not None:  # a secant step of Anderson's mixing
+                changed = step - before[1]
+                share = (step @ changed / (changed @ changed).clamp(min=1e-12)).clamp(-5, 0.9)
+                move = step - share * (place - before[0] + changed)
+            before = place, step
+            place = torch.clamp(place + move.clamp(-FARTHEST, FARTHEST), *BOUNDS.T)
+            if float(step.abs().max()) < SETTLED:
+                break
+        return self.noise
+
+    def _step(
+        self,
+        operator: LinearOperator,
+        x: Tensor,
+        misfit: Tensor,
+        covariance: Covariance,
+        place: Tensor,
+    ) -> Tensor:
+        """Return how far a fixed-point step moves log v and log k from `place`; set the noise."""
+        variance, factor = place.exp().tolist()
+        solver = LinearSolver(operator, math.sqrt(variance))
+        scaled = _scaled(covariance, factor)
+        explained = self._measured(operator(solver.move(misfit, scaled, x).images))
+        rest = misfit - explained
+        probed = self._probe - self._measured(operator(solver.move(self._probe, scaled, x).images))
+        size = float(self._probe.square().sum()) / self._count
+        free = min(max(float((self._probe * probed).sum()) / size, 1.0), self._count)
+        found = max(float(rest.square().sum()) / free, LEAST_NOISE**2)
+        # Of the trace of P^2 of all chains, which share one measurement.
+        squares = float(probed.square().sum()) / size / len(x)
+        self.noise = Noise(math.sqrt(found), math.sqrt(found / (2 * max(squares, 1.0))))
+        explaining = float((explained * rest).sum()) / variance / max(self._count - free, 1e-9)
+        return torch.tensor(
+            [math.log(found / variance), math.log(max(explaining, 1e-3))], dtype=torch.float64
+        )
+
+
+def _in_double(covariance: Covariance) -> Covariance:
+    if isinstance(covariance, SpectralCovariance | DenseCovariance):
+        return covariance.double()
+    return covariance
+
+
+def _scaled(covariance: Covariance, factor: float) -> Covariance:
+    """Return a covariance times a factor."""
+    if isinstance(covariance, SpectralCovariance | DenseCovariance):
+        return covariance.scaled(factor)
+    return covariance

@@ -1,0 +1,182 @@
+"""Forward models of the user's own: made of a function, and checked."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.checks import check_count, check_images
+from ncvsd_inverse.operators.base import BaseOperator
+from ncvsd_inverse.protocols import LinearOperator, Operator, OperatorTraits, SolvableOperator
+
+__all__ = ["check_operator", "from_function"]
+
+TOLERANCE = 1e-4
+"""Relative difference of two ways to the same number in float32 that is rounding."""
+
+
+def from_function(
+    function: Callable[[Tensor], Tensor],
+    input_shape: Sequence[int],
+    *,
+    linear: bool | None = None,
+    family: str | None = None,
+) -> BaseOperator:
+    """Return the forward model of a function; of a linear one with its adjoint, by autograd.
+
+        blurred = from_function(lambda x: avg_pool2d(x, 4), (3, 64, 64))
+        solve(y, operator=blurred, prior="ncvsd_faces64")
+
+    Args:
+        function: maps images (B, C, H, W) to noiseless measurements (B, ...), each by itself, with
+            operations that autograd knows.
+        input_shape: shape (C, H, W) of the images.
+        linear: whether it is a matrix; None: found out on random images.
+        family: the kind of problem, by which default settings are looked up, as "blur".
+
+    Raises:
+        TypeError: if the function does not return a tensor that autograd can follow.
+        ValueError: if the shape is wrong, or a measurement does not begin with the batch.
+    """
+    shape = tuple(check_count("input_shape", side) for side in input_shape)
+    if len(shape) != 3:
+        raise ValueError(f"input_shape must be (C, H, W), got {shape}")
+    if not callable(function):
+        raise TypeError(f"function must be callable, got {type(function).__name__}")
+    source = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 2, *shape, generator=source)
+    y = function(a)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"function must return a tensor, got {type(y).__name__}")
+    if y.ndim < 2 or len(y) != 2:
+        raise ValueError(
+            f"function must return measurements (B, ...) of images (B, C, H, W), got "
+            f"{tuple(y.shape)} of {tuple(a.shape)}"
+        )
+    if linear is None:
+        added = function(2 * a + b)
+        linear = _differ(added, 2 * y + function(b)) <= TOLERANCE
+    if not linear:
+        return _FunctionOperator(function, shape, family)
+    operator = _MatrixOperator(function, shape, family)
+    try:
+        operator.adjoint(y)
+    except RuntimeError as error:
+        raise TypeError(f"function must use operations that autograd knows: {error}") from error
+    return operator
+
+
+class _FunctionOperator(BaseOperator):
+    """A function as a forward model."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], family: str | None
+    ) -> None:
+        self.function = function
+        self.family = family
+        self._shape = shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the function makes of images (B, C, H, W)."""
+        check_images("x", x)
+        return self.function(x)
+
+    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the images, whatever y's is."""
+        return (y_shape[0], *self._shape)
+
+
+class _MatrixOperator(_FunctionOperator):
+    """A linear function as a forward model."""
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return A^T y, shape (B, C, H, W)."""
+        x = y.new_zeros(self.input_shape(y.shape))
+        outcome = torch.func.vjp(self.function, x)
+        images: Tensor = outcome[1](y)[0]
+        return images
+
+
+def check_operator(operator: Operator, image_shape: Sequence[int]) -> None:
+    """Check a forward model on random images.
+
+    Shapes: `input_shape` is the inverse of the call; batch: an image's measurement does not depend
+    on the others; `measured` keeps what A gives; linear ones: A is additive, `adjoint` is its
+    transpose, `solve_normal` solves (a A^T A + b I) x = rhs.
+
+    Args:
+        operator: the forward model.
+        image_shape: shape (C, H, W) of images that it takes.
+
+    Raises:
+        TypeError: if it lacks a method.
+        ValueError: if something does not hold; all that does not is named, with how far it is off.
+    """
+    if not isinstance(operator, Operator):
+        raise TypeError(
+            f"operator must be callable and have input_shape, got {type(operator).__name__}"
+        )
+    shape = tuple(check_count("image_shape", side) for side in image_shape)
+    source = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=source)
+    x, other = draw(2, *shape), draw(2, *shape)
+    y = operator(x)
+    if not isinstance(y, Tensor) or y.ndim < 2 or len(y) != 2:
+        came = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"operator must return measurements (B, ...) with B = 2, got {came}")
+    back = tuple(operator.input_shape(tuple(y.shape)))
+    if back != tuple(x.shape):
+        raise ValueError(
+            f"operator.input_shape must return {tuple(x.shape)} for {tuple(y.shape)}, got {back}"
+        )
+    traits = OperatorTraits.of(operator)
+    pairs = {}
+    if traits.repeated is not None and traits.repeated(2) is operator:
+        alone = torch.cat([operator(x[:1]), operator(x[1:])])
+        pairs["operator(x) of an image must not depend on the others"] = (y, alone)
+    if traits.measured is not None:
+        pairs["operator.measured must keep all that operator(x) gives"] = (traits.measured(y), y)
+    if isinstance(operator, LinearOperator):
+        pairs |= _linear_pairs(operator, x, other, y, draw)
+    faults = [
+        f"{rule} (relative difference {_differ(*pair):.2g})"
+        for rule, pair in pairs.items()
+        if not _differ(*pair) <= TOLERANCE
+    ]
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _linear_pairs(
+    operator: LinearOperator, x: Tensor, other: Tensor, y: Tensor, draw: Callable[..., Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what must agree for a matrix, by the rule."""
+    v = draw(*y.shape)
+    measured = OperatorTraits.of(operator).measured
+    v = v if measured is None else measured(v)
+    rule = "operator must be additive, as it has an adjoint"
+    pairs = {rule: (operator(2 * x + other), 2 * y + operator(other))}
+    back = operator.adjoint(v)
+    if back.shape != x.shape:
+        raise ValueError(
+            f"operator.adjoint must return {tuple(x.shape)} for {tuple(v.shape)}, got "
+            f"{tuple(back.shape)}"
+        )
+    inner = torch.stack([(y * v).sum(), (y * v).abs().sum()])
+    outer = torch.stack([(x * back).sum(), (y * v).abs().sum()])
+    pairs["operator.adjoint must be the transpose"] = (inner, outer)
+    if isinstance(operator, SolvableOperator):
+        a, b = 3.0, 0.5
+        solved = operator.solve_normal(other, a=a, b=b)
+        again = a * operator.adjoint(operator(solved)) + b * solved
+        pairs["operator.solve_normal must solve (a A^T A + b I) x = rhs"] = (again, other)
+    return pairs
+
+
+def _differ(one: Tensor, two: Tensor) -> float:
+    """Return the relative difference of two tensors; infinity for other shapes."""
+    if one.shape != two.shape:
+        return float("inf")
+    size = max(float(two.norm()), float(one.norm()), 1e-12)
+    return float((one - two).norm()) / size
