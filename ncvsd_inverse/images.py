@@ -4,10 +4,12 @@ A picture is a float32 tensor of shape (1, 3, H, W) in [-1, 1]; files are taken 
 """
 
 import io
+import struct
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_PIXELS",
     "SUFFIXES",
+    "Picture",
     "centre_crop",
     "centre_crop_to_multiple",
     "encode_figure",
@@ -32,22 +35,55 @@ __all__ = [
     "plot_pictures",
     "read_image",
     "read_images",
+    "read_picture",
     "resize_cover",
     "write_image",
+    "write_picture",
 ]
 
 MAX_PIXELS = 2**26
 """Largest picture that is read, 8192 x 8192 pixels: 0.8 GB as a tensor."""
 
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+"""What is opened, whatever a file is called: Pillow would start other programs for some kinds."""
+
+PNG_RGB, PNG_RGBA = 2, 6
+"""Colour types of a PNG."""
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What the names of pictures end in, where a folder or archive is searched for them."""
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Read a picture file of any kind that Pillow knows.
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture as its file holds it.
 
-    Grey and palette pictures become RGB, 16-bit grey keeps its precision, transparency is laid
-    over white, EXIF orientation is applied, and of an animation the first frame is taken.
+    Attributes:
+        x: its grey values or colours (sRGB), shape (1, 1 or 3, H, W), in [-1, 1].
+        bits: of a value in the file: 8, 16, or 32 for floats.
+        alpha: its opacity, shape (1, 1, H, W), in [0, 1]; None if it has none.
+    """
+
+    x: Tensor
+    bits: int = 8
+    alpha: Tensor | None = None
+
+
+def read_picture(path: str | Path) -> Picture:
+    """Read a PNG, JPEG, WebP, TIFF or BMP as it is: grey or colour, its depth and its opacity.
+
+    Of grey with opacity, and of colours in TIFF, 16 bits become 8.
+
+    Arguments and errors as for `read_image`.
+    """
+    return _decode_picture(path, str(path))
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Read a PNG, JPEG, WebP, TIFF or BMP as RGB.
+
+    Grey and palette pictures become RGB, 16 bits keep their precision, transparency is laid over
+    white, a colour profile is applied, and so is EXIF orientation.
 
     Args:
         path: the file.
@@ -56,8 +92,8 @@ def read_image(path: str | Path) -> Tensor:
         The picture, shape (1, 3, H, W), in [-1, 1].
 
     Raises:
-        ValueError: if the file is missing, damaged, no picture, larger than 2^26 pixels, or of a
-            kind whose pixels have no stated range (32-bit integers and floats).
+        ValueError: if the file is missing, damaged, of another kind, larger than 2^26 pixels, or
+            its pixels have no stated range (32-bit integers, and floats outside [0, 1]).
     """
     return _decode(path, str(path))
 
@@ -115,42 +151,130 @@ def _read_each(source: Path, names: list[str]) -> Iterator[Tensor]:
 
 def _decode(file: str | Path | BinaryIO, title: str) -> Tensor:
     """Read a picture as `read_image` does; errors call it `title`."""
+    picture = _decode_picture(file, title)
+    x = picture.x if picture.x.shape[1] == 3 else picture.x.expand(-1, 3, -1, -1)
+    if picture.alpha is not None:
+        x = (x + 1) * picture.alpha + (1 - picture.alpha) * 2 - 1
+    return x.contiguous()
+
+
+def _decode_picture(file: str | Path | BinaryIO, title: str) -> Picture:
+    """Read a picture as `read_picture` does; errors call it `title`."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as picture:
+            with Image.open(file, formats=FORMATS) as picture:
                 width, height = picture.size
                 if not 0 < width * height <= MAX_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS}")
+                if picture.format == "PNG" and _has_deep_colours(_start_of(file)):
+                    return _decode_deep(file, width, height)
                 # Older Pillow opens 16-bit grey PNG files as 32-bit integers.
                 deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == (
                     "I",
                     "PNG",
                 )
                 upright = ImageOps.exif_transpose(picture)
-                pixels = _deep_grey_to_rgb(upright) if deep else _to_rgb(upright)
+                if deep or upright.mode == "F":
+                    return _from_grey(np.asarray(upright).astype(np.float32), 16 if deep else 32)
+                return _from_bytes(upright)
     # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError among them.
     except Exception as error:
-        raise ValueError(f"{title} must be a readable picture: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous() * 2 - 1
+        raise ValueError(
+            f"{title} must be a readable picture: {_kind_of(file) or error}"
+        ) from error
 
 
-def _deep_grey_to_rgb(picture: "Image.Image") -> np.ndarray:
-    """Return the pixels of a 16-bit grey picture, shape (H, W, 3), float32 in [0, 1]."""
-    grey = np.asarray(picture).astype(np.float32) / 65535
-    return np.repeat(grey[..., None], 3, axis=2)
+def _start_of(file: str | Path | BinaryIO) -> bytes:
+    """Return the first bytes of a file, its place kept."""
+    if isinstance(file, str | Path):
+        with Path(file).open("rb") as stream:
+            return stream.read(512)
+    place = file.tell()
+    file.seek(0)
+    start = file.read(512)
+    file.seek(place)
+    return start
 
 
-def _to_rgb(picture: "Image.Image") -> np.ndarray:
-    """Return the pixels of a picture, shape (H, W, 3), float32 in [0, 1]."""
+def _kind_of(file: str | Path | BinaryIO) -> str:
+    """Return what a file is that users take for a picture, and what to do; "" for others."""
+    try:
+        start = _start_of(file)
+    except OSError:
+        return ""
+    if start.startswith(b"GIF8"):
+        return "it is a GIF, whose colours are few: save the picture that it was made of as PNG"
+    if b"<svg" in start.lower():
+        return "it is an SVG, a drawing without pixels: export it as PNG"
+    return ""
+
+
+def _has_deep_colours(start: bytes) -> bool:
+    """Tell whether a PNG has colours of 16 bits, which Pillow reads as 8."""
+    depth, kind = start[24:26]
+    return depth == 16 and kind in (PNG_RGB, PNG_RGBA)
+
+
+def _decode_deep(file: str | Path | BinaryIO, width: int, height: int) -> Picture:
+    """Read a PNG of 16 bits with colours, and perhaps opacity."""
+    from kornia_rs.io import decode_image_png_u16
+
+    if isinstance(file, str | Path):
+        content = Path(file).read_bytes()
+    else:
+        file.seek(0)
+        content = file.read()
+    kind = "rgba" if content[25] == PNG_RGBA else "rgb"
+    values = np.asarray(decode_image_png_u16(content, (height, width), kind))
+    pixels = torch.from_numpy(values.astype(np.float32) / 65535).permute(2, 0, 1)[None]
+    alpha = pixels[:, 3:].contiguous() if kind == "rgba" else None
+    return Picture((pixels[:, :3] * 2 - 1).contiguous(), 16, alpha)
+
+
+def _from_grey(values: np.ndarray, bits: int) -> Picture:
+    """Return a grey picture of 16-bit integers or of floats in [0, 1], (H, W)."""
+    if bits == 16:
+        values = values / 65535
+    elif not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError(f"floats must lie in [0, 1], got {values.min():.3g} to {values.max():.3g}")
+    return Picture(torch.from_numpy(values)[None, None] * 2 - 1, bits)
+
+
+def _from_bytes(picture: "Image.Image") -> Picture:
+    """Return a picture of 8 bits, its colours turned to sRGB where it says what they are."""
     check_choice("pixel mode", picture.mode, _MODES)
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        rgba = np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
-        alpha = rgba[..., 3:]
-        return rgba[..., :3] * alpha + (1 - alpha)
-    return np.asarray(picture.convert("RGB")).astype(np.float32) / 255
+    profile = picture.info.get("icc_profile")
+    has_alpha = "A" in picture.getbands() or "transparency" in picture.info
+    if has_alpha:
+        picture = picture.convert("LA" if picture.mode in ("L", "LA", "1") else "RGBA")
+    alpha = None
+    if has_alpha:
+        alpha = torch.from_numpy(np.array(picture.getchannel("A")))[None, None].float() / 255
+        picture = picture.convert("L" if picture.mode == "LA" else "RGB")
+    if picture.mode in ("1", "L"):
+        pixels = np.array(picture.convert("L"))[..., None]
+    else:
+        pixels = np.array(_to_srgb(picture, profile))
+    values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    return Picture((values * 2 - 1).contiguous(), 8, alpha)
+
+
+def _to_srgb(picture: "Image.Image", profile: bytes | None) -> "Image.Image":
+    """Return a picture of colours as sRGB; a profile that cannot be read is of no account."""
+    from PIL import ImageCms
+
+    if profile and picture.mode in ("RGB", "CMYK"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            target = ImageCms.createProfile("sRGB")
+            turned = ImageCms.profileToProfile(picture, source, target, outputMode="RGB")
+            return picture.convert("RGB") if turned is None else turned
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return picture.convert("RGB")
 
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
@@ -167,18 +291,76 @@ def write_image(path: str | Path, x: Tensor) -> None:
         ValueError: if x has another shape or is not finite.
         OSError: if the file cannot be written.
     """
-    kind = "JPEG" if Path(path).suffix.lower() in (".jpg", ".jpeg") else "PNG"
-    write_whole(path, encode_image(x, kind))
+    write_picture(path, Picture(x))
+
+
+def write_picture(path: str | Path, picture: Picture) -> None:
+    """Write a picture with its depth and opacity, whole or not at all.
+
+    The name says the kind: .jpg, .webp, .bmp, .tif; any other a PNG. JPEG and BMP have no opacity
+    and 8 bits, as WebP has; floats (32 bits) are for TIFF; 16 bits for PNG, of grey for TIFF too.
+
+    Raises:
+        ValueError: if the picture has another shape, is not finite, or the kind cannot hold it.
+        OSError: if the file cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+    kind = kinds.get(suffix, "TIFF" if suffix in (".tif", ".tiff") else "PNG")
+    write_whole(path, _encode(picture, kind))
 
 
 def encode_image(x: Tensor, kind: str = "PNG") -> bytes:
     """Return a picture as the bytes of a file of 8 bits; arguments and errors as `write_image`."""
+    return _encode(Picture(x), kind)
+
+
+def _encode(picture: Picture, kind: str) -> bytes:
     from PIL import Image
 
-    pixels = np.round(_pixels("x", x) * 255).astype(np.uint8)
+    values = np.atleast_3d(_pixels("x", picture.x))
+    if picture.alpha is not None:
+        if kind in ("JPEG", "BMP"):
+            raise ValueError(f"a {kind} cannot hold opacity: name a .png")
+        alpha = picture.alpha[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        values = np.concatenate((values, alpha), axis=2)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind, quality=90)
+    if picture.bits == 8:
+        pixels = np.round(values * 255).astype(np.uint8)
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(
+            buffer, format=kind, quality=90
+        )
+        return buffer.getvalue()
+    deep = np.round(values * 65535).astype(np.uint16)
+    if picture.bits == 16 and kind == "PNG":
+        return _deep_png(deep)
+    if kind != "TIFF" or values.shape[2] != 1:
+        raise ValueError(
+            f"a {kind} cannot hold {picture.bits} bits of {values.shape[2]} channels: name a .png"
+        )
+    grey = deep[..., 0] if picture.bits == 16 else values[..., 0].astype(np.float32)
+    Image.fromarray(grey).save(buffer, format=kind)
     return buffer.getvalue()
+
+
+def _deep_png(pixels: np.ndarray) -> bytes:
+    """Return 16-bit pixels (H, W, 1 to 4) as a PNG, which Pillow writes of grey alone.
+
+    Source: W3C, Portable Network Graphics (PNG) Specification, third edition.
+    """
+    height, width, channels = pixels.shape
+    colours = {1: 0, 2: 4, 3: PNG_RGB, 4: PNG_RGBA}[channels]
+    rows = np.ascontiguousarray(pixels, ">u2").view(np.uint8).reshape(height, -1)
+    unfiltered = np.concatenate((np.zeros((height, 1), np.uint8), rows), axis=1)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)),
+        (b"IDAT", zlib.compress(unfiltered.tobytes())),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
 
 
 def _pixels(name: str, x: Tensor) -> np.ndarray:

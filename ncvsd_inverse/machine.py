@@ -34,6 +34,9 @@ __all__ = [
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
+LINE_SECONDS = 5.0
+"""Least time between two lines of progress."""
+
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _PLAIN = (type, ModuleType, FunctionType, BuiltinFunctionType)
 """What holds no tensors of an object, though it has attributes."""
@@ -333,23 +336,50 @@ def _most_so_far() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def _progress_lines(unit: str, total: int | None, done: int) -> Callable[[int], None]:
+    """Return what counts and now and then prints a line; nothing for what takes no time."""
+    begun = last = time.monotonic()
+    before = done
+
+    def advance(more: int) -> None:
+        nonlocal last, done
+        done += more
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            return
+        last = now
+        of_all = left = ""
+        if total is not None:
+            seconds = (now - begun) * (total - done) / max(done - before, 1)
+            of_all, left = f" of {total}", f", about {seconds:.0f} s left"
+        sys.stderr.write(f"{done}{of_all} {unit}{left}\n")
+        sys.stderr.flush()
+
+    return advance
+
+
 @contextmanager
 def progress_bar(
     unit: str, total: int | None, *, done: int = 0, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error as long as the context lasts.
+    """Show on standard error how far something is, as long as the context lasts.
+
+    On a terminal that is a bar; elsewhere a line every few seconds, with the time that is left.
 
     Args:
         unit: what is counted, in the plural.
         total: how many there are; None: not known.
         done: how many are done already.
-        shown: whether there is a bar at all.
+        shown: whether anything is shown.
 
     Yields:
         A function to call with how many more are done.
     """
     if not shown:
         yield lambda more: None
+        return
+    if not sys.stderr.isatty():
+        yield _progress_lines(unit, total, done)
         return
     from rich.console import Console
     from rich.progress import (

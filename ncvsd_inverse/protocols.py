@@ -422,12 +422,14 @@ class PriorTraits:
         image_shape: the one shape (C, H, W) of its images; None: any.
         sigma_max: largest noise std that it knows, image units.
         points: settings of point estimates that were found for it; None: the general ones.
+        has_mean: whether tempered draws stay around the mean E[x0 | u], which `denoise` returns.
     """
 
     nfe_per_sample: int = 1
     image_shape: tuple[int, int, int] | None = None
     sigma_max: float = math.inf
     points: Points | None = None
+    has_mean: bool = False
 
     @classmethod
     def of(cls, prior: object) -> Self:

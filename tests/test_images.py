@@ -6,16 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ncvsd_inverse.files import whole_files, write_between, write_whole
 from ncvsd_inverse.images import (
+    Picture,
     centre_crop,
     centre_crop_to_multiple,
     read_image,
     read_images,
+    read_picture,
     resize_cover,
     write_image,
+    write_picture,
 )
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -105,8 +108,65 @@ def test_sixteen_bit_grey_is_turned_too(tmp_path):
 
 def test_animations_give_their_first_frame(tmp_path):
     first, second = Image.new("RGB", (7, 5), "red"), Image.new("RGB", (7, 5), "blue")
-    path = save(tmp_path / "a.gif", first, save_all=True, append_images=[second])
+    path = save(tmp_path / "a.png", first, save_all=True, append_images=[second])
     assert torch.allclose(read_image(path), as_tensor(np.broadcast_to([1.0, 0.0, 0.0], (5, 7, 3))))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GIF89a...", "it is a GIF, whose colours are few"),
+        (b"<?xml version='1.0'?><svg width='3'></svg>", "it is an SVG, a drawing without pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "cannot identify"),
+    ],
+)
+def test_other_kinds_are_refused_whatever_their_name(tmp_path, content, message):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels", "alpha"),
+    [(bits, channels, alpha) for bits in (8, 16) for channels in (1, 3) for alpha in (False, True)],
+)
+def test_pictures_come_back_as_they_were(tmp_path, generator, bits, channels, alpha):
+    levels = 2**bits - 1
+    x = torch.randint(levels + 1, (1, channels, 5, 7), generator=generator) / levels * 2 - 1
+    opacity = torch.randint(levels + 1, (1, 1, 5, 7), generator=generator) / levels
+    picture = Picture(x, bits, opacity if alpha else None)
+    write_picture(tmp_path / "a.png", picture)
+    if (bits, channels, alpha) == (16, 1, True):  # grey with opacity is read as 8 bits
+        assert torch.allclose(read_picture(tmp_path / "a.png").x, x, atol=0.01)
+        return
+    again = read_picture(tmp_path / "a.png")
+    assert again.bits == bits
+    assert torch.allclose(again.x, x, atol=1e-6)
+    assert (again.alpha is not None) == alpha
+    if alpha:
+        assert torch.allclose(again.alpha, opacity, atol=1e-6)
+
+
+def test_floats_come_back_as_tiff(tmp_path, generator):
+    picture = Picture(torch.rand(1, 1, 5, 7, generator=generator) * 2 - 1, 32)
+    write_picture(tmp_path / "a.tif", picture)
+    assert torch.allclose(read_picture(tmp_path / "a.tif").x, picture.x, atol=1e-6)
+    with pytest.raises(ValueError, match="a PNG cannot hold 32 bits of 1 channels"):
+        write_picture(tmp_path / "a.png", picture)
+    with pytest.raises(ValueError, match="a JPEG cannot hold opacity"):
+        write_picture(tmp_path / "a.jpg", Picture(picture.x, 8, torch.ones(1, 1, 5, 7)))
+
+
+def test_colours_are_turned_to_srgb(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    red = Image.new("RGB", (3, 2), (200, 10, 10))
+    red.save(tmp_path / "other.png", icc_profile=profile)
+    # A profile of other channels is of no account.
+    assert float(read_image(tmp_path / "other.png")[0, 0, 0, 0]) == pytest.approx(200 / 127.5 - 1)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red.save(tmp_path / "same.png", icc_profile=profile)
+    expected = torch.tensor([200, 10, 10]) / 127.5 - 1
+    assert torch.allclose(read_image(tmp_path / "same.png")[0, :, 0, 0], expected, atol=0.02)
 
 
 def png_claiming(width, height):
@@ -127,7 +187,7 @@ def damaged_files(folder):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     floats = folder / "floats.tif"
-    Image.fromarray(np.zeros((5, 7), np.float32)).save(floats)
+    Image.fromarray(np.full((5, 7), 3.5, np.float32)).save(floats)
     return {
         "truncated.png": whole[: len(whole) // 2],
         "truncated.jpg": jpeg[: len(jpeg) // 2],

@@ -3,25 +3,26 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal
 
 import torch
 import typer
 from torch import Tensor
 
 from ncvsd_inverse import Result, make_task, read_image, write_image
-from ncvsd_inverse.checks import check_image_size
-from ncvsd_inverse.cli.inputs import fit_picture, sides_of, size_multiple
+from ncvsd_inverse.checks import check_positive
+from ncvsd_inverse.cli.inputs import fit_picture, sides_of
 from ncvsd_inverse.files import write_whole
-from ncvsd_inverse.images import SUFFIXES
+from ncvsd_inverse.images import SUFFIXES, Picture, write_picture
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import Inpaint
+from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.statistics import ImageStatistics
 from ncvsd_inverse.protocols import Prior, PriorTraits
@@ -31,72 +32,132 @@ __all__ = [
     "Job",
     "batch_by_size",
     "card_digest",
+    "check_size",
+    "cut_rim",
     "find_pictures",
     "is_finished",
     "make_masked_task",
     "name_once",
     "one_image",
     "prepare_clean",
-    "prepare_measurement",
     "process_place",
     "read_levels",
+    "read_record",
+    "read_sigma_y",
     "report_failures",
     "sha256",
     "write_result",
 ]
 
 
+OUTPUTS = ("_restored", "_measurement", "_std")
+"""What the names of written pictures end in, before the suffix."""
+
+RECORD = "restored"
+"""Key of a record that names the restored picture, which tells that it is one of ours."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """One picture to restore.
+    """One measurement to restore.
 
     Attributes:
         name: path of the outputs in the output folder, without what they end in.
         path: the file.
         key: what its random numbers follow from.
-        task: the task for images of this size.
+        operator: the forward model for images of this size.
+        sigma_y: noise std of y; "auto": to be estimated.
         y: the measurement, shape (1, ...).
         truth: the true image (1, C, H, W), where it is known.
+        seen: the measurement as a picture to write, if any.
+        picture: the file, if it is a picture, whose depth and opacity the result takes.
+        rim: rows and columns of the image around what y shows, which are cut off.
         settings: all that the result depends on, and the device.
     """
 
     name: str
     path: Path
     key: tuple[int, ...]
-    task: Task
+    operator: BaseOperator
+    sigma_y: float | Literal["auto"]
     y: Tensor
     truth: Tensor | None
+    seen: Tensor | None
+    picture: Picture | None
+    rim: tuple[int, int]
     settings: Mapping[str, object]
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Height and width of the image."""
-        return self.task.operator.input_shape(tuple(self.y.shape))[-2:]
+        """Channels, height and width of the image."""
+        return self.operator.input_shape(tuple(self.y.shape))[1:]
+
+    @property
+    def together(self) -> tuple[object, ...]:
+        """What jobs that are restored together have in common."""
+        return (*self.size, self.operator)
 
 
-def find_pictures(sources: list[Path], out: Path) -> list[tuple[str, Path]]:
-    """Return names and paths of picture files and of those in folders, but for outputs."""
-    found: list[tuple[str, Path]] = []
+def find_pictures(
+    sources: list[Path], out: Path, suffixes: Sequence[str] = SUFFIXES
+) -> list[tuple[str, Path]]:
+    """Return names and paths of files and of those in folders, but for our own outputs.
+
+    Names lack what they end in, unless two would then be the same.
+    """
+    found: list[tuple[Path, Path]] = []
     for source in sources:
         if not source.is_dir():
-            found.append((source.stem, source))
+            found.append((Path(source.name), source))
             continue
         inside = [
-            (path.relative_to(source).with_suffix("").as_posix(), path)
+            (path.relative_to(source), path)
             for path in sorted(source.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() in suffixes
             and not path.name.startswith(".")
-            and out.resolve() not in path.resolve().parents
+            and not _is_output(path, source, out)
         ]
         if not inside:
-            kinds = ", ".join(SUFFIXES)
-            raise ValueError(f"{source} must hold pictures ({kinds}) outside --out, got none")
+            kinds = ", ".join(suffixes)
+            raise ValueError(f"{source} must hold files ({kinds}) that are no outputs, got none")
         found += inside
-    names = [name for name, _ in found]
+    short = [path.with_suffix("").as_posix() for path, _ in found]
+    names = [
+        name if short.count(name) == 1 else name + path.suffix.replace(".", "_")
+        for name, (path, _) in zip(short, found, strict=True)
+    ]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"IN must have names that differ, as outputs do, got {twice} twice")
-    return found
+    return [(name, path) for name, (_, path) in zip(names, found, strict=True)]
+
+
+def _is_output(path: Path, source: Path, out: Path) -> bool:
+    """Tell whether a file is one that this command wrote: it lies in its folder, or has a record.
+
+    A folder that holds the source itself tells nothing.
+    """
+    folder = out.resolve()
+    if folder in path.resolve().parents and folder not in (
+        source.resolve(),
+        *source.resolve().parents,
+    ):
+        return True
+    for end in OUTPUTS:
+        if path.stem.endswith(end):
+            record = path.with_name(path.stem.removesuffix(end) + ".json")
+            if RECORD in read_record(record):
+                return True
+    return False
+
+
+def read_record(path: Path) -> Mapping[str, object]:
+    """Return what a record holds; nothing if it is missing or none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def process_place() -> tuple[int, int]:
@@ -110,6 +171,17 @@ def read_levels(text: str) -> list[float]:
         return [float(level) for level in text.split(",")]
     except ValueError:
         raise ValueError(f"--schedule must be numbers separated by commas, got {text!r}") from None
+
+
+def read_sigma_y(text: str | None) -> float | Literal["auto"] | None:
+    """Return a noise std as the command line has it."""
+    if text is None or text == "auto":
+        return None if text is None else "auto"
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError(f"--sigma-y must be a number or auto, got {text!r}") from None
+    return check_positive("--sigma-y", number)
 
 
 def report_failures(bad: list[str], pictures: int) -> None:
@@ -142,13 +214,10 @@ def sha256(content: bytes) -> str:
 def is_finished(folder: Path, name: str, settings: Mapping[str, object]) -> bool:
     """Tell whether NAME was restored with these settings; say so if it was with others."""
     record = folder / f"{name}.json"
-    if not (record.exists() and (folder / f"{name}_restored.png").exists()):
+    found = read_record(record)
+    written = found.get(RECORD)
+    if not (isinstance(written, str) and (folder / written).exists()):
         return False
-    try:
-        before = json.loads(record.read_bytes())
-    except ValueError:
-        before = None
-    found = before if isinstance(before, dict) else {}
     changed = _differing(settings, found)
     if changed:
         typer.echo(f"{record} is of another {', '.join(changed)}: restored again")
@@ -168,16 +237,19 @@ def _differing(settings: Mapping[str, object], found: Mapping[str, object]) -> l
 
 
 def batch_by_size(jobs: Iterable[Job], pixels: int) -> Iterator[list[Job]]:
-    """Yield jobs of one image size together, about `pixels` at a time, and hold few others."""
-    waiting: dict[tuple[int, ...], list[Job]] = {}
+    """Yield jobs of one size and model together, about `pixels` at a time, and hold few others."""
+    waiting: dict[tuple[object, ...], list[Job]] = {}
 
-    def held(size: tuple[int, ...]) -> int:
-        return prod(size) * len(waiting[size])
+    def held(kind: tuple[object, ...]) -> int:
+        return prod(waiting[kind][0].size[1:]) * len(waiting[kind])
 
     for job in jobs:
-        waiting.setdefault(job.size, []).append(job)
-        if held(job.size) + prod(job.size) > pixels:
-            yield waiting.pop(job.size)
+        if job.sigma_y == "auto":
+            yield [job]
+            continue
+        waiting.setdefault(job.together, []).append(job)
+        if held(job.together) + prod(job.size[1:]) > pixels:
+            yield waiting.pop(job.together)
         elif sum(map(held, waiting)) > 4 * pixels:
             yield waiting.pop(max(waiting, key=held))
     yield from waiting.values()
@@ -195,16 +267,13 @@ def one_image(result: Result, place: int) -> Result:
         seconds=result.seconds / len(result.x0),
         residual=result.residual[image],
         sigma_y=result.sigma_y[image],
+        sigma_y_std=None if result.sigma_y_std is None else result.sigma_y_std[image],
         y=result.y[image],
     )
 
 
-MakeTask: TypeAlias = Callable[[tuple[int, int]], Task]
-"""Makes a task for images of some height and width."""
-
-
 def prepare_clean(
-    path: Path, prior: Prior, make: MakeTask, key: tuple[int, ...]
+    path: Path, prior: Prior, make: Callable[[tuple[int, int]], Task], key: tuple[int, ...]
 ) -> tuple[Task, Tensor, Tensor]:
     """Degrade a clean picture, cropped and resized to what the prior takes; return it too."""
     truth = fit_picture(path, read_image(path), prior)
@@ -213,26 +282,16 @@ def prepare_clean(
     return task, y, truth
 
 
-def prepare_measurement(
-    path: Path, prior: Prior, make: MakeTask, known: Task
-) -> tuple[Task, Tensor, None]:
-    """Read a picture; ValueError unless it can be a measurement of the task, `known` at a size."""
-    y = read_image(path)
-    if known.name == "colorize":
-        y = known.operator(y)
-    # The size of the image does not depend on the size the task is for.
-    sides = known.operator.input_shape(tuple(y.shape))[-2:]
+def check_size(job: Job, prior: Prior) -> None:
+    """ValueError unless the prior restores images of the job's size."""
     fixed = PriorTraits.of(prior).image_shape
-    if fixed is not None and tuple(sides) != fixed[1:]:
-        height, width = (fixed[-2] * y.shape[-2] // sides[0], fixed[-1] * y.shape[-1] // sides[1])
+    if fixed is not None and job.size[1:] != fixed[1:]:
+        height, width = (fixed[dim] * job.y.shape[dim + 1] // job.size[dim] for dim in (1, 2))
         raise ValueError(
-            f"it must have {width} x {height} pixels for {known.name}, as this prior restores "
-            f"images of {fixed[-1]} x {fixed[-2]}, got {y.shape[-1]} x {y.shape[-2]}"
+            f"it must have {width} x {height} pixels, as this prior restores images of "
+            f"{fixed[2]} x {fixed[1]}, got {job.y.shape[3]} x {job.y.shape[2]}; ncvsd_natural "
+            "takes any size"
         )
-    check_image_size("its image", (3, *sides), multiple=size_multiple(prior, 1))
-    task = make((sides[0], sides[1]))
-    # What a mask hides must not be seen.
-    return task, task.operator(y) if known.takes_mask else y, None
 
 
 def make_masked_task(
@@ -257,44 +316,74 @@ def card_digest(prior: Prior) -> str | None:
     return sha256(replace(prior.card, statistics=known).to_json().encode())
 
 
-def write_result(folder: Path, job: Job, result: Result) -> None:
+def write_result(folder: Path, job: Job, result: Result, file: Path | None = None) -> None:
     """Write pictures and figures of one restored image and print its line.
 
     The record goes first if there is one and comes last, so that it is never beside pictures of
-    other settings.
+    other settings. With a `file` the picture is written there, and nothing else.
     """
-    paths = {
-        kind: folder / f"{job.name}{kind}"
-        for kind in (".json", "_measurement.png", "_std.png", "_restored.png")
-    }
-    for path in paths.values():
-        path.unlink(missing_ok=True)
-    paths[".json"].parent.mkdir(parents=True, exist_ok=True)
+    restored = _as_it_came(job, result.x0)
+    line = f"residual {float(result.residual[0]):.2f}"
+    if result.sigma_y_std is not None:
+        found, sure = float(result.sigma_y[0]), float(result.sigma_y_std[0])
+        line += f", noise std {found:.3g} found, give or take {sure:.1g}"
     figures: dict[str, object] = {
         "input": str(job.path),
         "estimate": result.estimate,
         "calls": result.nfe,
         "loop": result.method,
         "residual": float(result.residual[0]),
+        "sigma_y_found": None if result.sigma_y_std is None else float(result.sigma_y[0]),
         "seconds": result.seconds,
         "schedule": result.schedule,
         "sigma_lik": result.sigma_lik,
     }
-    line = f"{paths['_restored.png']}: residual {float(result.residual[0]):.2f}"
     if job.truth is not None:
         figures["psnr"] = float(psnr(result.x0.cpu(), job.truth))
         line += f", {figures['psnr']:.1f} dB"
-        seen = job.task.picture(job.y)
-        if seen is not None:
-            write_image(paths["_measurement.png"], seen)
-    if result.std is not None:
-        spread = result.std.mean(1, keepdim=True)
-        figures["std_shown_white"] = float(spread.max())
-        write_image(paths["_std.png"], 2 * spread / spread.max().clamp(min=1e-12) - 1)
-    write_image(paths["_restored.png"], result.x0)
-    content = json.dumps({**job.settings, **figures}, indent=2) + "\n"
-    write_whole(paths[".json"], content)
+    end = ".tif" if restored.bits == 32 and restored.x.shape[1] == 1 else ".png"
+    picture = file or folder / f"{job.name}_restored{end}"
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(file, restored)
+    else:
+        record = folder / f"{job.name}.json"
+        for other in (f"{kind}{suffix}" for kind in OUTPUTS for suffix in (".png", ".tif")):
+            (folder / f"{job.name}{other}").unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        if job.seen is not None:
+            write_image(folder / f"{job.name}_measurement.png", job.seen)
+        if result.std is not None:
+            spread = cut_rim(result.std.mean(1, keepdim=True), job.rim)
+            figures["std_shown_white"] = float(spread.max())
+            shown = 2 * spread / spread.max().clamp(min=1e-12) - 1
+            write_image(folder / f"{job.name}_std.png", shown)
+        write_picture(picture, restored)
+        figures[RECORD] = picture.relative_to(folder).as_posix()
+        write_whole(record, json.dumps({**job.settings, **figures}, indent=2) + "\n")
     made = {"point": "point estimate", "mean": f"mean of {len(result.samples)} samples"}
     done = made.get(result.estimate, result.estimate)
     calls = f"{result.nfe} network calls" + (" a sample" if len(result.samples) > 1 else "")
-    typer.echo(f"{line}, {done}, {result.method} loop, {calls}, {result.seconds:.1f} s")
+    typer.echo(f"{picture}: {line}, {done}, {result.method} loop, {calls}, {result.seconds:.1f} s")
+
+
+def _as_it_came(job: Job, x0: Tensor) -> Picture:
+    """Return a restored image with the depth of the file, and its opacity in the new size."""
+    x0 = cut_rim(x0.cpu(), job.rim)
+    if job.picture is None:
+        return Picture(x0)
+    bits, alpha = job.picture.bits, job.picture.alpha
+    if bits == 32 and x0.shape[1] == 3:
+        bits = 16
+    if alpha is not None and alpha.shape[2:] != x0.shape[2:]:
+        alpha = torch.nn.functional.interpolate(
+            alpha, x0.shape[2:], mode="bicubic", antialias=True
+        ).clamp(0, 1)
+    return Picture(x0, bits, alpha)
+
+
+def cut_rim(x: Tensor, rim: tuple[int, int]) -> Tensor:
+    """Return images without so many rows and columns on every side."""
+    rows, columns = rim
+    return x[..., rows : x.shape[-2] - rows, columns : x.shape[-1] - columns]

@@ -1,41 +1,43 @@
 """`ncvsd solve`: pictures restored, one or a folder of them."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
-from torch import Tensor
 
 import ncvsd_inverse
-from ncvsd_inverse import DivergenceError, Result, __version__, list_tasks, make_task, read_image
-from ncvsd_inverse.checks import check_positive
+from ncvsd_inverse import DivergenceError, Result, __version__, list_tasks, make_task
 from ncvsd_inverse.cli.folder import (
     Job,
     batch_by_size,
     card_digest,
+    check_size,
     find_pictures,
     is_finished,
     make_masked_task,
     name_once,
     one_image,
     prepare_clean,
-    prepare_measurement,
     process_place,
     read_levels,
+    read_sigma_y,
     report_failures,
     sha256,
     write_result,
 )
 from ncvsd_inverse.cli.inputs import load_named, open_folder
+from ncvsd_inverse.cli.masks import read_mask
+from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model
 from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
+from ncvsd_inverse.images import SUFFIXES
 from ncvsd_inverse.machine import progress_bar
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own_statistics
 from ncvsd_inverse.priors.tiled import TILE, tiled
+from ncvsd_inverse.protocols import LinearOperator
 from ncvsd_inverse.sampling.solve import Estimate, Method
 from ncvsd_inverse.tasks import Task
 
@@ -51,11 +53,35 @@ def solve(
     sources: Annotated[
         list[Path], typer.Argument(metavar="IN...", help="Picture files, and folders of them.")
     ],
-    task: Annotated[str, typer.Option("--task", help=", ".join(list_tasks(all=True)))],
-    prior: PriorName,
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            help=f"{', '.join(TASKS)}; with --simulate {', '.join(list_tasks(all=True))}",
+        ),
+    ],
+    prior: PriorName = "ncvsd_natural",
     nfe: Nfe = 10,
     sigma_y: Annotated[
-        float | None, typer.Option("--sigma-y", help="Noise std in [-1, 1] units; the task's.")
+        str | None,
+        typer.Option(
+            "--sigma-y",
+            help="Noise std for values from -1 to 1 (0.0078 is one step of 8 bits); auto, the "
+            "default, estimates it.",
+        ),
+    ] = None,
+    kernel: Annotated[
+        Path | None, typer.Option("--kernel", help="deblur: the kernel, a picture or .npy.")
+    ] = None,
+    blur_std: Annotated[
+        float | None, typer.Option("--blur-std", help="deblur: std of a Gaussian, in pixels.")
+    ] = None,
+    boundary: Annotated[
+        Boundary | None,
+        typer.Option("--boundary", help="deblur: what is beyond the edges; replicate."),
+    ] = None,
+    scale: Annotated[
+        int | None, typer.Option("--scale", help="sr: how many times larger, 2, 3, 4 or 8.")
     ] = None,
     samples: Samples = 1,
     estimate: Annotated[
@@ -85,7 +111,10 @@ def solve(
         "ncvsd_restored"
     ),
     mask: Annotated[
-        Path | None, typer.Option("--mask", help="Inpainting: white where IN is known.")
+        Path | None, typer.Option("--mask", help="inpaint: white where IN is known.")
+    ] = None,
+    peak: Annotated[
+        float | None, typer.Option("--peak", help="poisson: the mean count of white.")
     ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="IN are clean: degrade them first.")
@@ -98,31 +127,42 @@ def solve(
 ) -> None:
     """Restore degraded pictures, or with --simulate degrade clean ones and restore them.
 
-    IN is the measurement of the task: the small picture for sr4x, the blurred one for deblur_*,
-    the incomplete one, with --mask, for inpaint_*. For each IN the output folder gets
-    NAME_restored.png, NAME.json (settings and figures), NAME_std.png for several samples and,
-    with --simulate, NAME_measurement.png. Folders are searched through; NAME is then the path
-    within the folder.
+    IN is what was measured: a noisy, blurred, small or incomplete picture of any size, grey or
+    colour, of 8 or 16 bits, which come back as they came; or an array (.npy, .pt), for k-space,
+    amplitudes and counts. What was done to it the options say.
+
+    For each IN the output folder gets NAME_restored.png, NAME.json (settings and figures),
+    NAME_std.png for several samples and, with --simulate, NAME_measurement.png. Folders are
+    searched through; NAME is then the path within the folder. For one IN, -o may name a picture.
 
     The same command goes on after a stop: a picture is skipped if NAME.json shows that this very
     file was restored with these settings. One that cannot be restored is named at the end, with
     exit status 1. Noise depends on --seed and NAME alone, not on which pictures there are. Under
     `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
     """
-    known = make_task(task, 64, seed=seed)
-    if not simulate and not known.measures_picture:
-        raise ValueError(
-            f"--task must be one whose measurement is a picture, got {task}: "
-            "add --simulate, or call ncvsd_inverse.solve on the measurement"
-        )
-    if not simulate and known.takes_mask and mask is None:
-        raise ValueError(f"--mask must be given for {task}, unless IN are clean (--simulate)")
-    if mask is not None and not known.takes_mask:
-        raise ValueError(f"--mask must come with an inpainting task, got {task}")
-    level = known.sigma_y if sigma_y is None else check_positive("sigma_y", sigma_y)
     levels = None if schedule is None else read_levels(schedule)
-    seen = None if mask is None else read_image(mask).mean((0, 1)) > 0
-    pictures = find_pictures(sources, out)
+    given = read_sigma_y(sigma_y)
+    model = None
+    if simulate:
+        known = make_task(task, 64, seed=seed)
+        if mask is not None and not known.takes_mask:
+            raise ValueError(f"--mask must come with an inpainting task, got {task}")
+        level: float | Literal["auto"] = known.sigma_y if given is None else given
+        added = known.sigma_y if isinstance(level, str) else level
+        seen = None if mask is None else read_mask(mask)
+        of_model: Mapping[str, object] = {
+            "mask_sha256": None if mask is None else sha256(mask.read_bytes())
+        }
+    else:
+        model = Model(task, kernel, blur_std, boundary, scale, mask, peak)
+        level = "auto" if given is None else given
+        read_measured = model.reader()
+        of_model, seen = model.settings, None
+    suffixes = SUFFIXES if model is None else (*SUFFIXES, *ARRAYS)
+    pictures = find_pictures(sources, out, suffixes)
+    file = out if out.suffix.lower() in SUFFIXES and not out.is_dir() else None
+    if file is not None and len(pictures) > 1:
+        raise ValueError(f"--out must be a folder for {len(pictures)} pictures, got {out}")
     process, processes = process_place()
     share = pictures[process::processes]
     whole, where = load_named(prior, device)
@@ -136,13 +176,14 @@ def solve(
     loaded = whole
     if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
         loaded = tiled(whole, tile)
-    open_folder(out)
+    if file is None:
+        open_folder(out)
     settings = {
         "task": task,
         "prior": prior,
         "prior_sha256": card_digest(loaded),
         "simulated": simulate,
-        "mask_sha256": None if mask is None else sha256(mask.read_bytes()),
+        **of_model,
         "sigma_y": level,
         "nfe": nfe,
         "samples": samples,
@@ -161,25 +202,59 @@ def solve(
 
     @lru_cache(maxsize=8)
     def make(sides: tuple[int, int]) -> Task:
-        return make_masked_task(task, level, seen, sides, seed)
+        return make_masked_task(task, added, seen, sides, seed)
 
     bad: list[str] = []
     done = 0
+
+    def prepare(name: str, path: Path, of_this: Mapping[str, object]) -> Job:
+        key = (seed, int(sha256(name.encode())[:16], 16))
+        where_it_ran = {**of_this, "device": str(where)}
+        if simulate:
+            of_task, y, truth = prepare_clean(path, loaded, make, key)
+            shown = of_task.picture(y)
+            return Job(
+                name,
+                path,
+                key,
+                of_task.operator,
+                level,
+                y,
+                truth,
+                shown,
+                None,
+                (0, 0),
+                where_it_ran,
+            )
+        found = read_measured(path)
+        own = found.operator.sigma_y
+        noise = level if own is None else own
+        if noise == "auto" and not isinstance(found.operator, LinearOperator):
+            raise ValueError(f"--sigma-y must be a number for --task {task}")
+        job = Job(
+            name,
+            path,
+            key,
+            found.operator,
+            noise,
+            found.y,
+            None,
+            None,
+            found.picture,
+            found.rim,
+            where_it_ran,
+        )
+        check_size(job, loaded)
+        return job
 
     def read() -> Iterator[Job]:
         for name, path in share:
             try:
                 of_this = settings | {"input_sha256": sha256(path.read_bytes())}
-                if is_finished(out, name, of_this):
+                if file is None and is_finished(out, name, of_this):
                     advance(1)
                     continue
-                key = (seed, int(sha256(name.encode())[:16], 16))
-                prepared: tuple[Task, Tensor, Tensor | None] = (
-                    prepare_clean(path, loaded, make, key)
-                    if simulate
-                    else prepare_measurement(path, loaded, make, known)
-                )
-                yield Job(name, path, key, *prepared, of_this | {"device": str(where)})
+                yield prepare(name, path, of_this)
             except (OSError, ValueError) as error:
                 bad.append(name_once(path, error))
                 advance(1)
@@ -188,10 +263,10 @@ def solve(
         try:
             result = ncvsd_inverse.solve(
                 torch.cat([job.y for job in jobs]).to(where),
-                operator=jobs[0].task.operator,
+                operator=jobs[0].operator,
                 prior=loaded,
                 nfe=nfe,
-                sigma_y=level,
+                sigma_y=jobs[0].sigma_y,
                 num_samples=samples,
                 estimate=estimate,
                 temperature=temperature,
@@ -199,7 +274,7 @@ def solve(
                 method=method,
                 schedule=levels,
                 seed=[job.key for job in jobs],
-                progress=len(pictures) == 1 and sys.stderr.isatty(),
+                progress=len(pictures) == 1,
             )
         except DivergenceError as error:
             if len(jobs) > 1:
@@ -213,11 +288,11 @@ def solve(
             yield job, one_image(result, place)
 
     most = PIXELS_TOGETHER.get(where.type, PIXELS_TOGETHER["cuda"])
-    shown = sys.stderr.isatty() and process == 0 and len(share) > 1
+    shown = process == 0 and len(share) > 1
     with progress_bar("pictures", len(share), shown=shown) as advance:
         for jobs in batch_by_size(read(), most // max(samples, 1)):
             for job, result in restore(jobs):
-                write_result(out, job, result)
+                write_result(out, job, result, file)
                 done += 1
                 advance(1)
     if len(share) > 1:

@@ -65,6 +65,7 @@ class DiffusionPrior(NetworkPrior):
     Attributes:
         network: the denoiser as an nn.Module.
         nfe_per_sample: `num_steps`.
+        has_mean: true; what the denoiser returns.
 
     Raises:
         TypeError: if `denoiser` cannot be called.
@@ -78,6 +79,7 @@ class DiffusionPrior(NetworkPrior):
     """
 
     generation_calls = GENERATION_STEPS
+    has_mean = True
 
     def __init__(
         self,

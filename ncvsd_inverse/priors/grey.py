@@ -32,7 +32,7 @@ class GreyPrior:
         prior: a prior of RGB images.
 
     Attributes:
-        nfe_per_sample, network, points: those of `prior`.
+        nfe_per_sample, network, points, has_mean: those of `prior`.
         image_shape: (1, H, W), or None when any size works.
         sigma_min, sigma_max: noise stds of grey images, image units.
         statistics: mean and covariances of grey images, or None.
@@ -50,6 +50,7 @@ class GreyPrior:
             sigma / math.sqrt(CHANNELS) for sigma in (prior.sigma_min, prior.sigma_max)
         )
         self.points: Points | None = prior.points
+        self.has_mean = prior.has_mean
         self.statistics: Statistics | None = (
             None if prior.statistics is None else _GreyStatistics(prior.statistics)
         )

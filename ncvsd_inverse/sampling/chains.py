@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Sweep",
+    "direct_chain",
     "gibbs_chain",
     "matheron_chain",
     "run_chain",
@@ -50,6 +51,8 @@ class Plan:
         temperature: factor on the noise of draws and likelihood, in (0, 1], for "conditioning".
         last: level of a last call that returns the prior's mean, for "conditioning"; None: no such
             call. There may then be no other level.
+        direct: whether the calls are of images that y itself is noisy images of, whose mean is
+            taken.
         ends_on_y: whether a chain of "gibbs" whose last level is above sigma_lik ends by
             conditioning on a linear y.
     """
@@ -59,6 +62,7 @@ class Plan:
     sigma_lik: float
     temperature: float = 1.0
     last: float | None = None
+    direct: bool = False
     ends_on_y: bool = False
 
     @property
@@ -128,6 +132,19 @@ def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Sweep]:
         if is_last and plan.ends_on_y and isinstance(likelihood, ExactGaussian):
             x0 = likelihood.project(x0, rho, generator=generators)
         yield Sweep(x0, drawn, likelihood.error)
+
+
+def direct_chain(problem: Problem, prior: CountedPrior, plan: Plan) -> Iterator[Sweep]:
+    """Yield after every call the mean of the draws so far, given that y = x0 + noise."""
+    generators = problem.generators()
+    total, error = torch.zeros_like(problem.y), problem.y.new_zeros(len(problem.y))
+    for number, rho in enumerate(plan.levels, start=1):
+        drawn = prior.sample(problem.y, rho, generator=generators)
+        total = total + drawn
+        yield Sweep(total / number, drawn, error)
+    if plan.last is not None:
+        mean = prior.denoise(problem.y, plan.last)
+        yield Sweep(mean, mean, error)
 
 
 def matheron_chain(

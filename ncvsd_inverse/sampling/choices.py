@@ -47,6 +47,9 @@ Preset: TypeAlias = Literal["ncvsd"]
 LARGE = 1024 * 1024
 """Pixels above which a network of any size sees an image in tiles."""
 
+DIRECT_TEMPERATURE = 0.35
+"""Temperature of the draws whose mean denoises, of a prior that knows the mean."""
+
 FAR = 10
 """How many times sigma_y a single sweep may be at without a warning."""
 
@@ -258,6 +261,12 @@ def choose_point_plan(
     noise = problem.sigma_y / problem.traits.gain
     point = point_settings(problem.traits.family, sweeps, noise, points)
     gives_mean = isinstance(prior, Denoiser) and traits.nfe_per_sample == 1
+    is_plain = schedule is None and sigma_lik is None and temperature is None
+    if problem.traits.family == "denoise" and is_plain and problem.sigma_y <= traits.sigma_max:
+        last = problem.sigma_y if gives_mean and sweeps == 1 else None
+        levels = () if last else (problem.sigma_y,) * sweeps
+        cooler = DIRECT_TEMPERATURE if traits.has_mean else 1.0
+        return Plan("conditioning", levels, problem.sigma_y, cooler, last, direct=True)
     if schedule is not None:
         levels = _check_schedule(schedule, sweeps)
         levels, last = (levels[:-1], levels[-1]) if gives_mean else (levels, None)

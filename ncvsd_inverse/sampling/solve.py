@@ -23,6 +23,7 @@ from ncvsd_inverse.sampling.chains import (
     Method,
     Plan,
     Progress,
+    direct_chain,
     gibbs_chain,
     matheron_chain,
     run_chain,
@@ -100,7 +101,8 @@ def solve(
       Gaussian images given y, which cost no network call. It would be exact for any number of
       levels if the prior's draws were Gaussian and A linear; another A is linearised, by
       Gauss-Newton steps. A prior without statistics measures its own, once, from images that it
-      generates; these calls are no part of `nfe`.
+      generates; these calls are no part of `nfe`. A point estimate for `Denoise` is the mean of
+      draws given y itself.
     - "gibbs", the published split-Gibbs loop, draws u given x0 and y, then x0 given u. It is exact
       in the limit of many levels, for any operator.
 
@@ -330,11 +332,13 @@ class _Job:
         outcomes, found = [], []
         with counted.counting():
             for part in self.parts:
-                if plan.method == "conditioning" and statistics is not None:
+                tracker = None
+                if plan.direct:
+                    sweeps = direct_chain(part, counted, plan)
+                elif plan.method == "conditioning" and statistics is not None:
                     tracker = None if noise is None else NoiseTracker(part, noise)
                     sweeps = matheron_chain(part, counted, plan, statistics, tracker)
                 else:
-                    tracker = None
                     sweeps = gibbs_chain(part, counted, plan)
                 outcomes.append(run_chain(sweeps, plan.calls, average=average, watch=watch))
                 if tracker is not None:

@@ -17,7 +17,9 @@ from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors import NCVSDPrior
 
 ROOT = Path(__file__).parents[2]
-TASK = ("--task", "deblur_gaussian", "--prior", "stand_in")
+TASK = ("--task", "deblur", "--blur-std", 1, "--boundary", "circular", "--sigma-y", 0.05)
+TASK += ("--prior", "stand_in")
+SIMULATED = ("--task", "deblur_gaussian", "--prior", "stand_in", "--simulate")
 
 
 pytestmark = [
@@ -114,19 +116,19 @@ def test_a_folder_is_restored_in_batches_of_one_size(run, tmp_path, pictures, pr
     assert "5 pictures restored, 0 finished before, 0 failed" in printed
 
 
-@pytest.mark.parametrize("options", [(), ("--simulate", "--samples", 2)])
+@pytest.mark.parametrize("options", [TASK, (*SIMULATED, "--samples", 2)])
 def test_a_result_does_not_depend_on_the_other_pictures(run, tmp_path, pictures, options):
-    run("in", *TASK, *options, "-o", "together")
-    run("in/b.png", *TASK, *options, "-o", "alone")
-    run("in/b.png", *TASK, *options, "-o", "other", "--seed", 1)
-    kinds = ["restored"] + (["measurement", "std"] if options else [])
+    run("in", *options, "-o", "together")
+    run("in/b.png", *options, "-o", "alone")
+    run("in/b.png", *options, "-o", "other", "--seed", 1)
+    kinds = ["restored"] + (["measurement", "std"] if "--simulate" in options else [])
     for kind in kinds:
         own = (tmp_path / "alone" / f"b_{kind}.png").read_bytes()
         assert (tmp_path / "together" / f"b_{kind}.png").read_bytes() == own
         assert (tmp_path / "other" / f"b_{kind}.png").read_bytes() != own
     # The same measurement under another name has other noise.
     (tmp_path / "in" / "twin.png").write_bytes((pictures / "b.png").read_bytes())
-    run("in/twin.png", *TASK, "-o", "alone")
+    run("in/twin.png", *options, "-o", "alone")
     twin = (tmp_path / "alone" / "twin_restored.png").read_bytes()
     assert twin != (tmp_path / "together" / "b_restored.png").read_bytes()
 
@@ -152,12 +154,12 @@ def test_finished_pictures_are_skipped(run, tmp_path, pictures, prior):
         ("--nfe", 3, "nfe"),
         ("--seed", 1, "seed"),
         ("--sigma-y", 0.1, "sigma_y"),
-        ("--task", "deblur_motion", "task"),
+        ("--blur-std", 1.5, "blur_std"),
+        ("--boundary", "reflect", "boundary"),
         ("--samples", 2, "samples"),
         ("--estimate", "ema", "estimate"),
         ("--sigma-lik", 0.04, "sigma_lik"),
         ("--schedule", "1,0.1", "schedule"),
-        ("--simulate", None, "simulated"),
     ],
 )
 def test_other_settings_do_not_pass_for_finished(run, pictures, prior, option, value, entry):
@@ -197,7 +199,7 @@ def test_a_stop_among_changed_settings_leaves_no_record_that_lies(
 
 
 def test_outputs_of_fewer_kinds_leave_no_older_ones(run, tmp_path, pictures):
-    run("in/a.png", *TASK, "-o", "out", "--samples", 2, "--simulate")
+    run("in/a.png", *SIMULATED, "-o", "out", "--samples", 2)
     run("in/a.png", *TASK, "-o", "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.json", "a_restored.png"]
 
@@ -212,7 +214,7 @@ def test_bad_files_are_named_at_the_end(run, tmp_path, pictures):
     assert "4 pictures restored, 0 finished before, 3 failed" in printed
     assert err.startswith("error: 3 of 7 pictures could not be restored: in/b.png must be a read")
     assert err.count("\n") == 1
-    assert "in/small.png: size must be at least 8" in err
+    assert "in/small.png: its sides must be at least those of the kernel, 9 x 9, got 16 x 4" in err
     assert "in/gone.png: " in err
     assert not (tmp_path / "out" / "b.json").exists()
     # Mended, they alone are restored.
@@ -224,14 +226,25 @@ def test_bad_files_are_named_at_the_end(run, tmp_path, pictures):
     assert "1 pictures restored, 4 finished before, 0 failed" in printed
 
 
-def test_a_size_that_the_prior_cannot_take_is_a_bad_file(run, pictures, monkeypatch):
+def test_a_size_that_the_network_cannot_take_is_restored_all_the_same(
+    run, tmp_path, pictures, monkeypatch
+):
     prior = NCVSDPrior(Network(), image_shape=None)
     monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: prior)
-    make_picture(pictures / "odd.png", 24, 20, 0)
-    status, printed, err = run("in", *TASK, "-o", "out")
+    make_picture(pictures / "odd.png", 25, 19, 0)
+    status, printed, _ = run("in", *TASK, "-o", "out")
+    assert (status, "6 pictures restored" in printed) == (0, True)
+    assert read_image(tmp_path / "out" / "odd_restored.png").shape == (1, 3, 25, 19)
+    assert set(prior.network.seen) >= {(16, 16), (24, 16), (32, 24)}
+
+
+def test_a_size_that_the_prior_does_not_restore_is_a_bad_file(run, tmp_path, monkeypatch):
+    prior = NCVSDPrior(Network(), image_shape=(3, 16, 16))
+    monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: prior)
+    make_picture(tmp_path / "large.png", 24, 20, 0)
+    status, _, err = run("large.png", *TASK, "-o", "out")
     assert status == 1
-    assert "5 pictures restored" in printed
-    assert "in/odd.png: its image must have sides that are multiples of 8, got 24 x 20" in err
+    assert "large.png: it must have 16 x 16 pixels, as this prior restores images of 16 x 16" in err
 
 
 def test_a_picture_that_diverges_does_not_take_its_batch_along(run, tmp_path, pictures, prior):
@@ -256,9 +269,37 @@ def test_outputs_within_the_folder_are_not_taken_for_pictures(run, pictures):
         status, printed, _ = run("in", *TASK, "-o", "in/restored")
         assert status == 0
     assert "0 pictures restored, 5 finished before" in printed
-    status, _, err = run("in", *TASK, "-o", "in")
-    assert status == 1
-    assert "in must hold pictures (.bmp" in err
+
+
+def test_outputs_beside_the_pictures_are_not_taken_for_pictures(run, tmp_path, pictures, prior):
+    for folder_of_all in ("in", "."):
+        for _ in range(2):
+            status, printed, _ = run("in", *TASK, "-o", folder_of_all)
+            assert status == 0
+        assert "0 pictures restored, 5 finished before" in printed
+    # A user's picture may have any name.
+    make_picture(pictures / "mine_restored.png", 16, 16, 0)
+    assert "1 pictures restored, 5 finished before" in run("in", *TASK, "-o", "in")[1]
+
+
+def test_two_pictures_that_differ_in_their_suffix_have_two_outputs(run, tmp_path, pictures):
+    write_image(pictures / "a.jpg", read_image(pictures / "b.png"))
+    assert run("in", *TASK, "-o", "out")[0] == 0
+    written = sorted(p.name for p in (tmp_path / "out").glob("*.json"))
+    assert written == ["a_jpg.json", "a_png.json", "b.json", "c.v2.json"]
+
+
+def test_one_picture_may_be_written_to_a_file(run, tmp_path, pictures):
+    assert run("in/a.png", *TASK, "-o", "new/better.jpg")[0] == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["better.jpg"]
+    assert read_image(tmp_path / "new" / "better.jpg").shape == (1, 3, 24, 16)
+    status, _, err = run("in", *TASK, "-o", "better.png")
+    assert (status, err) == (1, "error: --out must be a folder for 5 pictures, got better.png\n")
+
+
+def job(height, width, number=0, sigma_y=0.05):
+    size = (3, height, width)
+    return SimpleNamespace(number=number, size=size, together=size, sigma_y=sigma_y)
 
 
 def test_batches_hold_few_pictures():
@@ -269,17 +310,19 @@ def test_batches_hold_few_pictures():
         for number in range(500):
             side = 8 * int(torch.randint(1, 12, (1,), generator=generator))
             made.append(number)
-            yield SimpleNamespace(number=number, size=(side, 8))
+            yield job(side, 8, number)
 
     out, pixels = [], 2000
     for batch in folder.batch_by_size(jobs(), pixels):
         assert len({job.size for job in batch}) == 1
-        assert len(batch) * batch[0].size[0] * 8 <= pixels
+        assert len(batch) * batch[0].size[1] * 8 <= pixels
         out += [job.number for job in batch]
         assert (len(made) - len(out)) * 8 * 8 <= 4 * pixels
     assert sorted(out) == list(range(500))
-    single = [SimpleNamespace(size=(100, 100)) for _ in range(3)]
+    single = [job(100, 100) for _ in range(3)]
     assert list(map(len, folder.batch_by_size(single, pixels))) == [1, 1, 1]
+    unknown = [job(8, 8, sigma_y="auto") for _ in range(2)]
+    assert list(map(len, folder.batch_by_size(unknown, pixels))) == [1, 1]
 
 
 def test_processes_share_the_pictures(run, tmp_path, pictures, prior, monkeypatch):

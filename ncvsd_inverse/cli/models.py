@@ -1,0 +1,238 @@
+"""Forward models of users' files: what was done to a picture, as the options say it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ncvsd_inverse.checks import check_choice, check_positive
+from ncvsd_inverse.cli.folder import sha256
+from ncvsd_inverse.cli.masks import read_array, read_kernel, read_mask, warn_of_mask
+from ncvsd_inverse.images import Picture, read_picture
+from ncvsd_inverse.operators import (
+    Blur,
+    Colorize,
+    Denoise,
+    GaussianBlur,
+    Inpaint,
+    MaskedFourier,
+    PhaseRetrieval,
+    Poisson,
+    SuperResolution,
+)
+from ncvsd_inverse.operators.base import BaseOperator
+
+__all__ = ["ARRAYS", "TASKS", "WAYS_OUT", "Boundary", "Measured", "Model"]
+
+Boundary: TypeAlias = Literal["replicate", "reflect", "circular", "valid"]
+
+ARRAYS = (".npy", ".pt")
+"""What the names of measurements that are no pictures end in."""
+
+SCALES = (2, 3, 4, 8)
+
+TASKS: Mapping[str, str] = {
+    "denoise": "",
+    "deblur": "--kernel FILE or --blur-std S",
+    "sr": "--scale 2, 3, 4 or 8",
+    "inpaint": "--mask FILE, or transparent places in IN",
+    "colorize": "",
+    "mri": "IN an array of k-space, 0 where it is not measured",
+    "phase_retrieval": "IN an array of amplitudes",
+    "poisson": "--peak N, IN an array of counts",
+}
+"""Tasks of real files, and what they need."""
+
+WAYS_OUT: Mapping[str, str] = {
+    "inpaint_box": "inpaint with --mask FILE",
+    "inpaint_random": "inpaint with --mask FILE",
+    "sr4x": "sr with --scale 4",
+    "deblur_gaussian": "deblur with --blur-std S, in pixels",
+    "deblur_motion": "deblur with --kernel FILE",
+}
+"""For a task of the benchmark, which is of pictures that are degraded first, that of real ones."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement from a file.
+
+    Attributes:
+        y: shape (1, ...).
+        operator: its forward model.
+        picture: the file, if it is a picture.
+        rim: rows and columns of the image around what y shows, which are cut off in the end.
+    """
+
+    y: Tensor
+    operator: BaseOperator
+    picture: Picture | None
+    rim: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The options of the command line that say what was done to a picture.
+
+    Attributes:
+        task: one of `TASKS`.
+        kernel, blur_std, boundary: of "deblur".
+        scale: of "sr".
+        mask: of "inpaint".
+        peak: of "poisson".
+
+    Raises:
+        ValueError: if an option is missing, out of range, or of another task.
+    """
+
+    task: str
+    kernel: Path | None = None
+    blur_std: float | None = None
+    boundary: Boundary | None = None
+    scale: int | None = None
+    mask: Path | None = None
+    peak: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.task in WAYS_OUT:
+            raise ValueError(
+                f"--task {self.task} must come with --simulate, as IN is then degraded first; to "
+                f"restore IN take --task {WAYS_OUT[self.task]}"
+            )
+        check_choice("--task", self.task, TASKS)
+        takes = {"deblur": ("kernel", "blur_std", "boundary"), "sr": ("scale",)}
+        takes |= {"inpaint": ("mask",), "poisson": ("peak",)}
+        for task, names in takes.items():
+            for name in names:
+                if task != self.task and getattr(self, name) is not None:
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} must come with --task {task}, got {self.task}")
+        if self.task == "deblur" and (self.kernel is None) == (self.blur_std is None):
+            came = "none" if self.kernel is None else "both"
+            raise ValueError(f"--task deblur must have --kernel FILE or --blur-std S, got {came}")
+        if self.task == "sr" and self.scale not in SCALES:
+            raise ValueError(f"--scale must be 2, 3, 4 or 8 for --task sr, got {self.scale}")
+        if self.blur_std is not None:
+            check_positive("--blur-std", self.blur_std)
+        if self.task == "poisson" and self.peak is None:
+            raise ValueError("--peak must be given for --task poisson: the mean count of white")
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a record says of it."""
+        return {
+            "kernel_sha256": None if self.kernel is None else sha256(self.kernel.read_bytes()),
+            "mask_sha256": None if self.mask is None else sha256(self.mask.read_bytes()),
+            "blur_std": self.blur_std,
+            "boundary": self._boundary if self.task == "deblur" else None,
+            "scale": self.scale,
+            "peak": self.peak,
+        }
+
+    @property
+    def _boundary(self) -> Boundary:
+        return self.boundary or "replicate"
+
+    def reader(self) -> Callable[[Path], Measured]:
+        """Return what reads a measurement; kernel and mask are read once.
+
+        It raises a ValueError for a file that is none, or does not fit.
+        """
+        operator = self._operator()
+
+        def read(path: Path) -> Measured:
+            if path.suffix in ARRAYS:
+                return self._of_array(read_array(path), operator)
+            if self.task in ("mri", "phase_retrieval", "poisson"):
+                raise ValueError(f"it must be an array (.npy or .pt) for {self.task}")
+            picture = read_picture(path)
+            return self._of_pixels(picture.x, operator, picture)
+
+        return read
+
+    def _operator(self) -> BaseOperator | None:
+        """Return the forward model of all files; None if each has its own."""
+        if self.task == "denoise":
+            return Denoise()
+        if self.task == "colorize":
+            return Colorize()
+        if self.scale is not None:
+            return SuperResolution(self.scale)
+        if self.mask is not None:
+            return Inpaint(read_mask(self.mask))
+        if self.kernel is not None:
+            return Blur(read_kernel(self.kernel), boundary=self._boundary)
+        if self.blur_std is not None:
+            size = 2 * round(3.5 * self.blur_std) + 1
+            return GaussianBlur(self.blur_std, size, self._boundary)
+        return None if self.peak is None else Poisson(self.peak)
+
+    def _of_pixels(
+        self, y: Tensor, operator: BaseOperator | None, picture: Picture | None
+    ) -> Measured:
+        if operator is None and picture is not None and picture.alpha is not None:
+            operator = Inpaint(picture.alpha[0, 0] > 0.5)
+            picture = Picture(picture.x, picture.bits)  # what was hidden is there now
+        if operator is None:
+            raise ValueError("--mask must be given for --task inpaint")
+        if isinstance(operator, Colorize):
+            grey = y if y.shape[1] == 1 else operator(y)
+            return Measured(grey, operator, None if picture is None else Picture(y, picture.bits))
+        if isinstance(operator, Inpaint):
+            known = operator.mask[0, 0] > 0
+            if known.shape != y.shape[2:]:
+                raise ValueError(
+                    "--mask must have the size of the picture, "
+                    f"{y.shape[3]} x {y.shape[2]} pixels, got {known.shape[1]} x {known.shape[0]}"
+                )
+            warn_of_mask(known, y)
+            return Measured(operator(y), operator, picture)
+        if isinstance(operator, Blur):
+            height, width = operator.kernel.shape[-2:]
+            if operator.boundary == "valid":
+                return Measured(y, operator, picture, (height // 2, width // 2))
+            if y.shape[2] < height or y.shape[3] < width:
+                raise ValueError(
+                    f"its sides must be at least those of the kernel, {width} x {height}, got "
+                    f"{y.shape[3]} x {y.shape[2]}"
+                )
+        return Measured(y, operator, picture)
+
+    def _of_array(self, y: Tensor, operator: BaseOperator | None) -> Measured:
+        """Return a measurement of numbers as they are."""
+        if y.is_complex():
+            y = torch.view_as_real(y)
+        y = y.float()
+        if self.task == "mri":
+            y = y[None] if y.ndim == 3 else y
+            if y.ndim != 4 or y.shape[-1] != 2:
+                raise ValueError(
+                    "it must hold complex numbers (H, W) or (C, H, W), or pairs of real and "
+                    f"imaginary part, got shape {tuple(y.shape)}"
+                )
+            lines = (y != 0).any(-1).any(0)
+            power = y.square().sum((0, -1))
+            place = int(power.argmax())
+            centred = place == lines.numel() // 2 + lines.shape[1] // 2 or bool(
+                power[0, 0] < power[lines.shape[0] // 2, lines.shape[1] // 2]
+            )
+            return Measured(y[None], MaskedFourier(lines.float(), centred=centred), None)
+        y = y[None, None] if y.ndim == 2 else y[None] if y.ndim == 3 else y
+        if y.ndim != 4 or len(y) != 1 or y.shape[1] not in (1, 3):
+            raise ValueError(
+                "it must hold one image (H, W), (C, H, W) or (1, C, H, W) of 1 or 3 channels, got "
+                f"shape {tuple(y.shape)}"
+            )
+        if self.task == "phase_retrieval":
+            if y.shape[2] != y.shape[3] or y.shape[2] % 4:
+                raise ValueError(
+                    "it must be a square of amplitudes of an image padded to twice its side, a "
+                    f"multiple of 4, got {y.shape[3]} x {y.shape[2]}"
+                )
+            return Measured(y, PhaseRetrieval(y.shape[2] // 4), None)
+        if isinstance(operator, Poisson):
+            return Measured(operator.stabilise(y), operator, None)
+        return self._of_pixels(y, operator, None)
