@@ -64,7 +64,7 @@ TRAIN = "ncvsd train faces64 --data pictures.zip -o runs/teacher"
 DISTILL = "ncvsd distill faces64 --teacher runs/teacher --data pictures.zip -o runs/student"
 JUDGE = "ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip -o runs/judged"
 FOLDER = Short(
-    "ncvsd solve FOLDER --task sr4x --prior ncvsd_faces64 -o OUT --nfe 1",
+    "ncvsd solve FOLDER --task sr --scale 4 --prior ncvsd_faces64 -o OUT --nfe 1",
     makes=("OUT/a_restored.png", "OUT/b_restored.png"),
 )
 COMMANDS: dict[str, Short | Skipped] = {
@@ -74,34 +74,31 @@ COMMANDS: dict[str, Short | Skipped] = {
     'pip install ".[latents]"': INSTALLS,
     "python -m pytest": Skipped("this test is among those"),
     "ncvsd demo": Short("ncvsd demo --nfe 1 --samples 2", makes=("ncvsd_demo/demo.png",)),
-    "ncvsd solve face.png --simulate --task sr4x --prior ncvsd_faces64 --nfe 10 --samples 8 "
-    "-o restored": Short(
-        "ncvsd solve face.png --simulate --task sr4x --prior ncvsd_faces64 --nfe 2 --samples 2 "
-        "-o restored",
-        makes=("restored/face_restored.png", "restored/face_std.png"),
-    ),
-    "ncvsd solve blurred.png --task deblur_gaussian --prior ncvsd_faces64 -o restored": Short(
-        "ncvsd solve blurred.png --task deblur_gaussian --prior ncvsd_faces64 -o restored --nfe 1",
-        makes=("restored/blurred_restored.png",),
-    ),
-    "ncvsd solve holes.png --mask known.png --task inpaint_random --prior ncvsd_faces64 "
-    "-o restored": Short(
-        "ncvsd solve holes.png --mask known.png --task inpaint_random --prior ncvsd_faces64 "
-        "-o restored --nfe 1",
-        makes=("restored/holes_restored.png",),
-    ),
-    "ncvsd solve photo.jpg --simulate --task deblur_motion --prior ncvsd_natural -o restored": (
-        Short(
-            "ncvsd solve photo.jpg --simulate --task deblur_motion --prior ncvsd_natural "
-            "-o restored --nfe 1",
-            makes=("restored/photo_restored.png",),
+    **{
+        f"ncvsd solve {words}": Short(f"ncvsd solve {words} --nfe 2", makes=(made,))
+        for words, made in (
+            ("photo.jpg --task denoise", "ncvsd_restored/photo_restored.png"),
+            ("photo.jpg --task deblur --blur-std 2", "ncvsd_restored/photo_restored.png"),
+            ("photo.jpg --task deblur --kernel kernel.png -o sharp.png", "sharp.png"),
+            ("photo.jpg --task sr --scale 2", "ncvsd_restored/photo_restored.png"),
+            (
+                "photo.jpg --task inpaint --mask known.png --samples 8",
+                "ncvsd_restored/photo_std.png",
+            ),
+            (
+                "face.png --simulate --task sr4x --prior ncvsd_faces64 --samples 8",
+                "ncvsd_restored/face_std.png",
+            ),
         )
+    },
+    "ncvsd solve FOLDER --task sr --scale 4 --prior ncvsd_faces64 -o OUT": FOLDER,
+    "python experiments/photographs/photographs.py --data DIR/natural/val.zip --out FOLDER": Short(
+        "python experiments/photographs/photographs.py --data DIR/natural/val.zip --out shown "
+        "--images 1 --every 1 --cases 12",
+        makes=("shown/photographs.json",),
     ),
-    "ncvsd solve FOLDER --task sr4x --prior ncvsd_faces64 -o OUT": FOLDER,
-    "ncvsd solve photo.jpg --simulate --task sr4x --prior ncvsd_natural_teacher -o restored": Short(
-        "ncvsd solve photo.jpg --simulate --task sr4x --prior ncvsd_natural_teacher "
-        "-o restored_by_teacher --nfe 1",
-        makes=("restored_by_teacher/photo_restored.png",),
+    "python experiments/photographs/photographs.py --out FOLDER --write": Skipped(
+        "it writes into the project's notes"
     ),
     "ncvsd statistics PRIOR": Short("ncvsd statistics measured/ncvsd_faces64 --images 2"),
     "ncvsd statistics ncvsd_inverse/priors/weights/NAME --data val.zip --images 256": Short(
@@ -481,11 +478,14 @@ def write_inputs(folder):
     (folder / "tiny.toml").write_text(TINY)
     assets = folder / "ncvsd_inverse" / "assets"
     face = Image.open(assets / "grace_hopper.png").convert("RGB")
-    for name in ("face.png", "blurred.png", "holes.png"):
-        face.save(folder / name)
-    known = np.random.default_rng(0).random((64, 64)) < 0.3
+    face.save(folder / "face.png")
+    photo = Image.open(assets / "photographs" / "cat.png").convert("RGB")
+    photo.save(folder / "photo.jpg")
+    known = np.random.default_rng(0).random((photo.height, photo.width)) < 0.3
     Image.fromarray(255 * known.astype(np.uint8)).save(folder / "known.png")
-    Image.open(assets / "photographs" / "cat.png").convert("RGB").save(folder / "photo.jpg")
+    kernel = np.zeros((9, 9), np.uint8)
+    kernel[4, 2:8] = 255
+    Image.fromarray(kernel).save(folder / "kernel.png")
     (folder / "FOLDER").mkdir()
     for name in "ab":
         face.resize((16, 16)).save(folder / "FOLDER" / f"{name}.png")

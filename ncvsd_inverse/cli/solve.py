@@ -228,15 +228,12 @@ def solve(
             )
         found = read_measured(path)
         own = found.operator.sigma_y
-        noise = level if own is None else own
-        if noise == "auto" and not isinstance(found.operator, LinearOperator):
-            raise ValueError(f"--sigma-y must be a number for --task {task}")
         job = Job(
             name,
             path,
             key,
             found.operator,
-            noise,
+            level if own is None else own,
             found.y,
             None,
             None,
@@ -245,6 +242,8 @@ def solve(
             where_it_ran,
         )
         check_size(job, loaded)
+        if job.sigma_y == "auto" and not isinstance(found.operator, LinearOperator):
+            raise ValueError(f"--sigma-y must be a number for --task {task}")
         return job
 
     def read() -> Iterator[Job]:

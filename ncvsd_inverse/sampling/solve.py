@@ -42,6 +42,7 @@ from ncvsd_inverse.sampling.choices import (
     temper,
 )
 from ncvsd_inverse.sampling.counting import CountedPrior
+from ncvsd_inverse.sampling.diagnosis import describe_measurement, describe_residual
 from ncvsd_inverse.sampling.noise import Noise, NoiseTracker, check_alike, first_noise, mean_noise
 from ncvsd_inverse.sampling.problem import Problem, Seed
 from ncvsd_inverse.sampling.result import Estimate, Result
@@ -158,8 +159,8 @@ def solve(
 
     Warns:
         UserWarning: if a solve falls short of its tolerance by more than 0.1 of the std of what it
-            conditions (`Result.converged` is then False), and where a choice of the arguments or
-            of the prior calls for a word.
+            conditions (`Result.converged` is then False), and where a choice of the arguments, the
+            values of y, the residual or the look of the noise calls for a word.
 
     Source:
         Peng et al., arXiv 2506.09416, Alg. 1, for "gibbs", with two deviations: nfe counts every
@@ -239,6 +240,7 @@ def solve(
     notes = [warning, describe_far_sweep(plan, nfe, problem.sigma_y)]
     if method == "conditioning" and statistics is not None:
         notes.append(statistics.note)
+    notes += describe_measurement(problem)
     for note in filter(None, notes):
         warnings.warn(note, stacklevel=4)
 
@@ -266,6 +268,10 @@ def solve(
     if noise is not None:
         problem = replace(problem, sigma_y=noise.sigma)
     residual = problem.residual(x0)
+    if method == "conditioning":
+        known = noise is None
+        for note in describe_residual(problem, x0, residual, statistics, known=known):
+            warnings.warn(note, stacklevel=4)
     return Result(
         x0=x0,
         samples=samples,

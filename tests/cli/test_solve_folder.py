@@ -25,6 +25,7 @@ SIMULATED = ("--task", "deblur_gaussian", "--prior", "stand_in", "--simulate")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the loop is 'gibbs'"),
     pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),
+    pytest.mark.filterwarnings("ignore:the residual is"),
 ]
 """Stand-ins that hold no statistics, and few calls, show most of what is tested here."""
 

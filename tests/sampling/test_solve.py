@@ -36,7 +36,10 @@ SHAPE = (3, 8, 6)
 solve = partial(ncvsd_inverse.solve, method="gibbs")
 
 # Few calls are enough to show most of what is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore:the schedule has one sweep only")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),
+    pytest.mark.filterwarnings("ignore:the residual is"),
+]
 
 
 def measurement(operator=None, batch=2, shape=SHAPE, seed=0):

@@ -1,0 +1,214 @@
+"""Forward models of users' files: masks, kernels, arrays and pictures of many kinds."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ncvsd_inverse import cli, make_task
+from ncvsd_inverse.cli.masks import read_kernel, read_mask
+from ncvsd_inverse.cli.models import Model
+from ncvsd_inverse.images import Picture, centre_crop, read_image, read_picture, write_picture
+from ncvsd_inverse.metrics import psnr
+from ncvsd_inverse.operators import Blur, GaussianBlur, SuperResolution
+from ncvsd_inverse.priors.selfcheck import PHOTOGRAPH
+
+KNOWN = np.random.default_rng(0).random((24, 32)) < 0.7
+
+
+def grey(values):
+    return Image.fromarray(np.where(KNOWN, *values).astype(np.uint8))
+
+
+def palette():
+    picture = grey((1, 0)).convert("P")
+    picture.putpalette([0, 0, 0, 128, 0, 0])
+    return picture
+
+
+def transparent():
+    opaque = np.where(KNOWN, 255, 0).astype(np.uint8)
+    colours = np.random.default_rng(1).integers(0, 256, (*KNOWN.shape, 3), dtype=np.uint8)
+    return Image.fromarray(np.dstack((colours, opaque)))
+
+
+MASKS = {
+    "0 and 1": grey((1, 0)),
+    "0 and 255": grey((255, 0)),
+    "1 bit": grey((255, 0)).convert("1"),
+    "16 bits": Image.fromarray(np.where(KNOWN, 65535, 0).astype(np.uint16)),
+    "palette": palette(),
+    "red on black": Image.merge("RGB", (grey((255, 0)), grey((0, 0)), grey((0, 0)))),
+    "holes that are transparent": transparent(),
+}
+
+
+@pytest.mark.parametrize("name", list(MASKS))
+def test_masks_of_two_levels_are_understood(tmp_path, name):
+    MASKS[name].save(tmp_path / "mask.png")
+    assert np.array_equal(read_mask(tmp_path / "mask.png").numpy(), KNOWN)
+
+
+def test_a_mask_as_jpeg_or_array_is_understood(tmp_path):
+    blocks = np.zeros((32, 32), bool)
+    blocks[8:16] = True
+    Image.fromarray(np.where(blocks, 255, 0).astype(np.uint8)).save(tmp_path / "mask.jpg")
+    np.save(tmp_path / "mask.npy", blocks)
+    torch.save(torch.from_numpy(blocks), tmp_path / "mask.pt")
+    for name in ("mask.jpg", "mask.npy", "mask.pt"):
+        assert np.array_equal(read_mask(tmp_path / name).numpy(), blocks)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((8, 8), 255), "--mask must have two levels, .* got one alone"),
+        (np.arange(64).reshape(8, 8) * 4, "--mask must have two levels, got 64 in"),
+    ],
+)
+def test_other_masks_are_refused(tmp_path, values, message):
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=message):
+        read_mask(tmp_path / "mask.png")
+
+
+def test_nothing_in_an_array_is_run(tmp_path):
+    np.save(tmp_path / "mask.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"mask.npy must be a readable array: Object arrays"):
+        read_mask(tmp_path / "mask.npy")
+
+
+def test_a_kernel_is_normalised_and_centred(tmp_path, capsys):
+    kernel = np.zeros((9, 12))
+    kernel[1:4, 6:11] = np.outer([1, 2, 1], [1, 2, 4, 2, 1])
+    np.save(tmp_path / "kernel.npy", kernel)
+    read = read_kernel(tmp_path / "kernel.npy")
+    expected = torch.from_numpy(np.outer([1, 2, 1], [1, 2, 4, 2, 1]) / 40).float()
+    assert torch.allclose(read, expected)
+    said = capsys.readouterr().out
+    assert "12 x 9 pixels of sum 40, divided by it; centre of mass at 8.0, 2.0" in said
+    np.save(tmp_path / "other.npy", -kernel)
+    with pytest.raises(ValueError, match=r"--kernel must be .* finite numbers >= 0"):
+        read_kernel(tmp_path / "other.npy")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run `ncvsd solve` in `tmp_path` with few calls; return exit status, output and error."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        words = ["ncvsd", "solve", *map(str, arguments), "--nfe", "4"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+PHOTOGRAPH_OF_96 = centre_crop(read_image(PHOTOGRAPH), (96, 96))
+TRUTH = PHOTOGRAPH_OF_96[..., :60, :53]
+
+
+def noisy(x, sigma):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return (x + sigma * noise).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_depth_and_opacity_come_back(run, tmp_path, bits, channels):
+    truth = TRUTH if channels == 3 else TRUTH.mean(1, keepdim=True)
+    alpha = torch.ones(1, 1, 60, 53) if (bits, channels) != (16, 1) else None
+    write_picture(tmp_path / "in.png", Picture(noisy(truth, 0.1), bits, alpha))
+    assert run("in.png", "--task", "denoise")[0] == 0
+    restored = read_picture(tmp_path / "ncvsd_restored" / "in_restored.png")
+    assert restored.x.shape == truth.shape
+    assert restored.bits == bits
+    assert (restored.alpha is None) == (alpha is None)
+    assert float(psnr(restored.x, truth)) > float(psnr(noisy(truth, 0.1), truth)) + 3
+
+
+def test_a_photograph_that_was_blurred_before_it_was_cropped(run, tmp_path):
+    whole = PHOTOGRAPH_OF_96
+    blur = GaussianBlur(1.75, 13)
+    y = noisy(Blur(blur.kernel, boundary="valid")(whole), 0.02)
+    truth = whole[..., 6:-6, 6:-6]
+    write_picture(tmp_path / "in.png", Picture(y))
+    assert run("in.png", "--task", "deblur", "--blur-std", 1.75, "-o", "a.png")[0] == 0
+    assert run("in.png", "--task", "deblur", "--blur-std", 1.75, "--boundary", "valid")[0] == 0
+    for path in ("a.png", "ncvsd_restored/in_restored.png"):
+        restored = read_picture(tmp_path / path).x
+        rim = torch.ones_like(truth, dtype=torch.bool)
+        rim[..., 12:-12, 12:-12] = False
+        for part in (rim, ~rim):
+            before, after = ((x - truth)[part].square().mean() for x in (y, restored))
+            assert float(after) < 0.6 * float(before)
+
+
+def test_a_small_picture_is_enlarged_beyond_interpolation(run, tmp_path):
+    truth = PHOTOGRAPH_OF_96
+    write_picture(tmp_path / "in.png", Picture(SuperResolution(2)(truth)))
+    status, out, _ = run("in.png", "--task", "sr", "--scale", 2)
+    assert status == 0
+    assert "found, give or take" in out
+    y = read_picture(tmp_path / "in.png").x
+    restored = read_picture(tmp_path / "ncvsd_restored" / "in_restored.png").x
+    bicubic = torch.nn.functional.interpolate(y, (96, 96), mode="bicubic")
+    assert float(psnr(restored, truth)) > float(psnr(bicubic, truth)) + 0.3
+
+
+def test_holes_that_are_transparent_are_filled(run, tmp_path):
+    alpha = torch.ones(1, 1, 60, 53)
+    alpha[..., 20:30, 10:30] = 0
+    write_picture(tmp_path / "in.png", Picture(TRUTH * alpha, 8, alpha))
+    assert run("in.png", "--task", "inpaint")[0] == 0
+    restored = read_picture(tmp_path / "ncvsd_restored" / "in_restored.png")
+    assert restored.alpha is None
+    error = (restored.x - TRUTH).square()[..., 20:30, 10:30].mean()
+    assert float(error) < 0.5 * float(TRUTH.square()[..., 20:30, 10:30].mean())
+
+
+def test_masks_that_look_wrong_are_warned_of(run, tmp_path):
+    known = torch.ones(60, 53, dtype=torch.bool)
+    known[10:20, 10:40] = False
+    write_picture(tmp_path / "in.png", Picture(torch.where(known, TRUTH, -1.0)))
+    np.save(tmp_path / "inverted.npy", ~known.numpy())
+    err = run("in.png", "--task", "inpaint", "--mask", "inverted.npy")[2]
+    assert "warning: --mask hides 91% of the pixels" in err
+    assert "is it inverted?" in err
+    np.save(tmp_path / "mask.npy", known.numpy())
+    assert run("in.png", "--task", "inpaint", "--mask", "mask.npy")[2] == ""
+    np.save(tmp_path / "large.npy", np.eye(80) > 0)
+    err = run("in.png", "--task", "inpaint", "--mask", "large.npy")[2]
+    assert "--mask must have the size of the picture, 53 x 60 pixels, got 80 x 80" in err
+
+
+def test_arrays_hold_what_is_no_picture(run, tmp_path):
+    x = TRUTH.mean(1, keepdim=True)[..., :48, :48]
+    operator = make_task("mri", 48).operator
+    k_space = operator.measure(x, 0.02, generator=torch.Generator().manual_seed(0))
+    torch.save(torch.view_as_complex(k_space)[0], tmp_path / "k.pt")
+    assert run("k.pt", "--task", "mri")[0] == 0
+    restored = read_picture(tmp_path / "ncvsd_restored" / "k_restored.png").x
+    assert float(psnr(restored, x)) > 18
+    counts = np.random.default_rng(0).poisson(30 * (x[0, 0].numpy() + 1) / 2)
+    np.save(tmp_path / "counts.npy", counts.astype(np.uint16))
+    assert run("counts.npy", "--task", "poisson", "--peak", 30)[0] == 0
+    restored = read_picture(tmp_path / "ncvsd_restored" / "counts_restored.png").x
+    before = torch.from_numpy(counts / 15 - 1)[None, None].float()
+    assert float(psnr(restored, x)) > float(psnr(before, x)) + 3
+    status, _, err = run("counts.npy", "--task", "phase_retrieval", "--prior", "ncvsd_faces64")
+    assert status == 1
+    assert "it must have 128 x 128 pixels" in err
+
+
+def test_options_of_other_tasks_are_refused():
+    with pytest.raises(ValueError, match="--peak must come with --task poisson, got denoise"):
+        Model("denoise", peak=3.0)
+    with pytest.raises(ValueError, match=r"--task must be one of denoise, deblur, .* got 'blur'"):
+        Model("blur")
