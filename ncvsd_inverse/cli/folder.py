@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
@@ -14,32 +14,27 @@ import torch
 import typer
 from torch import Tensor
 
-from ncvsd_inverse import Result, make_task, read_image, write_image
+from ncvsd_inverse import Result, write_image
 from ncvsd_inverse.checks import check_positive
-from ncvsd_inverse.cli.inputs import fit_picture, sides_of
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import SUFFIXES, Picture, write_picture
 from ncvsd_inverse.metrics import psnr
-from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.operators import Inpaint
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.statistics import ImageStatistics
-from ncvsd_inverse.protocols import Prior, PriorTraits
-from ncvsd_inverse.tasks import Task
+from ncvsd_inverse.protocols import Prior
 
 __all__ = [
     "Job",
+    "Measured",
     "batch_by_size",
     "card_digest",
     "check_size",
     "cut_rim",
     "find_pictures",
     "is_finished",
-    "make_masked_task",
     "name_once",
     "one_image",
-    "prepare_clean",
     "process_place",
     "read_levels",
     "read_record",
@@ -57,6 +52,27 @@ RECORD = "restored"
 """Key of a record that names the restored picture, which tells that it is one of ours."""
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A measurement and what was done to its image.
+
+    Attributes:
+        y: shape (1, ...).
+        operator: its forward model.
+        picture: the file, if it is a picture, whose depth and opacity the result takes.
+        rim: rows and columns of the image around what y shows, which are cut off in the end.
+        truth: the true image (1, C, H, W), where it is known.
+        seen: the measurement as a picture to write, if any.
+    """
+
+    y: Tensor
+    operator: BaseOperator
+    picture: Picture | None = None
+    rim: tuple[int, int] = (0, 0)
+    truth: Tensor | None = None
+    seen: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Job:
     """One measurement to restore.
@@ -65,37 +81,28 @@ class Job:
         name: path of the outputs in the output folder, without what they end in.
         path: the file.
         key: what its random numbers follow from.
-        operator: the forward model for images of this size.
+        measured: what it holds.
         sigma_y: noise std of y; "auto": to be estimated.
-        y: the measurement, shape (1, ...).
-        truth: the true image (1, C, H, W), where it is known.
-        seen: the measurement as a picture to write, if any.
-        picture: the file, if it is a picture, whose depth and opacity the result takes.
-        rim: rows and columns of the image around what y shows, which are cut off.
         settings: all that the result depends on, and the device.
     """
 
     name: str
     path: Path
     key: tuple[int, ...]
-    operator: BaseOperator
+    measured: Measured
     sigma_y: float | Literal["auto"]
-    y: Tensor
-    truth: Tensor | None
-    seen: Tensor | None
-    picture: Picture | None
-    rim: tuple[int, int]
     settings: Mapping[str, object]
 
     @property
     def size(self) -> tuple[int, ...]:
         """Channels, height and width of the image."""
-        return self.operator.input_shape(tuple(self.y.shape))[1:]
+        measured = self.measured
+        return measured.operator.input_shape(tuple(measured.y.shape))[1:]
 
     @property
     def together(self) -> tuple[object, ...]:
         """What jobs that are restored together have in common."""
-        return (*self.size, self.operator)
+        return (*self.size, self.measured.operator)
 
 
 def find_pictures(
@@ -272,39 +279,16 @@ def one_image(result: Result, place: int) -> Result:
     )
 
 
-def prepare_clean(
-    path: Path, prior: Prior, make: Callable[[tuple[int, int]], Task], key: tuple[int, ...]
-) -> tuple[Task, Tensor, Tensor]:
-    """Degrade a clean picture, cropped and resized to what the prior takes; return it too."""
-    truth = fit_picture(path, read_image(path), prior)
-    task = make(sides_of(truth))
-    y = task.operator.measure(truth, task.sigma_y, generator=make_generators([key]))
-    return task, y, truth
-
-
-def check_size(job: Job, prior: Prior) -> None:
-    """ValueError unless the prior restores images of the job's size."""
-    fixed = PriorTraits.of(prior).image_shape
-    if fixed is not None and job.size[1:] != fixed[1:]:
-        height, width = (fixed[dim] * job.y.shape[dim + 1] // job.size[dim] for dim in (1, 2))
+def check_size(measured: Measured, image_shape: Sequence[int]) -> None:
+    """ValueError unless a measurement is that of an image of the one shape (C, H, W)."""
+    y, (height, width) = measured.y, measured.operator.input_shape(tuple(measured.y.shape))[2:]
+    if (height, width) != tuple(image_shape[1:]):
+        wanted = (image_shape[1] * y.shape[2] // height, image_shape[2] * y.shape[3] // width)
         raise ValueError(
-            f"it must have {width} x {height} pixels, as this prior restores images of "
-            f"{fixed[2]} x {fixed[1]}, got {job.y.shape[3]} x {job.y.shape[2]}; ncvsd_natural "
+            f"it must have {wanted[1]} x {wanted[0]} pixels, as this prior restores images of "
+            f"{image_shape[2]} x {image_shape[1]}, got {y.shape[3]} x {y.shape[2]}; ncvsd_natural "
             "takes any size"
         )
-
-
-def make_masked_task(
-    name: str, sigma_y: float, mask: Tensor | None, sides: tuple[int, int], seed: int
-) -> Task:
-    """Return a named task with the noise level and mask of the command line."""
-    task = make_task(name, sides, seed=seed)
-    if mask is not None and tuple(mask.shape) != sides:
-        raise ValueError(
-            f"--mask must have the size of the image, {sides[1]} x {sides[0]} pixels, "
-            f"got {mask.shape[1]} x {mask.shape[0]}"
-        )
-    return Task(name, task.operator if mask is None else Inpaint(mask), sigma_y)
 
 
 def card_digest(prior: Prior) -> str | None:
@@ -338,8 +322,8 @@ def write_result(folder: Path, job: Job, result: Result, file: Path | None = Non
         "schedule": result.schedule,
         "sigma_lik": result.sigma_lik,
     }
-    if job.truth is not None:
-        figures["psnr"] = float(psnr(result.x0.cpu(), job.truth))
+    if job.measured.truth is not None:
+        figures["psnr"] = float(psnr(result.x0.cpu(), job.measured.truth))
         line += f", {figures['psnr']:.1f} dB"
     end = ".tif" if restored.bits == 32 and restored.x.shape[1] == 1 else ".png"
     picture = file or folder / f"{job.name}_restored{end}"
@@ -352,10 +336,10 @@ def write_result(folder: Path, job: Job, result: Result, file: Path | None = Non
             (folder / f"{job.name}{other}").unlink(missing_ok=True)
         record.unlink(missing_ok=True)
         record.parent.mkdir(parents=True, exist_ok=True)
-        if job.seen is not None:
-            write_image(folder / f"{job.name}_measurement.png", job.seen)
+        if job.measured.seen is not None:
+            write_image(folder / f"{job.name}_measurement.png", job.measured.seen)
         if result.std is not None:
-            spread = cut_rim(result.std.mean(1, keepdim=True), job.rim)
+            spread = cut_rim(result.std.mean(1, keepdim=True), job.measured.rim)
             figures["std_shown_white"] = float(spread.max())
             shown = 2 * spread / spread.max().clamp(min=1e-12) - 1
             write_image(folder / f"{job.name}_std.png", shown)
@@ -370,10 +354,10 @@ def write_result(folder: Path, job: Job, result: Result, file: Path | None = Non
 
 def _as_it_came(job: Job, x0: Tensor) -> Picture:
     """Return a restored image with the depth of the file, and its opacity in the new size."""
-    x0 = cut_rim(x0.cpu(), job.rim)
-    if job.picture is None:
+    x0 = cut_rim(x0.cpu(), job.measured.rim)
+    if job.measured.picture is None:
         return Picture(x0)
-    bits, alpha = job.picture.bits, job.picture.alpha
+    bits, alpha = job.measured.picture.bits, job.measured.picture.alpha
     if bits == 32 and x0.shape[1] == 3:
         bits = 16
     if alpha is not None and alpha.shape[2:] != x0.shape[2:]:

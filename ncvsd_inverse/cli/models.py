@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_choice, check_positive
-from ncvsd_inverse.cli.folder import sha256
+from ncvsd_inverse.cli.folder import Measured, check_size, sha256
+from ncvsd_inverse.cli.inputs import fit_picture, sides_of
 from ncvsd_inverse.cli.masks import read_array, read_kernel, read_mask, warn_of_mask
-from ncvsd_inverse.images import Picture, read_picture
+from ncvsd_inverse.images import Picture, read_image, read_picture
+from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import (
     Blur,
     Colorize,
@@ -24,8 +27,10 @@ from ncvsd_inverse.operators import (
     SuperResolution,
 )
 from ncvsd_inverse.operators.base import BaseOperator
+from ncvsd_inverse.protocols import Prior, PriorTraits
+from ncvsd_inverse.tasks import Task, make_task
 
-__all__ = ["ARRAYS", "TASKS", "WAYS_OUT", "Boundary", "Measured", "Model"]
+__all__ = ["ARRAYS", "TASKS", "WAYS_OUT", "Boundary", "Model", "Simulation"]
 
 Boundary: TypeAlias = Literal["replicate", "reflect", "circular", "valid"]
 
@@ -56,21 +61,69 @@ WAYS_OUT: Mapping[str, str] = {
 """For a task of the benchmark, which is of pictures that are degraded first, that of real ones."""
 
 
+Reader: TypeAlias = Callable[[Path, tuple[int, ...]], Measured]
+"""Reads a file; random numbers follow from the integers. A ValueError for one that does not fit."""
+
+
 @dataclass(frozen=True)
-class Measured:
-    """A measurement from a file.
+class Simulation:
+    """Clean pictures that are degraded first.
 
     Attributes:
-        y: shape (1, ...).
-        operator: its forward model.
-        picture: the file, if it is a picture.
-        rim: rows and columns of the image around what y shows, which are cut off in the end.
+        task: the name of a task that `make_task` accepts.
+        seed: of its operator.
+        sigma_y: noise std; None: the task's.
+        mask: of an inpainting task, in place of the named one.
+
+    Raises:
+        ValueError: if there is no such task or it takes no mask.
     """
 
-    y: Tensor
-    operator: BaseOperator
-    picture: Picture | None
-    rim: tuple[int, int] = (0, 0)
+    task: str
+    seed: int
+    sigma_y: float | None
+    mask: Path | None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not self._task.takes_mask:
+            raise ValueError(f"--mask must come with an inpainting task, got {self.task}")
+
+    @property
+    def _task(self) -> Task:
+        return make_task(self.task, 64, seed=self.seed)
+
+    @property
+    def level(self) -> float:
+        """Noise std of the measurements."""
+        return self._task.sigma_y if self.sigma_y is None else self.sigma_y
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a record says of it."""
+        return {"mask_sha256": None if self.mask is None else sha256(self.mask.read_bytes())}
+
+    def reader(self, prior: Prior) -> Reader:
+        """Return what reads a clean picture, fitted to what the prior takes, and degrades it."""
+        known = None if self.mask is None else read_mask(self.mask)
+        level = self.level
+
+        @lru_cache(maxsize=8)
+        def make(sides: tuple[int, int]) -> Task:
+            task = make_task(self.task, sides, seed=self.seed)
+            if known is not None and tuple(known.shape) != sides:
+                raise ValueError(
+                    f"--mask must have the size of the image, {sides[1]} x {sides[0]} pixels, "
+                    f"got {known.shape[1]} x {known.shape[0]}"
+                )
+            return Task(self.task, task.operator if known is None else Inpaint(known), level)
+
+        def read(path: Path, key: tuple[int, ...]) -> Measured:
+            truth = fit_picture(path, read_image(path), prior)
+            task = make(sides_of(truth))
+            y = task.operator.measure(truth, level, generator=make_generators([key]))
+            return Measured(y, task.operator, truth=truth, seen=task.picture(y))
+
+        return read
 
 
 @dataclass(frozen=True)
@@ -136,22 +189,26 @@ class Model:
     def _boundary(self) -> Boundary:
         return self.boundary or "replicate"
 
-    def reader(self) -> Callable[[Path], Measured]:
-        """Return what reads a measurement; kernel and mask are read once.
-
-        It raises a ValueError for a file that is none, or does not fit.
-        """
+    def reader(self, prior: Prior) -> Reader:
+        """Return what reads a measurement; kernel and mask are read once."""
         operator = self._operator()
+        fixed = PriorTraits.of(prior).image_shape
 
-        def read(path: Path) -> Measured:
-            if path.suffix in ARRAYS:
-                return self._of_array(read_array(path), operator)
-            if self.task in ("mri", "phase_retrieval", "poisson"):
-                raise ValueError(f"it must be an array (.npy or .pt) for {self.task}")
-            picture = read_picture(path)
-            return self._of_pixels(picture.x, operator, picture)
+        def read(path: Path, key: tuple[int, ...]) -> Measured:
+            measured = self._read(path, operator)
+            if fixed is not None:
+                check_size(measured, fixed)
+            return measured
 
         return read
+
+    def _read(self, path: Path, operator: BaseOperator | None) -> Measured:
+        if path.suffix in ARRAYS:
+            return self._of_array(read_array(path), operator)
+        if self.task in ("mri", "phase_retrieval", "poisson"):
+            raise ValueError(f"it must be an array (.npy or .pt) for {self.task}")
+        picture = read_picture(path)
+        return self._of_pixels(picture.x, operator, picture)
 
     def _operator(self) -> BaseOperator | None:
         """Return the forward model of all files; None if each has its own."""

@@ -1,26 +1,22 @@
 """`ncvsd solve`: pictures restored, one or a folder of them."""
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
 
 import ncvsd_inverse
-from ncvsd_inverse import DivergenceError, Result, __version__, list_tasks, make_task
+from ncvsd_inverse import DivergenceError, Result, __version__, list_tasks
 from ncvsd_inverse.cli.folder import (
     Job,
     batch_by_size,
     card_digest,
-    check_size,
     find_pictures,
     is_finished,
-    make_masked_task,
     name_once,
     one_image,
-    prepare_clean,
     process_place,
     read_levels,
     read_sigma_y,
@@ -29,8 +25,7 @@ from ncvsd_inverse.cli.folder import (
     write_result,
 )
 from ncvsd_inverse.cli.inputs import load_named, open_folder
-from ncvsd_inverse.cli.masks import read_mask
-from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model
+from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model, Simulation
 from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
 from ncvsd_inverse.images import SUFFIXES
 from ncvsd_inverse.machine import progress_bar
@@ -39,7 +34,6 @@ from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own
 from ncvsd_inverse.priors.tiled import TILE, tiled
 from ncvsd_inverse.protocols import LinearOperator
 from ncvsd_inverse.sampling.solve import Estimate, Method
-from ncvsd_inverse.tasks import Task
 
 __all__ = [
     "solve",
@@ -142,24 +136,14 @@ def solve(
     """
     levels = None if schedule is None else read_levels(schedule)
     given = read_sigma_y(sigma_y)
-    model = None
+    model: Simulation | Model
     if simulate:
-        known = make_task(task, 64, seed=seed)
-        if mask is not None and not known.takes_mask:
-            raise ValueError(f"--mask must come with an inpainting task, got {task}")
-        level: float | Literal["auto"] = known.sigma_y if given is None else given
-        added = known.sigma_y if isinstance(level, str) else level
-        seen = None if mask is None else read_mask(mask)
-        of_model: Mapping[str, object] = {
-            "mask_sha256": None if mask is None else sha256(mask.read_bytes())
-        }
+        model = Simulation(task, seed, None if given == "auto" else given, mask)
+        level = model.level if given is None else given
     else:
         model = Model(task, kernel, blur_std, boundary, scale, mask, peak)
         level = "auto" if given is None else given
-        read_measured = model.reader()
-        of_model, seen = model.settings, None
-    suffixes = SUFFIXES if model is None else (*SUFFIXES, *ARRAYS)
-    pictures = find_pictures(sources, out, suffixes)
+    pictures = find_pictures(sources, out, SUFFIXES if simulate else (*SUFFIXES, *ARRAYS))
     file = out if out.suffix.lower() in SUFFIXES and not out.is_dir() else None
     if file is not None and len(pictures) > 1:
         raise ValueError(f"--out must be a folder for {len(pictures)} pictures, got {out}")
@@ -176,6 +160,7 @@ def solve(
     loaded = whole
     if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
         loaded = tiled(whole, tile)
+    read_measured = model.reader(loaded)
     if file is None:
         open_folder(out)
     settings = {
@@ -183,7 +168,7 @@ def solve(
         "prior": prior,
         "prior_sha256": card_digest(loaded),
         "simulated": simulate,
-        **of_model,
+        **model.settings,
         "sigma_y": level,
         "nfe": nfe,
         "samples": samples,
@@ -200,51 +185,17 @@ def solve(
         "version": __version__,
     }
 
-    @lru_cache(maxsize=8)
-    def make(sides: tuple[int, int]) -> Task:
-        return make_masked_task(task, added, seen, sides, seed)
-
     bad: list[str] = []
     done = 0
 
     def prepare(name: str, path: Path, of_this: Mapping[str, object]) -> Job:
         key = (seed, int(sha256(name.encode())[:16], 16))
-        where_it_ran = {**of_this, "device": str(where)}
-        if simulate:
-            of_task, y, truth = prepare_clean(path, loaded, make, key)
-            shown = of_task.picture(y)
-            return Job(
-                name,
-                path,
-                key,
-                of_task.operator,
-                level,
-                y,
-                truth,
-                shown,
-                None,
-                (0, 0),
-                where_it_ran,
-            )
-        found = read_measured(path)
-        own = found.operator.sigma_y
-        job = Job(
-            name,
-            path,
-            key,
-            found.operator,
-            level if own is None else own,
-            found.y,
-            None,
-            None,
-            found.picture,
-            found.rim,
-            where_it_ran,
-        )
-        check_size(job, loaded)
-        if job.sigma_y == "auto" and not isinstance(found.operator, LinearOperator):
+        measured = read_measured(path, key)
+        own = measured.operator.sigma_y
+        noise = level if own is None or simulate else own
+        if noise == "auto" and not isinstance(measured.operator, LinearOperator):
             raise ValueError(f"--sigma-y must be a number for --task {task}")
-        return job
+        return Job(name, path, key, measured, noise, {**of_this, "device": str(where)})
 
     def read() -> Iterator[Job]:
         for name, path in share:
@@ -261,8 +212,8 @@ def solve(
     def restore(jobs: list[Job]) -> Iterator[tuple[Job, Result]]:
         try:
             result = ncvsd_inverse.solve(
-                torch.cat([job.y for job in jobs]).to(where),
-                operator=jobs[0].operator,
+                torch.cat([job.measured.y for job in jobs]).to(where),
+                operator=jobs[0].measured.operator,
                 prior=loaded,
                 nfe=nfe,
                 sigma_y=jobs[0].sigma_y,

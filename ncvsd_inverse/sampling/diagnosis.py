@@ -26,6 +26,9 @@ ENOUGH = 1024
 HIGH, LOW = 1.5, 0.7
 """Residuals beyond which a model does not fit."""
 
+SURE = 4
+"""Stds of an estimate that make it sure."""
+
 VISIBLE = 0.005
 """Noise std of whose look something is said."""
 
@@ -63,7 +66,8 @@ def describe_measurement(problem: Problem) -> list[str]:
         notes.append(
             "y lies in [0, 1]: pictures are in [-1, 1] here, so 2 y - 1 is meant if its black is 0"
         )
-    if problem.traits.family != "inpainting" and _blockiness(y) > BLOCKS:
+    has_many = min(y.shape[-2:]) >= 2 * SMALLEST
+    if has_many and problem.traits.family != "inpainting" and _blockiness(y) > BLOCKS:
         notes.append(
             "y has blocks of 8 pixels, as from JPEG, whose errors are no white noise and are kept; "
             "sigma_y = 0.06 takes them for noise"
@@ -99,8 +103,8 @@ def describe_residual(
     if known and least < LOW and can_tell:
         place = slice(int(residual.argmin()), int(residual.argmin()) + 1)
         one = replace(problem, y=problem.y[place], keys=problem.keys[place])
-        found = first_noise(one, statistics).sigma
-        if found < LOW * problem.sigma_y:
+        found, std = first_noise(one, statistics)
+        if found + SURE * std < LOW * problem.sigma_y:
             notes.append(
                 f"the residual is {least:.2g} and the noise of y seems to be {found:.2g}, not "
                 f'{problem.sigma_y:.3g}: a smaller sigma_y, or "auto", keeps more detail'

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -37,6 +38,9 @@ CONDITION_IN_SINGLE = 3e5
 
 IS_CONVOLUTION = 1e-8
 """Squared share of A^T A x that the diagonal over frequencies of a convolution leaves out."""
+
+ROUGHLY = 10.0
+"""How many times the error of a move a rough one may have."""
 
 LEAST_IN_SINGLE = 1e-3
 """Least noise std, units of y, at which misfits are taken in float32."""
@@ -84,6 +88,8 @@ class LinearSolver:
     Args:
         operator: the matrix A.
         sigma_lik: noise std s, > 0, units of y.
+        rough: whether a form that does not hold at the edges of images counts as if it did, and
+            `ROUGHLY` times the error is good enough.
 
     Attributes:
         iterations: conjugate gradient iterations of the last move.
@@ -112,9 +118,11 @@ class LinearSolver:
     DENSE: ClassVar[int] = 2048
     """Most pixels (channels counted) of images whose matrix is written out for a dense S."""
 
-    def __init__(self, operator: LinearOperator, sigma_lik: float) -> None:
+    def __init__(self, operator: LinearOperator, sigma_lik: float, *, rough: bool = False) -> None:
         self.operator = operator
         self.sigma_lik = sigma_lik
+        self.rough = rough
+        self._tolerance = ROUGHLY * self.tolerance if rough else self.tolerance
         self.iterations = 0
         self._form: LinearForm | None = None
         self._is_read = False
@@ -180,7 +188,10 @@ class LinearSolver:
 
     def _read_form(self, like: Tensor) -> LinearForm | None:
         if not self._is_read and isinstance(self.operator, StructuredOperator):
-            self._form = self.operator.linear_form(like)
+            form = self.operator.linear_form(like)
+            if form is not None and not form.exact and self.rough:
+                form = replace(form, exact=True)
+            self._form = form
         self._is_read = True
         return self._form
 
@@ -406,7 +417,7 @@ class LinearSolver:
             return apply, widen if holes.some else None
 
         dimension = covariance.dimension / (1 if meet else begin.shape[1])
-        most = self.tolerance * math.sqrt(dimension)
+        most = self._tolerance * math.sqrt(dimension)
         # Where a blur leaves little, steps are much smaller than the error.
         ptol, etol = (0.0, most) if form.transfer is None else (most, 0.0)
         rhs = -through(begin, precision)
@@ -453,7 +464,7 @@ class LinearSolver:
             return inverse * r
 
         right, size = gather(misfit), like[0].numel()
-        most = self.tolerance * math.sqrt(size)
+        most = self._tolerance * math.sqrt(size)
         # What A does not see has no place among the frequencies of such a diagonal.
         chosen = precondition if gram.has_rank else None
         # The matrix is at least I: without a preconditioner what is left bounds the error.
@@ -516,7 +527,7 @@ class LinearSolver:
         S^-1 + A^T A / s^2 of the law given y.
         """
         each = math.sqrt(math.prod(rhs.shape[2:]))
-        z, left = self._iterate(rhs, maps, atol=self.tolerance * self.sigma_lik * each)
+        z, left = self._iterate(rhs, maps, atol=self._tolerance * self.sigma_lik * each)
         return z, (squared_norm(left) / rhs[0].numel()).sqrt() / self.sigma_lik
 
     def _look(self, like: Tensor, covariance: Covariance) -> "_Gram":

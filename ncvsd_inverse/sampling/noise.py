@@ -20,7 +20,13 @@ from torch import Tensor
 
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors.covariance import DenseCovariance, SpectralCovariance
-from ncvsd_inverse.protocols import SIGMA_Y, Covariance, LinearOperator, Statistics
+from ncvsd_inverse.protocols import (
+    SIGMA_Y,
+    Covariance,
+    LinearOperator,
+    Statistics,
+    StructuredOperator,
+)
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
 from ncvsd_inverse.sampling.matheron import for_double
 from ncvsd_inverse.sampling.problem import Problem
@@ -38,6 +44,9 @@ SETTLED = 0.02
 
 HIDES = 2.0
 """How many times the noise of y the noise before a call must be, seen through A, to hide it."""
+
+WIDEST_RIM = 8
+"""Most pixels at an edge that do not count."""
 
 FARTHEST = 2.0
 """Largest change of log v and log k in an iteration."""
@@ -110,8 +119,25 @@ class NoiseTracker:
         self._probe = self._measured(draw_normal(self._y[:1], source)).expand_as(self._y)
         white = draw_normal(self._y.new_empty(problem.shape)[:1], source)
         seen = self._measured(for_double(operator, white)(white))
-        self._count = float(self._measured(torch.ones_like(self._y)).count_nonzero())
-        self.gain = math.sqrt(float(seen.square().sum()) / self._count * len(y))
+        entries = self._measured(torch.ones_like(self._y))
+        self.gain = math.sqrt(float(seen.square().sum() / entries[:1].sum()))
+        self._rough = y.ndim == 4 and math.prod(y.shape[2:]) > LinearSolver.SMALL
+        self._inside = self._inner(entries, x=white) if self._rough else entries
+        self._count = float(self._inside.sum())
+
+    def _inner(self, entries: Tensor, x: Tensor) -> Tensor:
+        """Return the entries that count: none at the edges of what is solved as if periodic."""
+        operator = self.operator
+        form = operator.linear_form(x) if isinstance(operator, StructuredOperator) else None
+        if form is None or form.exact or form.mask is not None:
+            return entries
+        inner = torch.zeros_like(entries)
+        rims = [min(side // 8, WIDEST_RIM) for side in entries.shape[2:]]
+        rows, columns = (
+            slice(rim, side - rim) for rim, side in zip(rims, entries.shape[2:], strict=True)
+        )
+        inner[..., rows, columns] = 1
+        return inner
 
     def tells(self, rho: float) -> bool:
         """Tell whether draws given images of noise std rho hardly know the noise of y.
@@ -151,6 +177,10 @@ class NoiseTracker:
                 break
         return self.noise
 
+    def _total(self, a: Tensor, b: Tensor) -> float:
+        """Return the inner product over the entries that count."""
+        return float((self._inside * a * b).sum())
+
     def _step(
         self,
         operator: LinearOperator,
@@ -161,18 +191,21 @@ class NoiseTracker:
     ) -> Tensor:
         """Return how far a fixed-point step moves log v and log k from `place`; set the noise."""
         variance, factor = place.exp().tolist()
-        solver = LinearSolver(operator, math.sqrt(variance))
+        solver = LinearSolver(operator, math.sqrt(variance), rough=self._rough)
         scaled = _scaled(covariance, factor)
         explained = self._measured(operator(solver.move(misfit, scaled, x).images))
         rest = misfit - explained
         probed = self._probe - self._measured(operator(solver.move(self._probe, scaled, x).images))
-        size = float(self._probe.square().sum()) / self._count
-        free = min(max(float((self._probe * probed).sum()) / size, 1.0), self._count)
-        found = max(float(rest.square().sum()) / free, LEAST_NOISE**2)
-        # Of the trace of P^2 of all chains, which share one measurement.
-        squares = float(probed.square().sum()) / size / len(x)
-        self.noise = Noise(math.sqrt(found), math.sqrt(found / (2 * max(squares, 1.0))))
-        explaining = float((explained * rest).sum()) / variance / max(self._count - free, 1e-9)
+        size = self._total(self._probe, self._probe) / self._count
+        free = min(max(self._total(self._probe, probed) / size, 1.0), self._count)
+        found = max(self._total(rest, rest) / free, LEAST_NOISE**2)
+        squares = min(self._total(probed, probed) / size, free)  # the trace of P^2
+        # Fisher's information on log v and log k; all chains share one measurement.
+        noise, both = squares / 2, (free - squares) / 2
+        image = max((self._count - 2 * free + squares) / 2, 1e-9)
+        known = max((noise - both**2 / image) / len(x), 0.1)
+        self.noise = Noise(math.sqrt(found), math.sqrt(found / known) / 2)
+        explaining = self._total(explained, rest) / variance / max(self._count - free, 1e-9)
         return torch.tensor(
             [math.log(found / variance), math.log(max(explaining, 1e-3))], dtype=torch.float64
         )

@@ -16,6 +16,7 @@ from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior
 from ncvsd_inverse.tasks import list_tasks, make_task
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:the residual is"),
     pytest.mark.filterwarnings("ignore:the loop is 'gibbs'"),
     pytest.mark.filterwarnings("ignore:the schedule has one sweep only"),
 ]

@@ -299,6 +299,7 @@ def test_one_picture_may_be_written_to_a_file(run, tmp_path, pictures):
 
 
 def job(height, width, number=0, sigma_y=0.05):
+    """Return what batches are made of."""
     size = (3, height, width)
     return SimpleNamespace(number=number, size=size, together=size, sigma_y=sigma_y)
 
