@@ -75,19 +75,20 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python -m pytest": Skipped("this test is among those"),
     "ncvsd demo": Short("ncvsd demo --nfe 1 --samples 2", makes=("ncvsd_demo/demo.png",)),
     **{
-        f"ncvsd solve {words}": Short(f"ncvsd solve {words} --nfe 2", makes=(made,))
-        for words, made in (
-            ("photo.jpg --task denoise", "ncvsd_restored/photo_restored.png"),
-            ("photo.jpg --task deblur --blur-std 2", "ncvsd_restored/photo_restored.png"),
-            ("photo.jpg --task deblur --kernel kernel.png -o sharp.png", "sharp.png"),
-            ("photo.jpg --task sr --scale 2", "ncvsd_restored/photo_restored.png"),
-            (
-                "photo.jpg --task inpaint --mask known.png --samples 8",
-                "ncvsd_restored/photo_std.png",
-            ),
+        f"ncvsd solve {words}": Short(
+            f"ncvsd solve {words} --nfe 2" + ("" if "-o" in words else f" -o {place}"),
+            makes=(made if "-o" in words else f"{place}/{made}",),
+        )
+        for words, place, made in (
+            ("photo.jpg --task denoise", "denoised", "photo_restored.png"),
+            ("photo.jpg --task deblur --blur-std 2", "deblurred", "photo_restored.png"),
+            ("photo.jpg --task deblur --kernel kernel.png -o sharp.png", "", "sharp.png"),
+            ("photo.jpg --task sr --scale 2", "enlarged", "photo_restored.png"),
+            ("photo.jpg --task inpaint --mask known.png --samples 8", "filled", "photo_std.png"),
             (
                 "face.png --simulate --task sr4x --prior ncvsd_faces64 --samples 8",
-                "ncvsd_restored/face_std.png",
+                "simulated",
+                "face_std.png",
             ),
         )
     },
@@ -96,6 +97,19 @@ COMMANDS: dict[str, Short | Skipped] = {
         "python experiments/photographs/photographs.py --data DIR/natural/val.zip --out shown "
         "--images 1 --every 1 --cases 12",
         makes=("shown/photographs.json",),
+    ),
+    "python experiments/photographs/noise.py --data DIR --images 20": Short(
+        "python experiments/photographs/noise.py --data DIR --images 2 --levels 0.05"
+    ),
+    "python experiments/few_step/further.py --prior ncvsd_faces64 --data DIR/faces64/val.zip "
+    "--train DIR/faces64/train.zip": Short(
+        "python experiments/few_step/further.py --prior ncvsd_faces64 --data DIR/faces64/val.zip "
+        "--train DIR/faces64/val.zip --images 1 --fit 1 --tasks sr4x --steps 1"
+    ),
+    "python experiments/few_step/further.py --prior ncvsd_natural --data DIR/natural/val.zip "
+    "--train DIR/natural/train.zip --size 128 --images 24": Short(
+        "python experiments/few_step/further.py --prior ncvsd_natural --data DIR/natural/val.zip "
+        "--train DIR/natural/val.zip --size 64 --images 1 --fit 1 --tasks sr4x --steps 1"
     ),
     "python experiments/photographs/photographs.py --out FOLDER --write": Skipped(
         "it writes into the project's notes"

@@ -22,6 +22,7 @@ from contextlib import redirect_stdout
 from itertools import islice, product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from ncvsd_inverse import solve as restore
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import read_images, write_image
 from ncvsd_inverse.numerics import make_generators
-from ncvsd_inverse.operators import Inpaint
+from ncvsd_inverse.operators import Blur, Inpaint, SuperResolution
 from ncvsd_inverse.priors import NCVSDPrior
 from ncvsd_inverse.tasks import make_task
 
@@ -109,13 +110,18 @@ def measure(truths: Tensor, name: str, place: Path, prior: str, method: str) -> 
     (place / "in").mkdir()
     for i, y in enumerate(task.operator.measure(truths, task.sigma_y, generator=noise)):
         write_image(place / "in" / f"{i:04d}.png", y[None])
-    arguments = ["solve", str(place / "in"), "--task", name, "--prior", prior]
+    arguments = ["solve", str(place / "in"), "--prior", prior, "--sigma-y", str(task.sigma_y)]
     arguments += ["--nfe", str(NFE), "-o", str(place / "out"), "--device", "cpu"]
     arguments += ["--method", method]
     if isinstance(task.operator, Inpaint):
         write_image(place / "mask.png", 2 * task.operator.mask.float() - 1)
-        arguments += ["--mask", str(place / "mask.png")]
-    return arguments
+        return [*arguments, "--task", "inpaint", "--mask", str(place / "mask.png")]
+    if isinstance(task.operator, Blur):
+        np.save(place / "kernel.npy", task.operator.kernel[0, 0].numpy())
+        arguments += ["--task", "deblur", "--kernel", str(place / "kernel.npy")]
+        return [*arguments, "--boundary", task.operator.boundary]
+    assert isinstance(task.operator, SuperResolution)
+    return [*arguments, "--task", "sr", "--scale", str(task.operator.factor)]
 
 
 def command_seconds(arguments: list[str]) -> float:

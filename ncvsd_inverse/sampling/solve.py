@@ -53,6 +53,9 @@ __all__ = ["Estimate", "Method", "Preset", "Problem", "Progress", "Result", "See
 CONVERGED = 0.1
 """Largest error of a linear solve, in stds of the law that is conditioned, that does no harm."""
 
+FEW_CALLS = 4
+"""Calls below which a residual may be off for want of calls."""
+
 PIXELS_AT_ONCE = 4_000_000
 """Pixels (channels not counted) of all chains that run together when `batch_size` is None."""
 
@@ -268,7 +271,7 @@ def solve(
     if noise is not None:
         problem = replace(problem, sigma_y=noise.sigma)
     residual = problem.residual(x0)
-    if method == "conditioning":
+    if method == "conditioning" and len(plan.calls) >= FEW_CALLS:
         known = noise is None
         for note in describe_residual(problem, x0, residual, statistics, known=known):
             warnings.warn(note, stacklevel=4)

@@ -55,7 +55,7 @@ def test_a_shipped_handle_stands_for_its_prior(name):
     assert handle.card == describe_prior(name)
     assert handle.card.kind == ("diffusion" if name.endswith("_teacher") else "ncvsd")
     assert handle.nfe_per_sample == prior.nfe_per_sample
-    assert hasattr(handle, "has_mean") == (not name.endswith("_teacher"))
+    assert hasattr(handle, "noise_scale") == (not name.endswith("_teacher"))
 
 
 @pytest.fixture(scope="module")
