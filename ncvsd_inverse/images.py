@@ -50,6 +50,9 @@ FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 PNG_RGB, PNG_RGBA = 2, 6
 """Colour types of a PNG."""
 
+START = 512
+"""Bytes at the start of a file that tell what it is."""
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What the names of pictures end in, where a folder or archive is searched for them."""
 
@@ -169,7 +172,7 @@ def _decode_picture(file: str | Path | BinaryIO, title: str) -> Picture:
                 width, height = picture.size
                 if not 0 < width * height <= MAX_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS}")
-                if picture.format == "PNG" and _has_deep_colours(_start_of(file)):
+                if picture.format == "PNG" and _has_deep_colours(_first_bytes(file, START)):
                     return _decode_deep(file, width, height)
                 # Older Pillow opens 16-bit grey PNG files as 32-bit integers.
                 deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == (
@@ -187,14 +190,14 @@ def _decode_picture(file: str | Path | BinaryIO, title: str) -> Picture:
         ) from error
 
 
-def _start_of(file: str | Path | BinaryIO) -> bytes:
-    """Return the first bytes of a file, its place kept."""
+def _first_bytes(file: str | Path | BinaryIO, number: int = -1) -> bytes:
+    """Return so many first bytes of a file, or all, its place kept."""
     if isinstance(file, str | Path):
         with Path(file).open("rb") as stream:
-            return stream.read(512)
+            return stream.read(number)
     place = file.tell()
     file.seek(0)
-    start = file.read(512)
+    start = file.read(number)
     file.seek(place)
     return start
 
@@ -202,7 +205,7 @@ def _start_of(file: str | Path | BinaryIO) -> bytes:
 def _kind_of(file: str | Path | BinaryIO) -> str:
     """Return what a file is that users take for a picture, and what to do; "" for others."""
     try:
-        start = _start_of(file)
+        start = _first_bytes(file, START)
     except OSError:
         return ""
     if start.startswith(b"GIF8"):
@@ -222,11 +225,7 @@ def _decode_deep(file: str | Path | BinaryIO, width: int, height: int) -> Pictur
     """Read a PNG of 16 bits with colours, and perhaps opacity."""
     from kornia_rs.io import decode_image_png_u16
 
-    if isinstance(file, str | Path):
-        content = Path(file).read_bytes()
-    else:
-        file.seek(0)
-        content = file.read()
+    content = _first_bytes(file)
     kind = "rgba" if content[25] == PNG_RGBA else "rgb"
     values = np.asarray(decode_image_png_u16(content, (height, width), kind))
     pixels = torch.from_numpy(values.astype(np.float32) / 65535).permute(2, 0, 1)[None]

@@ -44,9 +44,7 @@ def describe_measurement(problem: Problem) -> list[str]:
         return []
     notes = []
     one = torch.ones(1, *problem.shape[1:], dtype=problem.y.dtype, device=problem.y.device)
-    repeated = problem.traits.repeated
-    is_alike = repeated is not None and repeated(2) is problem.operator
-    if is_alike and problem.traits.family != "inpainting":
+    if _treats_all_alike(problem) and problem.traits.family != "inpainting":
         gain = float(problem.operator(one).median())
         if abs(gain - 1) > OFF_SUM:
             notes.append(
@@ -97,9 +95,11 @@ def describe_residual(
             f"{problem.sigma_y:.3g}, or kernel, boundary, scale, mask or range of values are not "
             'those of y; sigma_y="auto" estimates the noise'
         )
-    repeated = problem.traits.repeated
-    is_alike = repeated is not None and repeated(2) is problem.operator
-    can_tell = is_alike and statistics is not None and isinstance(problem.operator, LinearOperator)
+    can_tell = (
+        _treats_all_alike(problem)
+        and statistics is not None
+        and isinstance(problem.operator, LinearOperator)
+    )
     if known and least < LOW and can_tell:
         place = slice(int(residual.argmin()), int(residual.argmin()) + 1)
         one = replace(problem, y=problem.y[place], keys=problem.keys[place])
@@ -110,6 +110,12 @@ def describe_residual(
                 f'{problem.sigma_y:.3g}: a smaller sigma_y, or "auto", keeps more detail'
             )
     return notes + _describe_colour(problem, x0)
+
+
+def _treats_all_alike(problem: Problem) -> bool:
+    """Tell whether the operator is known to hold nothing for each image."""
+    repeated = problem.traits.repeated
+    return repeated is not None and repeated(2) is problem.operator
 
 
 def _describe_colour(problem: Problem, x0: Tensor) -> list[str]:
