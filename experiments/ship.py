@@ -2,15 +2,17 @@ r"""Write the networks of finished runs as the package's priors, with their card
 
     python experiments/ship.py natural --teacher-run runs/natural/teacher \
         --run runs/natural/distill --val DIR/natural/val.zip --out ncvsd_inverse/priors/weights
+    ncvsd statistics ncvsd_inverse/priors/weights/ncvsd_natural --data DIR/natural/val.zip
     ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip -o runs/judged
     python experiments/ship.py natural --judged runs/judged/evaluation.json \
         --out ncvsd_inverse/priors/weights
 
-The first command writes ncvsd_NAME and ncvsd_NAME_teacher in half precision. Of the averaged
-weights that a run keeps it takes those with the least CRPS on validation images, summed over noise
-levels in units of the teacher's error; a teacher's are those that it was distilled from. Then it
-calibrates the spread of the draws on the same images and draws `draws.jpg`. The third command puts
-what `ncvsd evaluate` measured into both cards. What a card says beside figures is in
+The first command writes ncvsd_NAME and ncvsd_NAME_teacher in half precision. A run is the folder of
+`ncvsd train` or `ncvsd distill`, or a file of `experiments/one_gpu/train.py`. Of the averaged
+weights that a folder keeps it takes those with the least CRPS on validation images, summed over
+noise levels in units of the teacher's error. Then it calibrates the spread of the draws on the same
+images and draws `draws.jpg`. The second command, which the teacher needs too, puts statistics
+into a card, the last one what `ncvsd evaluate` measured. What a card says beside figures is in
 experiments/NAME/card.toml.
 """
 
@@ -18,19 +20,23 @@ import argparse
 import json
 import subprocess
 import tomllib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ncvsd_inverse.evaluation import Evaluation, calibrate_noise_scale, evaluate
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images, write_image
-from ncvsd_inverse.networks import ConcatDenoiser, Denoiser
+from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, build_network
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
+from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.ncvsd import GAMMA
 from ncvsd_inverse.training import DistillationTrainer, DistillConfig, ImageData, load_teacher
 from ncvsd_inverse.training.checkpoint import read_checkpoint
 from ncvsd_inverse.training.trainer import CHECKPOINT, LOG
@@ -52,8 +58,8 @@ def main() -> None:
     )
     parser.add_argument("name", help="the experiment, as `faces64`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the priors")
-    parser.add_argument("--run", type=Path, help="folder of the distillation")
-    parser.add_argument("--teacher-run", type=Path, help="folder of the teacher's run")
+    parser.add_argument("--run", type=Path, help="the distillation")
+    parser.add_argument("--teacher-run", type=Path, help="the teacher's run")
     parser.add_argument("--val", type=Path, help="zip or folder of validation images")
     parser.add_argument("--images", type=int, default=64, help="validation images to choose by")
     parser.add_argument("--judged", type=Path, help="evaluation.json of `ncvsd evaluate`")
@@ -67,29 +73,41 @@ def main() -> None:
     ship(args.name, about, args.run, args.teacher_run, args.val, args.images, args.out)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a run left: networks by the std of their average, and how they were trained."""
+
+    networks: dict[float, Denoiser | ConcatDenoiser]
+    training: dict[str, object]
+    gamma: float = GAMMA
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+    tempers: bool = False
+
+
 def ship(
     name: str,
     about: dict[str, Any],
-    run_folder: Path,
-    teacher_folder: Path,
+    run: Path,
+    teacher_run: Path,
     val: Path,
     num_images: int,
     out: Path,
 ) -> None:
     """Choose the averaged weights, write both priors and a picture of their draws."""
     out.mkdir(parents=True, exist_ok=True)
-    run = open_run(run_folder, teacher_folder)
-    teacher = run.teacher
+    old = open_teacher(teacher_run, name, about)
+    new = open_student(run, name, about)
+    (teacher,) = old.networks.values()
     assert isinstance(teacher, Denoiser)
-    side = run.config.network.resolution
-    shape = None if run.config.any_size else (run.config.network.image_channels, side, side)
+    side = teacher.shape.resolution
+    shape = None if teacher.any_size else (teacher.image_channels, side, side)
     crop = about.get("crop", side)
     images = torch.cat([centre_crop(x, (crop, crop)) for x in read_images(val, num_images)])
     judge = DiffusionPrior(teacher, image_shape=shape)
     priors, scores = {}, {}
-    for std in run.config.ema_stds:
-        network = run.averaged("generator", std)
-        prior = NCVSDPrior(network, image_shape=shape, gamma=run.config.gamma)
+    for std, network in new.networks.items():
+        prior = NCVSDPrior(network, image_shape=shape, gamma=new.gamma, tempers=new.tempers)
         priors[std] = prior
         figures = evaluate(prior, judge, images, levels=LEVELS, draws=DRAWS)
         scores[std] = relative_crps(figures)
@@ -105,16 +123,12 @@ def ship(
     print("factors on the noise:", *(f"{sigma:g}: {factor:.3f}" for sigma, factor in noise_scale))
     shared: dict[str, object] = {
         "image_shape": shape,
-        "sigma_min": run.config.sigma_min,
-        "sigma_max": run.config.sigma_max,
         "licence": about["licence"],
         "data": about["data"],
         "intended_use": about["intended_use"],
         "evaluation": {},
     }
     shipped = f"ncvsd_{name}"
-    teacher_training = describe_training(teacher_folder, f"ncvsd train {name}", about)
-    training = describe_training(run_folder, f"ncvsd distill {name}", about)
     save_prior(
         out / f"{shipped}_teacher",
         halved(teacher),
@@ -123,20 +137,25 @@ def ship(
             "name": f"{shipped}_teacher",
             "kind": "diffusion",
             "gamma": None,
-            "training": teacher_training,
+            "sigma_min": old.sigma_min,
+            "sigma_max": old.sigma_max,
+            "training": old.training,
             "weaknesses": about["teacher_weaknesses"],
         },
     )
     save_prior(
         out / shipped,
-        halved(priors[best].network),
+        halved(new.networks[best]),
         {
             **shared,
             "name": shipped,
             "kind": "ncvsd",
-            "gamma": run.config.gamma,
+            "gamma": new.gamma,
+            "sigma_min": new.sigma_min,
+            "sigma_max": new.sigma_max,
             "noise_scale": [[sigma, round(factor, 3)] for sigma, factor in noise_scale],
-            "training": {**training, "ema_std": best, "teacher": teacher_training},
+            "tempers": new.tempers,
+            "training": {**new.training, "ema_std": best, "teacher": old.training},
             "weaknesses": about["weaknesses"],
         },
     )
@@ -147,17 +166,55 @@ def ship(
     write_picture(HERE / name / "draws.jpg", student, slow, images[:PICTURES, :, :side, :side])
 
 
-def open_run(folder: Path, teacher_folder: Path) -> DistillationTrainer:
-    """Return a distillation as it was left, for reading."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def open_teacher(run: Path, name: str, about: dict[str, Any]) -> Source:
+    """Return what a teacher's run left; of several averages that with the shortest memory."""
+    if run.is_file():
+        return open_weights(run)
+    return Source({0.0: load_teacher(run)}, describe_training(run, f"ncvsd train {name}", about))
+
+
+def open_student(run: Path, name: str, about: dict[str, Any]) -> Source:
+    """Return what a distillation left."""
+    if run.is_file():
+        return open_weights(run)
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings.pop("run")
     config = DistillConfig.from_dict(DistillConfig.defaults() | settings)
     # Judging is short: compiling the networks would take longer than it saves.
     config = replace(config, compile=False)
     nothing = ImageData(torch.zeros(1, config.network.image_channels, 8, 8, dtype=torch.uint8))
-    run = DistillationTrainer(config, nothing, folder, load_teacher(teacher_folder))
-    run.load()
-    return run
+    teacher = Denoiser(config.network, sigma_data=config.sigma_data, any_size=config.any_size)
+    trainer = DistillationTrainer(config, nothing, run, teacher)
+    trainer.load()
+    networks = {std: trainer.averaged("generator", std) for std in config.ema_stds}
+    return Source(
+        {std: light(network) for std, network in networks.items()},
+        describe_training(run, f"ncvsd distill {name}", about),
+        config.gamma,
+        config.sigma_min,
+        config.sigma_max,
+        config.tempered_weight > 0,
+    )
+
+
+def open_weights(path: Path) -> Source:
+    """Return what `experiments/one_gpu/train.py` wrote."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    network = build_network(about["network"])
+    network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    settings = about["config"]
+    training = {
+        "command": f"python experiments/one_gpu/train.py {settings['kind']}",
+        "commit": commit_of_this_file(),
+        "images_seen": about["images_seen"],
+        "hours": round(settings["seconds"] / 3600, 2),
+        "hardware": about["hardware"],
+        "config": settings,
+    }
+    student = settings["kind"] == "student"
+    tempers = student and settings["tempered_weight"] > 0
+    return Source({settings["ema"]: light(network.eval())}, training, tempers=tempers)
 
 
 def relative_crps(figures: Evaluation) -> float:
@@ -202,10 +259,15 @@ def commit_of_this_file() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def halved(network: nn.Module) -> Denoiser | ConcatDenoiser:
-    """Return `network` with its parameters rounded to half precision, in place; buffers stay."""
+def light(network: nn.Module) -> Denoiser | ConcatDenoiser:
+    """Return `network` if it is of a kind that ships."""
     if not isinstance(network, Denoiser | ConcatDenoiser):
         raise TypeError(f"only the light networks ship, got {type(network).__name__}")
+    return network
+
+
+def halved(network: Denoiser | ConcatDenoiser) -> Denoiser | ConcatDenoiser:
+    """Return `network` with its parameters rounded to half precision, in place; buffers stay."""
     for parameter in network.parameters():
         parameter.data = parameter.data.half()
     return network

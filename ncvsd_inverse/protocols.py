@@ -364,15 +364,12 @@ class NetworkTraits:
         size_multiple: likewise.
         num_classes: likewise.
         compute_dtype: dtype in which it computes whatever autocast says; None: that of autocast.
-        mean_head: whether a distilled network, called `with_mean=True`, returns a draw and the mean
-            of draws, stacked.
     """
 
     image_channels: int | None = None
     size_multiple: int = 1
     num_classes: int = 0
     compute_dtype: torch.dtype | None = None
-    mean_head: bool = False
 
     @classmethod
     def of(cls, network: object) -> Self:

@@ -360,6 +360,23 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/security/convert_memory.py --megabytes 600 --layout nvidia": Short(
         "python experiments/security/convert_memory.py --megabytes 100 --layout nvidia", slow=True
     ),
+    "python experiments/one_gpu/train.py teacher --init ncvsd_faces64_teacher --seconds 85 "
+    "--data DIR/faces64/train.zip --val DIR/faces64/val.zip --out faces_teacher.safetensors": Short(
+        "python experiments/one_gpu/train.py teacher --init ncvsd_faces64_teacher --seconds 0 "
+        "--data DIR/faces64/val.zip --val DIR/faces64/val.zip --out faces_teacher.safetensors "
+        "--batch 2 --held-out 2 --no-compile",
+        makes=("faces_teacher.safetensors",),
+    ),
+    "python experiments/one_gpu/train.py student --init ncvsd_faces64 --seconds 185 "
+    "--data DIR/faces64/train.zip --val DIR/faces64/val.zip --out faces_student.safetensors": Short(
+        "python experiments/one_gpu/train.py student --init ncvsd_faces64 --seconds 0 "
+        "--data DIR/faces64/val.zip --val DIR/faces64/val.zip --out faces_student.safetensors "
+        "--batch 2 --held-out 2 --no-compile",
+        makes=("faces_student.safetensors",),
+    ),
+    "ncvsd statistics ncvsd_inverse/priors/weights/ncvsd_natural --data DIR/natural/val.zip": Short(
+        "ncvsd statistics measured/ncvsd_faces64 --data DIR/faces64/val.zip --images 2"
+    ),
     "python experiments/ship.py natural --teacher-run runs/natural/teacher "
     "--run runs/natural/distill --val DIR/natural/val.zip "
     "--out ncvsd_inverse/priors/weights": Short(

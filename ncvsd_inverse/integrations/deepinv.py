@@ -37,7 +37,7 @@ def as_deepinv_denoiser(prior: Prior | str, *, draws: int = 1, seed: int = 0) ->
 
     - Of a prior with `denoise` it is the posterior mean E[x0 | x], which most of deepinv's
       algorithms expect; gradients pass where it lets them, as a `DiffusionPrior` does.
-    - Of any other, and of an `NCVSDPrior` without a mean head, it is the average of `draws` draws
+    - Of any other, and of an `NCVSDPrior` that does not temper, it is the average of `draws` draws
       of x0 given x. One draw, the default, is sharper and noisier than the mean; more draws
       approach the mean, at a network call each. Their noise is the same at every call, so that the
       denoiser is a function of x; no gradients pass.

@@ -44,12 +44,10 @@ KINDS: dict[str, type[Network]] = {
 def network_config(network: Network) -> dict[str, object]:
     """Return what `build_network` needs to build an untrained twin of `network`, JSON-able."""
     kind = next(name for name, cls in KINDS.items() if type(network) is cls)
-    head = {"mean_head": True} if isinstance(network, ConcatDenoiser) and network.mean_head else {}
     return {
         "kind": kind,
         "sigma_data": network.sigma_data,
         "any_size": network.any_size,
-        **head,
         **asdict(network.shape),
     }
 
@@ -64,9 +62,6 @@ def build_network(config: dict[str, object]) -> Network:
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    head = {"mean_head": bool(fields.pop("mean_head"))} if "mean_head" in fields else {}
-    if head and kind != "concat":
-        raise ValueError(f"mean_head must come with kind 'concat', got {kind!r}")
     try:
         sigma_data, any_size = float(str(fields.pop("sigma_data"))), bool(fields.pop("any_size"))
         for name in ("channels", "attention"):
@@ -74,7 +69,7 @@ def build_network(config: dict[str, object]) -> Network:
         shape = UNetShape(**fields)  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise ValueError(f"network configuration has a missing or unknown field: {error}") from None
-    return KINDS[kind](shape, sigma_data=sigma_data, any_size=any_size, **head)
+    return KINDS[kind](shape, sigma_data=sigma_data, any_size=any_size)
 
 
 def inference_dtype(device: torch.device | str | None = None) -> torch.dtype:

@@ -136,10 +136,7 @@ class UNet(Embedding):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map scaled input (B, Cin, H, W) and embedding (B, E) to (B, Cout, H, W)."""
         outputs = encode(self.enc, with_ones(x), embedding)
-        return self.read(decode(self.dec, outputs[-1], outputs, embedding))
-
-    def read(self, x: Tensor) -> Tensor:
-        """Map what the decoder ends with (B, channels[0], H, W) to (B, Cout, H, W)."""
+        x = decode(self.dec, outputs[-1], outputs, embedding)
         out: Tensor = self.out_conv(x) * self.out_gain.to(x.dtype)
         return out
 
@@ -273,32 +270,17 @@ class ControlledDenoiser(Preconditioned, Conditional):
 
 
 class ConcatUNet(UNet):
-    """A U-Net that reads the condition as extra channels and a second noise embedding.
+    """A U-Net that reads the condition as extra channels and a second noise embedding."""
 
-    With `mean_head` it has a second last layer, whose channels come after those of the first.
-    """
-
-    def __init__(
-        self, shape: UNetShape, in_channels: int, out_channels: int, *, mean_head: bool = False
-    ) -> None:
+    def __init__(self, shape: UNetShape, in_channels: int, out_channels: int) -> None:
         super().__init__(shape, 2 * in_channels, out_channels)
         self.emb_condition = MPConv(shape.channels[0], shape.embedding_channels, 0)
         self.condition_weight = nn.Parameter(torch.zeros([], dtype=torch.float32))
-        if mean_head:
-            self.mean_conv = MPConv(shape.channels[0], out_channels, 3)
-            self.mean_gain = nn.Parameter(torch.zeros([], dtype=torch.float32))
 
     def embed_pair(self, noise: Tensor, condition_noise: Tensor, labels: Tensor | None) -> Tensor:
         """Embed both noise levels, each (B,), into (B, E), float32."""
         extra = mp_silu(self.emb_condition(self.emb_fourier(condition_noise)))
         return mp_sum(self.embed(noise, labels), extra, self.condition_weight)
-
-    def read(self, x: Tensor) -> Tensor:
-        """Map what the decoder ends with to (B, Cout, H, W), twice Cout with a mean head."""
-        drawn = super().read(x)
-        if not hasattr(self, "mean_conv"):
-            return drawn
-        return torch.cat((drawn, self.mean_conv(x) * self.mean_gain.to(x.dtype)), dim=1)
 
 
 class ConcatDenoiser(Preconditioned, Conditional):
@@ -310,21 +292,14 @@ class ConcatDenoiser(Preconditioned, Conditional):
         shape: widths and depths.
         sigma_data: std of the images, image units.
         any_size: True if the network takes images of any size that its levels divide.
-        mean_head: whether the same pass also gives the mean of the images given the condition.
     """
 
     def __init__(
-        self,
-        shape: UNetShape,
-        *,
-        sigma_data: float = 0.5,
-        any_size: bool = False,
-        mean_head: bool = False,
+        self, shape: UNetShape, *, sigma_data: float = 0.5, any_size: bool = False
     ) -> None:
         super().__init__(shape, sigma_data=sigma_data, any_size=any_size)
         channels = self.patch_channels
-        self.unet = ConcatUNet(shape, channels, channels, mean_head=mean_head)
-        self.mean_head = mean_head
+        self.unet = ConcatUNet(shape, channels, channels)
 
     def forward(
         self,
@@ -333,39 +308,13 @@ class ConcatDenoiser(Preconditioned, Conditional):
         condition: Tensor,
         condition_sigma: Tensor,
         labels: Tensor | None = None,
-        *,
-        with_mean: bool = False,
     ) -> Tensor:
-        """Denoise `x` (B, C, H, W) at `sigma` (B,) given a noisy image at `condition_sigma`.
-
-        With `with_mean`, for networks with a mean head, return that and E[x0 | condition], stacked:
-        (2, B, C, H, W).
-        """
+        """Denoise `x` (B, C, H, W) at `sigma` (B,) given a noisy image at `condition_sigma`."""
         embedding = self.unet.embed_pair(
             conditioning(sigma), conditioning(condition_sigma), labels
         ).to(self.compute_dtype)
         pair = [self.scaled(x, sigma), self.scaled(condition, condition_sigma)]
-        out = self.unet(torch.cat(pair, dim=1), embedding)
-        drawn = self.unscaled(x, sigma, out[:, : self.patch_channels])
-        if not with_mean:
-            return drawn
-        mean = self.unscaled(condition, condition_sigma, out[:, self.patch_channels :])
-        return torch.stack((drawn, mean.to(drawn.dtype)))
-
-    def with_mean_head(self) -> Self:
-        """Return a copy with a mean head, which starts as the last layer of the draws."""
-        twin = type(self)(
-            self.shape, sigma_data=self.sigma_data, any_size=self.any_size, mean_head=True
-        )
-        state = self.state_dict()
-        twin.load_state_dict(
-            {
-                "unet.mean_conv.weight": state["unet.out_conv.weight"],
-                "unet.mean_gain": state["unet.out_gain"],
-                **state,
-            }
-        )
-        return twin
+        return self.unscaled(x, sigma, self.unet(torch.cat(pair, dim=1), embedding))
 
 
 class ControlledDiscriminator(Conditional):

@@ -268,11 +268,7 @@ class GaussianMixturePrior:
     def draw(self, num: int, *, generator: Generators = None) -> Tensor:
         """Draw `num` images from the prior, shape (num, C, H, W), dtype and device of `means`."""
         eps = _draw_standard(self._like, num, math.prod(self.image_shape), generator)
-        chosen = _draw_index(self._log_weights.to(eps).expand(num, -1), generator)
-        out = torch.empty_like(eps)
-        for k, law in enumerate(self._laws(eps)):
-            own = chosen == k
-            out[own] = law.pixels(law.variances.sqrt() * eps[own])
+        out = _draw_mixture(self._laws(eps), self._log_weights, eps, generator)
         return out.reshape(num, *self.image_shape).to(self._like.dtype)
 
     def _laws(self, like: Tensor) -> list["_Law"]:
@@ -354,7 +350,10 @@ class _MixtureStatistics:
             gains = [law.variances for law in laws]
         else:
             source = torch.Generator().manual_seed(0)
-            x0 = prior.draw(_MIXTURE_IMAGES, generator=source).to("cpu", torch.float64).flatten(1)
+            # The same numbers wherever the prior lives.
+            cpu = torch.empty(0, dtype=torch.float64)
+            eps = _draw_standard(cpu, _MIXTURE_IMAGES, math.prod(prior.image_shape), source)
+            x0 = _draw_mixture(laws, prior._log_weights, eps, source)
             u = x0 + sigma * torch.randn(x0.shape, generator=source, dtype=torch.float64)
             level = expand_level(sigma, u)
             log_probabilities, coordinates = prior._posterior(u, level, laws)
@@ -533,6 +532,18 @@ def _draw_standard(like: Tensor, num: int, dim: int, generator: Generators) -> T
     """Draw standard normals (num, dim) on the device of `like`, in at least float32."""
     check_count("num", num)
     return draw_normal(like.new_empty(num, dim, dtype=_working_dtype(like)), generator)
+
+
+def _draw_mixture(
+    laws: Sequence["_Law"], log_weights: Tensor, eps: Tensor, generator: Generators
+) -> Tensor:
+    """Turn standard normals (B, D) into draws of a mixture of laws, (B, D)."""
+    chosen = _draw_index(log_weights.to(eps).expand(len(eps), -1), generator)
+    out = torch.empty_like(eps)
+    for k, law in enumerate(laws):
+        own = chosen == k
+        out[own] = law.pixels(law.variances.sqrt() * eps[own])
+    return out
 
 
 def _draw_index(log_probabilities: Tensor, generator: Generators) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = [
     "PriorCard",
 ]
 
-OPTIONAL = ("noise_scale", "statistics", "points")
+OPTIONAL = ("noise_scale", "tempers", "statistics", "points")
 """Fields that a card may leave out."""
 
 _OTHER = "other"
@@ -44,6 +44,7 @@ class PriorCard:
         intended_use: what it is for.
         noise_scale: pairs (sigma, factor) of an "ncvsd" prior, see `NCVSDPrior`; may be left
             out.
+        tempers: whether an "ncvsd" prior was trained to temper, see `NCVSDPrior`; may be left out.
         statistics: mean and covariances of its images, or None; may be left out.
         points: settings of point estimates by operator family and network calls, or None; in JSON
             {family, or "other": {calls: {temperature, ...}}}; may be left out.
@@ -67,6 +68,7 @@ class PriorCard:
     weaknesses: str
     intended_use: str
     noise_scale: tuple[tuple[float, float], ...] = ()
+    tempers: bool = False
     statistics: ImageStatistics | None = None
     points: Points | None = None
 
@@ -90,6 +92,8 @@ class PriorCard:
         elif self.gamma is not None:
             raise ValueError(f"gamma must be null for kind 'diffusion', got {self.gamma!r}")
         check_noise_scale("noise_scale", self.noise_scale)
+        if not isinstance(self.tempers, bool):
+            raise ValueError(f"tempers must be true or false, got {self.tempers!r}")
         if not isinstance(self.statistics, ImageStatistics | None):
             raise ValueError(f"statistics must be ImageStatistics, got {self.statistics!r}")
         if self.points is not None:

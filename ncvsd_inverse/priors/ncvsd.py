@@ -18,7 +18,7 @@ from ncvsd_inverse.numerics import draw_normal, expand_level, interpolate
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, check_output
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.observations import combine_observations, raise_noise
-from ncvsd_inverse.protocols import Generators, NetworkTraits, Statistics
+from ncvsd_inverse.protocols import Generators, Statistics
 from ncvsd_inverse.schedules import karras
 
 __all__ = ["NCVSDPrior", "RefinedPrior"]
@@ -40,7 +40,8 @@ class NCVSDPrior(NetworkPrior):
     alike or too unlike have the right variance with the noise z a little larger or smaller (see
     `ncvsd_inverse.evaluation.calibrate_noise_scale`).
 
-    A network with a mean head returns E[x0 | u] in the same call; `tempered` and `denoise` use it.
+    A network that tempers, trained with `DistillConfig.tempered_weight`, returns E[x0 | u] where
+    its noise z is 0, and with T z in place of z that mean plus T times the draw's distance from it.
 
     The network is told a level in [sigma_min, sigma_max], where it was trained: a smaller sigma is
     raised to sigma_min, so the draw is made as if u were that little noisier; a larger one is an
@@ -58,10 +59,11 @@ class NCVSDPrior(NetworkPrior):
         noise_scale: pairs (sigma, k), sigma increasing and > 0, k > 0; between them k is linear in
             log sigma, beyond them constant. Empty: 1 everywhere.
         statistics: mean and covariances of its images, which sampling by conditioning needs.
+        tempers: whether the network was trained to temper.
 
     Attributes:
         nfe_per_sample: 1.
-        has_mean: whether the network has a mean head.
+        has_mean: whether `denoise` returns the mean, and `tempered` keeps it: `tempers`.
 
     Raises:
         ValueError: if an argument is out of range or `image_shape` does not fit the network.
@@ -83,6 +85,7 @@ class NCVSDPrior(NetworkPrior):
         sigma_max: float = SIGMA_MAX,
         noise_scale: Sequence[tuple[float, float]] = (),
         statistics: Statistics | None = None,
+        tempers: bool = False,
     ) -> None:
         super().__init__(
             network,
@@ -95,8 +98,7 @@ class NCVSDPrior(NetworkPrior):
         self.gamma = check_non_negative("gamma", gamma)
         self.noise_scale = check_noise_scale("noise_scale", noise_scale)
         self.nfe_per_sample = 1
-        self.has_mean = NetworkTraits.of(network).mean_head
-        self._temperature = 1.0
+        self.has_mean = tempers
 
     @exact_arithmetic()
     @torch.no_grad()
@@ -120,7 +122,7 @@ class NCVSDPrior(NetworkPrior):
     @exact_arithmetic()
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """Return E[x0 | x]: what the mean head returns, else the draw with its noise z at 0.
+        """Return the draw with its noise z at 0: E[x0 | x] if the network tempers.
 
         Args:
             x: noisy images, shape (B, C, H, W).
@@ -133,8 +135,7 @@ class NCVSDPrior(NetworkPrior):
             ValueError: if x does not fit the prior or sigma is not in (0, 1.01 sigma_max].
         """
         images, level = self._prepare("x", x, sigma)
-        drawn, mean = self._pass(images, level, torch.zeros_like(images), with_mean=self.has_mean)
-        return (drawn if mean is None else mean).to(x.dtype)
+        return self._pass(images, level, torch.zeros_like(images)).to(x.dtype)
 
     def with_noise_scale(self, noise_scale: Sequence[tuple[float, float]]) -> Self:
         """Return this prior with another `noise_scale`; the network is shared."""
@@ -143,20 +144,16 @@ class NCVSDPrior(NetworkPrior):
         return twin
 
     def tempered(self, temperature: float) -> Self:
-        """Return this prior with the spread of its draws made smaller.
+        """Return this prior with the spread of its draws made smaller: their noise z is scaled.
 
-        With a mean head, draws are `temperature` times as far from the mean; without one it scales
-        their noise z, which moves the mean too.
+        If the network tempers, its draws are then `temperature` times as far from the mean;
+        otherwise the mean moves too.
 
         Args:
             temperature: the factor, > 0; below 1 draws are nearer to their mean than the law that
                 the network learned.
         """
         check_positive("temperature", temperature)
-        if self.has_mean:
-            twin = copy.copy(self)
-            twin._temperature = self._temperature * temperature
-            return twin
         pairs = self.noise_scale or ((1.0, 1.0),)
         return self.with_noise_scale([(sigma, temperature * factor) for sigma, factor in pairs])
 
@@ -210,24 +207,16 @@ class NCVSDPrior(NetworkPrior):
 
     def _draw(self, u: Tensor, level: Tensor, generator: Generators) -> Tensor:
         """Draw x0 given checked images (B, C, H, W) at levels (B,)."""
-        z = draw_normal(u, generator)
-        drawn, mean = self._pass(u, level, z, with_mean=self._temperature != 1)
-        return drawn if mean is None else mean + self._temperature * (drawn - mean)
+        return self._pass(u, level, draw_normal(u, generator))
 
-    def _pass(
-        self, u: Tensor, level: Tensor, z: Tensor, *, with_mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the network makes of images at levels (B,), and the mean if asked for."""
+    def _pass(self, u: Tensor, level: Tensor, z: Tensor) -> Tensor:
+        """Return what the network makes of images at levels (B,) with its noise z."""
         level = level.clamp(self.sigma_min, self.sigma_max)
         if self.noise_scale:
             stds, factors = (z.new_tensor(row) for row in zip(*self.noise_scale, strict=True))
             z = expand_level(interpolate(level.log(), stds.log(), factors), z) * z
         x, raised = raise_noise(u, level, z, self.gamma)
-        arguments = (x, raised, u, level, self._labels(u))
-        if with_mean:
-            drawn, mean = check_output(self._call(*arguments, with_mean=True)).to(u.dtype)
-            return drawn, mean
-        return check_output(self._call(*arguments)).to(u.dtype), None
+        return check_output(self._call(x, raised, u, level, self._labels(u))).to(u.dtype)
 
 
 class RefinedPrior:

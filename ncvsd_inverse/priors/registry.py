@@ -127,6 +127,7 @@ def load_prior(
             sigma_max=card.sigma_max,
             card=card,
             noise_scale=card.noise_scale,
+            tempers=card.tempers,
             statistics=statistics,
         )
     prior.statistics_store = store

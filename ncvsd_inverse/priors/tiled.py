@@ -75,7 +75,6 @@ class TiledNetwork(nn.Module):
         self.size_multiple = traits.size_multiple
         self.num_classes = traits.num_classes
         self.compute_dtype = traits.compute_dtype
-        self.mean_head = traits.mean_head
         for name, length in (("tile", tile), ("overlap", overlap)):
             if check_count(name, length) % self.size_multiple:
                 raise ValueError(f"{name} must be a multiple of {self.size_multiple}, got {length}")
@@ -85,15 +84,14 @@ class TiledNetwork(nn.Module):
         self.tile = tile
         self.overlap = overlap
 
-    def forward(self, x: Tensor, *arguments: Tensor | None, with_mean: bool = False) -> Tensor:
-        """Return x0, shape (B, C, H, W); `with_mean`, draw and mean, (2, B, C, H, W)."""
+    def forward(self, x: Tensor, *arguments: Tensor | None) -> Tensor:
+        """Return x0, shape (B, C, H, W)."""
         size = x.shape[2:]
         rows, columns = (self._places(side) for side in size)
-        options = {"with_mean": True} if with_mean else {}
         if len(rows) == len(columns) == 1:
-            whole: Tensor = self.network(x, *arguments, **options)
+            whole: Tensor = self.network(x, *arguments)
             return whole
-        total = x.new_zeros((2, *x.shape) if with_mean else x.shape)
+        total = torch.zeros_like(x)
         for row, row_weight in rows:
             for column, column_weight in columns:
                 here = (..., row, column)
@@ -104,7 +102,7 @@ class TiledNetwork(nn.Module):
                     for argument in arguments
                 )
                 weight = torch.outer(row_weight, column_weight).to(x)
-                total[here] += weight * self.network(x[here], *cut, **options)
+                total[here] += weight * self.network(x[here], *cut)
         return total
 
     def _places(self, side: int) -> list[tuple[slice, Tensor]]:

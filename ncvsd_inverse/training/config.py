@@ -195,8 +195,9 @@ class DistillConfig(TrainConfig):
             score model and discriminator wait meanwhile. With `images` or more the whole run is
             of that kind; 0, as published, has no such start.
         energy_rate: learning rate of the generator during these, relative to the score model's.
-        mean_weight: weight of the squared error of the generator's mean head, >= 0; 0: it has none.
-            For kind "concat".
+        tempered_weight: weight of the squared error of tempered draws, >= 0: with its noise z
+            scaled by T in [0, 1.25] the generator is to return the mean given u plus T times the
+            draw's distance from it. 0: it does not learn to.
         num_levels: Karras levels from which sigma is drawn, between sigma_max and sigma_min.
         sigma_min: smallest level, image units.
         sigma_max: largest level, image units.
@@ -209,7 +210,7 @@ class DistillConfig(TrainConfig):
     energy_weight: float = 0.0
     energy_images: int = 0
     energy_rate: float = 0.3
-    mean_weight: float = 0.0
+    tempered_weight: float = 0.0
     num_levels: int = 1000
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -219,10 +220,7 @@ class DistillConfig(TrainConfig):
         check_choice("kind", self.kind, ("concat", "controlled"))
         check_non_negative("gamma", self.gamma)
         check_non_negative("energy_weight", self.energy_weight)
-        if check_non_negative("mean_weight", self.mean_weight) and self.kind != "concat":
-            raise ValueError(
-                f"mean_weight must be 0 for kind {self.kind!r}, got {self.mean_weight}"
-            )
+        check_non_negative("tempered_weight", self.tempered_weight)
         check_count("energy_images", self.energy_images, least=0)
         check_positive("generator_rate", self.generator_rate)
         check_positive("energy_rate", self.energy_rate)

@@ -4,7 +4,6 @@ Source: Peng et al., arXiv 2506.09416.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -19,6 +18,7 @@ from ncvsd_inverse.networks import (
     Denoiser,
     Network,
 )
+from ncvsd_inverse.numerics import expand_level
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.schedules import karras
 from ncvsd_inverse.training.config import DistillConfig
@@ -31,8 +31,8 @@ from ncvsd_inverse.training.losses import (
     distillation_loss,
     energy_loss,
     generate,
-    mean_loss,
     score_loss,
+    tempered_loss,
 )
 from ncvsd_inverse.training.teacher import check_same_networks
 from ncvsd_inverse.training.trainer import Microbatch, Trainer, log_variance, with_labels
@@ -45,15 +45,17 @@ __all__ = [
     "Draw",
 ]
 
+MOST_TEMPERED = 1.25
+"""Largest factor on z that is learned: above 1, for priors whose `noise_scale` widens draws."""
+
 
 class Draw(NamedTuple):
-    """What the generator drew for a microbatch; `mean` is that of its head, None without one."""
+    """What the generator drew for a microbatch."""
 
     u: Observation
     z: Tensor
     generated: Tensor
     sigma_hat: Tensor
-    mean: Tensor | None
 
 
 class DistillationTrainer(Trainer[DistillConfig]):
@@ -144,11 +146,7 @@ class DistillationTrainer(Trainer[DistillConfig]):
 
     def _generate(self, microbatch: Microbatch, u: Observation, z: Tensor) -> Draw:
         network = with_labels(self._generator, microbatch.labels)
-        if not self.config.mean_weight:
-            return Draw(u, z, *generate(network, u, z, gamma=self.config.gamma), None)
-        both, sigma_hat = generate(partial(network, with_mean=True), u, z, gamma=self.config.gamma)
-        generated, mean = both
-        return Draw(u, z, generated, sigma_hat, mean)
+        return Draw(u, z, *generate(network, u, z, gamma=self.config.gamma))
 
     def _score_losses(self, pairs: list[tuple[Microbatch, Draw]]) -> Iterator[Tensor]:
         for microbatch, draw in pairs:
@@ -205,12 +203,12 @@ class DistillationTrainer(Trainer[DistillConfig]):
                 self.discriminator.requires_grad_(True)
             if self.config.energy_weight:
                 loss = loss + self.config.energy_weight * self._energy(microbatch, draw)
-            yield loss + self._mean_loss(microbatch, draw)
+            yield loss + self._tempered_loss(microbatch, draw)
 
     def _energy_losses(self, microbatches: list[Microbatch]) -> Iterator[Tensor]:
         for microbatch in microbatches:
             draw = self._draw(microbatch)
-            yield self._energy(microbatch, draw) + self._mean_loss(microbatch, draw)
+            yield self._energy(microbatch, draw) + self._tempered_loss(microbatch, draw)
 
     def _energy(self, microbatch: Microbatch, draw: Draw) -> Tensor:
         """Return the energy score of `draw` and another one against the true images, (b,)."""
@@ -222,14 +220,23 @@ class DistillationTrainer(Trainer[DistillConfig]):
             sigma_data=self.config.sigma_data,
         )
 
-    def _mean_loss(self, microbatch: Microbatch, draw: Draw) -> Tensor:
-        """Return the weighted loss of the mean head, (b,); 0 without one."""
-        if draw.mean is None:
-            return torch.zeros_like(draw.u.sigma)
-        loss = mean_loss(
-            draw.mean, microbatch.images, draw.u.sigma, sigma_data=self.config.sigma_data
+    def _tempered_loss(self, microbatch: Microbatch, draw: Draw) -> Tensor:
+        """Return the weighted loss of `draw` tempered, (b,): half of them by 0; 0 if unweighted."""
+        sigma = draw.u.sigma
+        if not self.config.tempered_weight:
+            return torch.zeros_like(sigma)
+        half, place = microbatch.noise.uniform(sigma), microbatch.noise.uniform(sigma)
+        temperature = torch.where(half < 0.5, 0.0, MOST_TEMPERED * place)
+        z = expand_level(temperature, draw.z) * draw.z
+        loss = tempered_loss(
+            self._generate(microbatch, draw.u, z).generated,
+            draw.generated,
+            microbatch.images,
+            temperature,
+            sigma,
+            sigma_data=self.config.sigma_data,
         )
-        return self.config.mean_weight * loss
+        return self.config.tempered_weight * loss
 
 
 def _start_networks(
@@ -237,9 +244,8 @@ def _start_networks(
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Return generator, score model and discriminator, all started from the teacher's weights."""
     if config.kind == "concat":
-        generator = ConcatDenoiser.from_teacher(teacher)
         return (
-            generator.with_mean_head() if config.mean_weight else generator,
+            ConcatDenoiser.from_teacher(teacher),
             ConcatDenoiser.from_teacher(teacher),
             ConcatDiscriminator.from_teacher(teacher),
         )
@@ -260,11 +266,4 @@ def _start_generator(generator: nn.Module, config: DistillConfig) -> None:
             f"a {type(start).__name__}"
         )
     check_same_networks("init", start, config)
-    if isinstance(start, ConcatDenoiser):
-        if start.mean_head and not config.mean_weight:
-            raise ValueError(
-                f"mean_weight must be positive to start from {config.init}, which has a mean head"
-            )
-        if config.mean_weight and not start.mean_head:
-            start = start.with_mean_head()
     generator.load_state_dict(start.state_dict())

@@ -36,6 +36,7 @@ def save_run_prior(run: TeacherTrainer | DistillationTrainer, data: str) -> Path
             "kind": "ncvsd" if distilled else "diffusion",
             "image_shape": None if config.any_size else (config.network.image_channels, side, side),
             "gamma": run.config.gamma if isinstance(run, DistillationTrainer) else None,
+            "tempers": isinstance(config, DistillConfig) and config.tempered_weight > 0,
             "sigma_min": config.sigma_min if isinstance(config, DistillConfig) else SIGMA_MIN,
             "sigma_max": config.sigma_max if isinstance(config, DistillConfig) else SIGMA_MAX,
             "licence": "that of the training images; not stated",

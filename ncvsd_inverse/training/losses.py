@@ -26,8 +26,8 @@ __all__ = [
     "distillation_loss",
     "energy_loss",
     "generate",
-    "mean_loss",
     "score_loss",
+    "tempered_loss",
 ]
 
 DETAIL_STD = 0.2
@@ -193,14 +193,33 @@ def energy_loss(
     return torch.stack(scores).sum(0)
 
 
-def mean_loss(mean: Tensor, images: Tensor, sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """Return the squared error of means given u at level sigma, (B,).
+def tempered_loss(
+    tempered: Tensor,
+    drawn: Tensor,
+    images: Tensor,
+    temperature: Tensor,
+    sigma: Tensor,
+    *,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Return the squared error of tempered draws given u at level sigma, (B,).
 
-    It is the mean over pixels in units of the squared error of the best linear denoiser of white
-    images of std `sigma_data`, so that all levels count alike. Its expectation is least at
-    E[x0 | u].
+    A draw tempered by T is the mean given u plus T times the distance of `drawn` from it. As the
+    true images have that mean, (1 - T) images + T drawn is an unbiased target. The error is the
+    mean over pixels in units of the squared error of the best linear denoiser of white images of
+    std `sigma_data`, so that all levels count alike.
+
+    Args:
+        tempered: what the generator makes of T z, (B, C, H, W).
+        drawn: what it makes of z, (B, C, H, W); no gradient flows here.
+        images: the true images, (B, C, H, W).
+        temperature: T, (B,).
+        sigma: level of u, (B,), image units.
+        sigma_data: std of the images, image units.
     """
-    error = (mean.float() - images).square().flatten(1).mean(1)
+    share = expand_level(temperature, images)
+    target = images + share * (drawn.detach().float() - images)
+    error = (tempered.float() - target).square().flatten(1).mean(1)
     return error / _unknown(sigma, sigma_data).square()
 
 

@@ -23,7 +23,7 @@ from ncvsd_inverse.operators.deepinv_physics import (
     adapt,
     from_deepinv,
 )
-from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, NCVSDPrior, load_prior
+from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, NCVSDPrior
 from ncvsd_inverse.priors.registry import load_network
 from ncvsd_inverse.protocols import LinearOperator, Operator, SolvableOperator
 from ncvsd_inverse.sampling.likelihood import likelihood_step
@@ -470,16 +470,14 @@ def test_priors_are_denoisers_in_unit_range():
     torch.testing.assert_close(each[2], as_deepinv_denoiser(prior)(x[2:], 0.4)[0])
 
 
-@pytest.mark.parametrize("name", ["ncvsd_faces64", "mean head"])
-def test_a_student_is_a_denoiser_by_its_mean_head_or_by_draws(name):
-    student = load_prior("ncvsd_faces64", dtype=torch.float32)
-    if name == "mean head":
-        network = load_network("ncvsd_faces64").with_mean_head()
-        student = NCVSDPrior(network.eval(), image_shape=student.image_shape)
+@pytest.mark.parametrize("tempers", [False, True])
+def test_a_student_is_a_denoiser_by_its_mean_or_by_draws(tempers):
+    network = load_network("ncvsd_faces64").eval()
+    student = NCVSDPrior(network, image_shape=(3, 64, 64), tempers=tempers)
     x = torch.rand(1, 3, 64, 64)
     cleaned = as_deepinv_denoiser(student)(x, 0.1)
     drawn = student.sample(2 * x - 1, 0.2, generator=make_generators([(0, 0)]))
-    expected = student.denoise(2 * x - 1, 0.2) if name == "mean head" else drawn
+    expected = student.denoise(2 * x - 1, 0.2) if tempers else drawn
     torch.testing.assert_close(2 * cleaned - 1, expected)
 
 

@@ -80,25 +80,6 @@ def test_a_student_starts_as_its_teacher(cls):
     assert torch.allclose(student(x, sigma, y, sigma_y), teacher(x, sigma), atol=2e-3)
 
 
-@torch.no_grad()
-def test_a_mean_head_leaves_the_draws_alone_and_adds_a_mean():
-    plain = make(ConcatDenoiser)
-    headed = plain.with_mean_head()
-    x, sigma, y, sigma_y = observations()
-    drawn, mean = headed(x, sigma, y, sigma_y, with_mean=True)
-    assert torch.equal(drawn, plain(x, sigma, y, sigma_y))
-    assert torch.equal(headed(x, sigma, y, sigma_y), drawn)
-    # It starts as the draw's last layer, read as a denoiser of the condition.
-    scaled = [plain.scaled(x, sigma), plain.scaled(y, sigma_y)]
-    embedding = plain.unet.embed_pair(sigma.log() / 4, sigma_y.log() / 4, None)
-    out = plain.unet(torch.cat(scaled, dim=1), embedding)
-    assert torch.allclose(mean, plain.unscaled(y, sigma_y, out), atol=1e-6)
-    headed.unet.mean_gain.fill_(0.1)
-    moved = headed(x, sigma, y, sigma_y, with_mean=True)
-    assert torch.equal(moved[0], drawn)
-    assert not torch.allclose(moved[1], mean, atol=1e-3)
-
-
 @pytest.mark.parametrize("cls", CONDITIONAL)
 def test_the_condition_can_be_learned(cls):
     student = cls.from_teacher(make(Denoiser))
@@ -212,15 +193,6 @@ def test_configuration_rebuilds_the_network(cls):
     assert type(twin) is cls
     assert twin.any_size
     twin.load_state_dict(network.state_dict())
-
-
-def test_configuration_keeps_the_mean_head():
-    network = make(ConcatDenoiser, mean_head=True)
-    config = json.loads(json.dumps(network_config(network)))
-    assert "mean_head" not in network_config(make(ConcatDenoiser))
-    build_network(config).load_state_dict(network.state_dict())
-    with pytest.raises(ValueError, match="mean_head must come with kind 'concat', got 'denoiser'"):
-        build_network(config | {"kind": "denoiser"})
 
 
 @pytest.mark.parametrize(

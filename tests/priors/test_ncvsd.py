@@ -155,47 +155,18 @@ def test_spread_scales_the_noise_between_levels():
     assert plain.noise_scale == ()
 
 
-class ExactPair(ExactGenerator):
-    """The same with a mean head."""
-
-    mean_head = True
-
-    def forward(self, *arguments, with_mean=False):
-        drawn = super().forward(*arguments)
-        if not with_mean:
-            return drawn
-        _, _, condition, sigma = arguments[:4]
-        silent = super().forward(condition, 1.414 * sigma, condition, sigma)
-        self.calls.pop()
-        return torch.stack((drawn, silent))
-
-
-def test_a_mean_head_gives_the_mean_and_tempers_exactly():
-    u = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
-    prior = NCVSDPrior(ExactPair(), image_shape=SHAPE).with_noise_scale([(1.0, 1.1)])
-    plain = NCVSDPrior(ExactGenerator(), image_shape=SHAPE)
-    assert (prior.has_mean, plain.has_mean) == (True, False)
-    mean = prior.denoise(u, 0.4)
-    assert torch.allclose(mean, plain.denoise(u, 0.4), atol=1e-6)  # of no noise: of a Gaussian
-    drawn = prior.sample(u, 0.4, generator=torch.Generator().manual_seed(2))
-    cool = prior.tempered(0.5).tempered(0.8)
-    tempered = cool.sample(u, 0.4, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose(tempered, mean + 0.4 * (drawn - mean), atol=1e-6)
-    assert cool.noise_scale == prior.noise_scale
-    assert len(prior.network.calls) == 3
-    same = prior.sample(u, 0.4, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(same, drawn)
-
-
-def test_without_a_mean_head_noise_is_what_tempering_scales():
+def test_tempering_scales_the_noise_and_a_prior_that_tempers_says_so():
     u = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(1))
-    prior = NCVSDPrior(ExactGenerator(), image_shape=SHAPE)
+    prior = NCVSDPrior(ExactGenerator(), image_shape=SHAPE, tempers=True)
+    assert prior.has_mean
+    assert not NCVSDPrior(ExactGenerator(), image_shape=SHAPE).has_mean
     mean, drawn = prior.denoise(u, 0.4), prior.sample(u, 0.4, generator=torch.Generator())
     tempered = prior.tempered(0.5).sample(u, 0.4, generator=torch.Generator())
     assert prior.tempered(0.5).noise_scale == ((1.0, 0.5),)
+    assert prior.tempered(0.5).has_mean
     assert torch.allclose(tempered, mean + 0.5 * (drawn - mean), atol=1e-6)
     with pytest.raises(ValueError, match=r"temperature must be positive"):
-        NCVSDPrior(ExactPair(), image_shape=SHAPE).tempered(0)
+        prior.tempered(0)
 
 
 @pytest.mark.parametrize(

@@ -125,28 +125,6 @@ def test_a_denoiser_is_tiled_too():
     assert tiled(prior, 32, 8).denoise(x, 1.0).max() == 32
 
 
-class LocalPair(Local):
-    """The same with a mean head."""
-
-    mean_head = True
-
-    def forward(self, *arguments, with_mean=False):
-        drawn = super().forward(*arguments)
-        return torch.stack((drawn, drawn.sin())) if with_mean else drawn
-
-
-def test_a_mean_head_is_tiled_too():
-    u = arguments(52, 36)[0]
-    whole, cut = prior_of(LocalPair()), tiled(prior_of(LocalPair()), 32, 8)
-    assert cut.has_mean
-    assert (cut.denoise(u, 0.7) - whole.denoise(u, 0.7)).abs().max() < 1e-5
-    drawn, expected = (
-        prior.tempered(0.5).sample(u, 0.7, generator=make_generators([(0,), (1,)]))
-        for prior in (cut, whole)
-    )
-    assert (drawn - expected).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("tile", "overlap", "message"),
     [

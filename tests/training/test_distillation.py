@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ from ncvsd_inverse.training.losses import (
     distillation_loss,
     energy_loss,
     generate,
-    mean_loss,
+    tempered_loss,
 )
 from ncvsd_inverse.training.progress import picture_grid
 
@@ -177,33 +176,17 @@ def untrained_teacher(folder):
     return TeacherTrainer(teacher_config(), small_images(), folder).averaged("teacher")
 
 
-def test_a_mean_head_can_start_from_a_prior_without_one_and_not_be_lost(tmp_path):
+def test_a_run_that_tempers_says_so_in_its_card(tmp_path):
     teacher = untrained_teacher(tmp_path / "teacher")
-    plain = DistillationTrainer(distill_config(seed=3), small_images(), tmp_path / "a", teacher)
-    plain.run(seconds=0.0)
-    init = str(save_run_prior(plain, "noise"))
-    headed = DistillationTrainer(
-        distill_config(init=init, mean_weight=1.0), small_images(), tmp_path / "b", teacher
-    )
-    state, before = headed.generator.state_dict(), load_network(init).state_dict()
-    assert all(torch.allclose(state[name], before[name], atol=1e-6) for name in before)
-    assert torch.equal(state["unet.mean_conv.weight"], state["unet.out_conv.weight"])
-    headed.run(seconds=0.0)
-    init = str(save_run_prior(headed, "noise"))
-    assert load_prior(init).has_mean
-    again = DistillationTrainer(
-        distill_config(init=init, mean_weight=1.0), small_images(), tmp_path / "c", teacher
-    )
-    for name, value in load_network(init).state_dict().items():
-        assert torch.allclose(again.generator.state_dict()[name], value, atol=1e-6)
-    with pytest.raises(ValueError, match="mean_weight must be positive to start from"):
-        DistillationTrainer(distill_config(init=init), small_images(), tmp_path / "d", teacher)
-    with pytest.raises(ValueError, match="mean_weight must be 0 for kind 'controlled'"):
-        distill_config(kind="controlled", mean_weight=1.0)
+    for weight in (0.0, 1.0):
+        config = distill_config(tempered_weight=weight, images=32)
+        run = DistillationTrainer(config, small_images(), tmp_path / str(weight), teacher)
+        run.run(seconds=0.0)
+        assert load_prior(str(save_run_prior(run, "noise"))).has_mean is bool(weight)
 
 
 @pytest.mark.parametrize("energy_images", [0, 1600])
-def test_the_mean_head_learns_the_mean(tmp_path, energy_images):
+def test_the_generator_learns_to_temper(tmp_path, energy_images):
     """Of images of one colour each the mean given u is about that of its pixels."""
     torch.set_num_threads(1)
     colours = torch.randint(0, 256, (64, 3, 1, 1), generator=torch.Generator().manual_seed(0))
@@ -211,7 +194,7 @@ def test_the_mean_head_learns_the_mean(tmp_path, energy_images):
     config = distill_config(
         images=1600,
         batch_size=32,
-        mean_weight=1.0,
+        tempered_weight=10.0,
         learning_rate=0.03,
         generator_rate=1.0,
         energy_rate=1.0,
@@ -229,9 +212,8 @@ def test_the_mean_head_learns_the_mean(tmp_path, energy_images):
 
     @torch.no_grad()
     def error():
-        network = run.generator.eval()
-        both, _ = generate(partial(network, with_mean=True), u, torch.randn_like(x0), gamma=0.414)
-        return float((both[1] - x0).square().mean().sqrt())
+        drawn, _ = generate(run.generator.eval(), u, torch.zeros_like(x0), gamma=0.414)
+        return float((drawn - x0).square().mean().sqrt())
 
     # A pixel by itself tells the colour to 0.31, all of them to 0.05.
     assert error() > 0.31
@@ -239,16 +221,24 @@ def test_the_mean_head_learns_the_mean(tmp_path, energy_images):
     assert error() < 0.28
 
 
-def test_the_loss_of_the_mean_is_least_at_the_mean_and_alike_at_all_levels():
+def test_the_loss_of_tempered_draws_is_least_at_them_and_alike_at_all_levels():
     generator = torch.Generator().manual_seed(0)
     for level in (0.05, 0.5, 5.0):
         x0 = 0.5 * torch.randn(64, 3, 8, 8, generator=generator)
         sigma = torch.full((64,), level)
         u = add_noise(x0, sigma, torch.randn(x0.shape, generator=generator))
         mean = 0.25 / (0.25 + level**2) * u
-        losses = [float(mean_loss(factor * mean, x0, sigma).mean()) for factor in (1.0, 0.7, 1.3)]
-        assert losses[0] == min(losses)
-        assert losses[0] == pytest.approx(1, abs=0.05)
+        spread = level * 0.5 / math.hypot(level, 0.5)
+        drawn = mean + spread * torch.randn(x0.shape, generator=generator)
+        for temperature in (0.0, 0.6):
+            share = torch.full((64,), temperature)
+            best = mean + temperature * (drawn - mean)
+            losses = [
+                float(tempered_loss(factor * best, drawn, x0, share, sigma).mean())
+                for factor in (1.0, 0.7, 1.3)
+            ]
+            assert losses[0] == min(losses)
+            assert losses[0] == pytest.approx((1 - temperature) ** 2, abs=0.05)
 
 
 def test_weights_of_another_shape_are_no_start(tmp_path):
