@@ -162,7 +162,7 @@ COMMANDS: dict[str, Short | Skipped] = {
         "ncvsd evaluate ncvsd_faces64 --data faces64/test.zip --images 2 --draws 2 --levels 0.5",
         makes=("ncvsd_evaluation/evaluation.md",),
     ),
-    "python experiments/natural/denoising.py --data natural/test.zip": Short(
+    "python experiments/natural/denoising.py --data standard/cbsd68.zip": Short(
         "python experiments/natural/denoising.py --data natural/test.zip"
     ),
     "python experiments/few_step/phase_retrieval.py --data faces64/test.zip": Short(

@@ -56,6 +56,9 @@ LADDERS = {
 WORTHWHILE = 0.997
 """Score over the best so far with which a search goes on the same way."""
 
+TIE = 1.04
+"""Score over the best with which settings tie: it is flat in the temperature, PSNR is not."""
+
 
 def main() -> None:
     """Make the trials that are missing and print the best, or judge or write them."""
@@ -190,14 +193,26 @@ def best_of(row: list[dict[str, float]]) -> Point:
     return Point(**{name: best[name] for name in Point._fields})
 
 
+def calmest_of(row: list[dict[str, float]]) -> Point:
+    """Return the best of the trials of the lowest temperature that ties with the best of all."""
+    least = min(trial["score"] for trial in row)
+    ties = [trial for trial in row if trial["score"] <= TIE * least]
+    coolest = min(trial["temperature"] for trial in ties)
+    return best_of([trial for trial in ties if trial["temperature"] == coolest])
+
+
 def read_points(trials: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> Points:
-    """Return the best settings by family and number of calls."""
-    return {
-        None if family == "other" else family: {
-            int(calls): best_of(row) for calls, row in rows.items()
-        }
-        for family, rows in trials.items()
-    }
+    """Return settings by family and number of calls: of those that tie the calmest.
+
+    General settings stand for fewer calls than were searched.
+    """
+    points = {}
+    for name, rows in trials.items():
+        family = None if name == "other" else name
+        found = {int(calls): calmest_of(row) for calls, row in rows.items()}
+        fewer = {calls: row for calls, row in POINTS[family].items() if calls < min(found)}
+        points[family] = dict(sorted((fewer | found).items()))
+    return points
 
 
 def write_card(name: str, points: Points) -> None:

@@ -305,11 +305,13 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=256, help="crops that are judged")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--seconds", type=float, default=100, help="of training (%(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="images in a step (%(default)s)")
-    parser.add_argument("--rate", type=float, default=0.006, help="first learning rate")
+    parser.add_argument("--batch", type=int, default=512, help="images in a step (%(default)s)")
+    parser.add_argument("--rate", type=float, default=0.007, help="first learning rate")
     parser.add_argument("--ema", type=float, default=0.05, help="relative std of the average")
     parser.add_argument("--levels", type=float, nargs=2, default=(0.01, 20.0), help="a student's")
-    parser.add_argument("--tempered-weight", type=float, default=3.0)
+    parser.add_argument(
+        "--tempered-weight", type=float, default=3.0, help="a student's (%(default)s)"
+    )
     parser.add_argument("--turns", type=Path, help="file whose lock a run holds while it trains")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     options = parser.parse_args()

@@ -22,11 +22,12 @@ from experiments.few_step.oracle import (
     tasks,
     uniform_p_value,
 )
-from experiments.few_step.point import best_of, read_points, search
+from experiments.few_step.point import best_of, calmest_of, read_points, search
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.protocols import SIGMA_Y, Point
 from ncvsd_inverse.sampling.matheron import Matheron
+from ncvsd_inverse.sampling.settings import POINTS
 
 CHAINS = 400
 NAMES = ["box inpainting", "random inpainting", "SR", "blur"]
@@ -212,5 +213,19 @@ def test_a_search_of_settings_finds_the_best_and_goes_on_where_it_stopped():
 def test_settings_that_were_found_are_read_by_family():
     trials = {"blur": {"4": walk([], 5)}, "other": {"10": walk([], 2)}}
     points = read_points(trials)
-    assert points["blur"][4] == best_of(trials["blur"]["4"])
-    assert list(points[None]) == [10]
+    assert points["blur"][4] == calmest_of(trials["blur"]["4"])
+    # Fewer calls than were searched have general settings.
+    assert list(points[None]) == [1, 4, 10]
+    assert points[None][4] == POINTS[None][4]
+    assert points[None][10] == calmest_of(trials["other"]["10"])
+
+
+def test_of_settings_that_tie_the_calmest_are_taken():
+    rows = [(0.5, 0.7, 1.0), (0.2, 0.7, 1.02), (0.2, 0.5, 1.01), (0.1, 0.7, 1.05)]
+    trials = [
+        {**START._asdict(), "temperature": t, "noise": noise, "score": score}
+        for t, noise, score in rows
+    ]
+    found = calmest_of(trials)
+    assert (found.temperature, found.noise) == (0.2, 0.5)
+    assert best_of(trials).temperature == 0.5
