@@ -98,7 +98,7 @@ COMMANDS: dict[str, Short | Skipped] = {
         "--images 1 --every 1 --cases 12",
         makes=("shown/photographs.json",),
     ),
-    "python experiments/few_step/point.py --prior NAME --data DIR/natural/val.zip --images 16 "
+    "python experiments/few_step/point.py --prior NAME --data DIR/natural/val.zip --images 24 "
     "--size 96 --calls 10 --judge --out points.json": Short(
         "python experiments/few_step/point.py --prior ncvsd_natural --data DIR/natural/val.zip "
         "--images 1 --size 64 --calls 2 --judge --out points.json"

@@ -418,8 +418,8 @@ class LinearSolver:
 
         dimension = covariance.dimension / (1 if meet else begin.shape[1])
         most = self._tolerance * math.sqrt(dimension)
-        # Where a blur leaves little, steps are much smaller than the error.
-        ptol, etol = (0.0, most) if form.transfer is None else (most, 0.0)
+        # Steps can be much smaller than the error, which the preconditioner bounds if there is one.
+        ptol, etol = (most, 0.0) if holes.every else (0.0, most)
         rhs = -through(begin, precision)
         filling, left = self._iterate(rhs, maps, ptol=ptol, etol=etol, meet=meet)
         # The block of T + s^2 I is at least the inverse of the matrix, so that this is a bound.
