@@ -51,11 +51,14 @@ WIDEST_RIM = 8
 FARTHEST = 2.0
 """Largest change of log v and log k in an iteration."""
 
-BOUNDS = torch.tensor(
-    [[2 * math.log(LEAST_NOISE), 2 * math.log(100.0)], [math.log(0.02), math.log(50.0)]],
-    dtype=torch.float64,
-)
-"""Between which log v and log k lie."""
+STEPS = 127.5
+"""Steps of 8 bits in a unit of [-1, 1]; their rounding has a std of 1 / (127.5 sqrt(12))."""
+
+MOST_NOISE = 100.0
+"""Largest noise std that is told, units of y."""
+
+FACTORS = (0.02, 50.0)
+"""Between which the factor k lies."""
 
 
 class Noise(NamedTuple):
@@ -124,6 +127,7 @@ class NoiseTracker:
         self._rough = y.ndim == 4 and math.prod(y.shape[2:]) > LinearSolver.SMALL
         self._inside = self._inner(entries, x=white) if self._rough else entries
         self._count = float(self._inside.sum())
+        self._least = _least_noise(self._y, entries)
 
     def _inner(self, entries: Tensor, x: Tensor) -> Tensor:
         """Return the entries that count: none at the edges of what is solved as if periodic."""
@@ -163,6 +167,7 @@ class NoiseTracker:
         place = torch.tensor(
             [2 * math.log(self.noise.sigma), math.log(factor)], dtype=torch.float64
         )
+        ends = torch.tensor([(self._least**2, MOST_NOISE**2), FACTORS], dtype=torch.float64).log()
         before: tuple[Tensor, Tensor] | None = None
         for _ in range(iterations):
             step = self._step(operator, x, misfit, covariance, place)
@@ -172,7 +177,7 @@ class NoiseTracker:
                 share = (step @ changed / (changed @ changed).clamp(min=1e-12)).clamp(-5, 0.9)
                 move = step - share * (place - before[0] + changed)
             before = place, step
-            place = torch.clamp(place + move.clamp(-FARTHEST, FARTHEST), *BOUNDS.T)
+            place = torch.clamp(place + move.clamp(-FARTHEST, FARTHEST), *ends.T)
             if float(step.abs().max()) < SETTLED:
                 break
         return self.noise
@@ -198,7 +203,7 @@ class NoiseTracker:
         probed = self._probe - self._measured(operator(solver.move(self._probe, scaled, x).images))
         size = self._total(self._probe, self._probe) / self._count
         free = min(max(self._total(self._probe, probed) / size, 1.0), self._count)
-        found = max(self._total(rest, rest) / free, LEAST_NOISE**2)
+        found = max(self._total(rest, rest) / free, self._least**2)
         squares = min(self._total(probed, probed) / size, free)  # the trace of P^2
         # Fisher's information on log v and log k; all chains share one measurement.
         noise, both = squares / 2, (free - squares) / 2
@@ -209,6 +214,13 @@ class NoiseTracker:
         return torch.tensor(
             [math.log(found / variance), math.log(max(explaining, 1e-3))], dtype=torch.float64
         )
+
+
+def _least_noise(y: Tensor, entries: Tensor) -> float:
+    """Return the least noise std of a measurement: that of rounding, if it came in 8 bits."""
+    steps = (y + 1) * STEPS
+    off = ((steps - steps.round()) * entries).abs().max()
+    return 1 / (STEPS * math.sqrt(12)) if float(off) < 1e-3 else LEAST_NOISE
 
 
 def _in_double(covariance: Covariance) -> Covariance:

@@ -8,7 +8,13 @@ import torch
 from ncvsd_inverse import load_prior, make_task, solve
 from ncvsd_inverse import operators as ops
 from ncvsd_inverse.priors import GaussianPrior
-from ncvsd_inverse.sampling.noise import LEAST_NOISE, Noise, NoiseTracker, first_noise
+from ncvsd_inverse.sampling.noise import (
+    LEAST_NOISE,
+    Noise,
+    NoiseTracker,
+    _least_noise,
+    first_noise,
+)
 from ncvsd_inverse.sampling.problem import Problem
 
 SHAPE = (3, 32, 32)
@@ -91,6 +97,27 @@ def test_no_noise_at_all_is_told_from_some():
     y = operator(images(1))
     found = solve(y, operator=operator, prior=gaussian_prior(), nfe=2, sigma_y="auto").sigma_y
     assert LEAST_NOISE <= float(found) < 2 * LEAST_NOISE
+
+
+@pytest.mark.parametrize(
+    "operator", [ops.GaussianBlur(1.5, 7), ops.Inpaint.random(SHAPE[1:], 0.6)], ids=["blur", "mask"]
+)
+def test_a_measurement_of_8_bits_has_the_noise_of_rounding(operator):
+    clean = operator(images(1))
+    y = operator.measured(((clean + 1) * 127.5).round() / 127.5 - 1)
+    options = {"operator": operator, "prior": gaussian_prior(), "nfe": 2, "sigma_y": "auto"}
+    rounding = 2 / 255 / 12**0.5
+    assert rounding <= float(solve(y, **options).sigma_y) < 1.5 * rounding
+
+
+def test_numbers_near_steps_of_8_bits_are_no_steps():
+    y = torch.rand(1, 3, 8, 8).mul(255).round().double() / 127.5 - 1
+    assert _least_noise(y, torch.ones_like(y)) == pytest.approx(2 / 255 / 12**0.5)
+    y[0, 0, 0, 0] += 0.1 / 127.5
+    assert _least_noise(y, torch.ones_like(y)) == LEAST_NOISE
+    hidden = torch.ones_like(y)
+    hidden[0, 0, 0, 0] = 0
+    assert _least_noise(y, hidden) > LEAST_NOISE
 
 
 def test_draws_that_hold_the_noise_of_y_tell_nothing():
