@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ncvsd_inverse.evaluation import Evaluation, calibrate_noise_scale, evaluate
@@ -199,10 +197,9 @@ def open_student(run: Path, name: str, about: dict[str, Any]) -> Source:
 
 def open_weights(path: Path) -> Source:
     """Return what `experiments/one_gpu/train.py` wrote."""
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["about"])
+    state, about = read_checkpoint(path)
     network = build_network(about["network"])
-    network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    network.load_state_dict({key: value.float() for key, value in state.items()})
     settings = about["config"]
     training = {
         "command": f"python experiments/one_gpu/train.py {settings['kind']}",

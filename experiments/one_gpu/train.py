@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.networks import (
     ConcatDenoiser,
     Network,
@@ -42,18 +42,23 @@ from ncvsd_inverse.networks import (
     network_config,
     project_gradients_,
 )
-from ncvsd_inverse.priors.observations import raise_noise
+from ncvsd_inverse.numerics import expand_level
+from ncvsd_inverse.priors.ncvsd import GAMMA
 from ncvsd_inverse.priors.registry import load_network
-from ncvsd_inverse.training.distillation import MOST_TEMPERED
+from ncvsd_inverse.training.checkpoint import write_checkpoint
+from ncvsd_inverse.training.distillation import temperatures
 from ncvsd_inverse.training.ema import PowerEMA
-from ncvsd_inverse.training.losses import denoising_loss, energy_loss, tempered_loss
+from ncvsd_inverse.training.losses import (
+    Observation,
+    add_noise,
+    denoising_loss,
+    energy_loss,
+    generate,
+    tempered_loss,
+)
 from ncvsd_inverse.training.trainer import log_variance
 
-ABOUT = "about"
-"""Entry of a file's header that says, in JSON, what was trained and how."""
-
 SIDE = 64
-GAMMA = 0.414
 SCALES = ((1.0, 0.5), (0.7, 0.25), (0.5, 0.25))
 """Scales at which photographs are seen, and how often."""
 
@@ -135,17 +140,6 @@ def student_levels(count: int, low: float, high: float, device: torch.device) ->
     return low * (ends / low) ** torch.rand(count, device=device)
 
 
-def _column(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
-
-
-def draw(network: nn.Module, u: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
-    """Return what a student makes of noisy images u (B, C, H, W) with its noise z."""
-    x, raised = raise_noise(u, sigma, z, GAMMA)
-    drawn: Tensor = network(x, raised, u, sigma)
-    return drawn
-
-
 class Run:
     """A network, what it learns from, and how far it is."""
 
@@ -183,12 +177,12 @@ class Run:
             return losses.mean()
         low, high = self.options.levels
         sigma = student_levels(len(images), low, high, self.device)
-        u = images + _column(sigma) * torch.randn_like(images)
+        u = add_noise(images, sigma, torch.randn_like(images))
         first, second = torch.randn(2, *images.shape, device=self.device)
-        places, half = torch.rand(2, len(images), device=self.device)
-        temperature = torch.where(half < 0.5, 0.0, MOST_TEMPERED * places)
-        z = torch.cat((first, second, _column(temperature) * first))
-        drawn = draw(self.network, u.repeat(3, 1, 1, 1), sigma.repeat(3), z)
+        temperature = temperatures(*torch.rand(2, len(images), device=self.device))
+        z = torch.cat((first, second, expand_level(temperature, first) * first))
+        seen = Observation(u.repeat(3, 1, 1, 1), sigma.repeat(3))
+        drawn, _ = generate(self.network, seen, z, gamma=GAMMA)
         first, second, tempered = drawn.chunk(3)
         energy = self.energy((first, second), images, sigma).mean()
         mean = tempered_loss(tempered, first, images, temperature, sigma).mean()
@@ -232,17 +226,21 @@ class Run:
         torch.manual_seed(2)
         images = self.held_out
         sigma = torch.full((len(images),), level, device=self.device)
-        u = images + level * torch.randn_like(images)
+        u = Observation(add_noise(images, sigma, torch.randn_like(images)), sigma)
         if self.options.kind == "teacher":
-            figures.setdefault("psnr", []).append(psnr(network(u, sigma), images))
+            figures.setdefault("psnr", []).append(quality(network(*u), images))
             return
-        draws = [draw(network, u, sigma, torch.randn_like(u)) for _ in range(4)]
+
+        def draw(z: Tensor) -> Tensor:
+            return generate(network, u, z, gamma=GAMMA)[0]
+
+        draws = [draw(torch.randn_like(images)) for _ in range(4)]
         mean = torch.stack(draws).mean(0)
-        still = draw(network, u, sigma, torch.zeros_like(u))
+        still = draw(torch.zeros_like(images))
         spread = torch.stack([(d - mean).square().mean() for d in draws]).mean() * 4 / 3
         away = torch.stack([(d - images).square().mean() for d in draws]).mean()
-        figures.setdefault("psnr", []).append(psnr(still, images))
-        figures.setdefault("mean4", []).append(psnr(mean, images))
+        figures.setdefault("psnr", []).append(quality(still, images))
+        figures.setdefault("mean4", []).append(quality(mean, images))
         figures.setdefault("variance", []).append(
             round(float(spread / (still - images).square().mean()), 3)
         )
@@ -255,16 +253,13 @@ class Run:
         network = self.average.averages[self.options.ema]
         state = network.state_dict()
         state |= {name: value.half() for name, value in network.named_parameters()}
-        state = {name: value.contiguous() for name, value in state.items()}
         about = {
             "network": network_config(self.network),
             "images_seen": self.step * self.options.batch,
             "hardware": torch.cuda.get_device_name() if self.device.type == "cuda" else "a CPU",
             "config": {key: plain(value) for key, value in vars(self.options).items()},
         }
-        partial = self.options.out.with_suffix(".part")
-        save_file(state, partial, {ABOUT: json.dumps(about)})
-        partial.replace(self.options.out)
+        write_checkpoint(self.options.out, state, about)
 
 
 def plain(value: object) -> object:
@@ -274,10 +269,9 @@ def plain(value: object) -> object:
     return value.name if isinstance(value, Path) else value
 
 
-def psnr(images: Tensor, truth: Tensor) -> float:
-    """Return the mean PSNR in dB of images in [-1, 1]."""
-    error = (images.clamp(-1, 1) - truth).square().flatten(1).mean(1)
-    return round(float((10 * (4 / error).log10()).mean()), 3)
+def quality(images: Tensor, truth: Tensor) -> float:
+    """Return the mean PSNR in dB."""
+    return round(float(psnr(images.clamp(-1, 1), truth).mean()), 3)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DistillationTrainer",
     "Draw",
+    "temperatures",
 ]
 
 MOST_TEMPERED = 1.25
@@ -226,7 +227,7 @@ class DistillationTrainer(Trainer[DistillConfig]):
         if not self.config.tempered_weight:
             return torch.zeros_like(sigma)
         half, place = microbatch.noise.uniform(sigma), microbatch.noise.uniform(sigma)
-        temperature = torch.where(half < 0.5, 0.0, MOST_TEMPERED * place)
+        temperature = temperatures(half, place)
         z = expand_level(temperature, draw.z) * draw.z
         loss = tempered_loss(
             self._generate(microbatch, draw.u, z).generated,
@@ -237,6 +238,11 @@ class DistillationTrainer(Trainer[DistillConfig]):
             sigma_data=self.config.sigma_data,
         )
         return self.config.tempered_weight * loss
+
+
+def temperatures(half: Tensor, place: Tensor) -> Tensor:
+    """Turn uniform numbers (b,) into factors on z: 0 for half of them, else up to the most."""
+    return torch.where(half < 0.5, 0.0, MOST_TEMPERED * place)
 
 
 def _start_networks(
