@@ -331,6 +331,8 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/natural/denoising.py --data DIR/faces64/val.zip "
     "--prior runs/faces_teacher/prior": Skipped("as above"),
     "ncvsd train teacher.toml --data all.zip --out runs/natural_teacher": Skipped("it takes days"),
+    "ncvsd distill student.toml --teacher ncvsd_natural_teacher --data all.zip "
+    "--out runs/natural_student": Skipped("it takes days"),
     "ncvsd train teacher.toml --data DIR/faces64/train.zip --out runs/faces_teacher": Skipped(
         "it takes days"
     ),
