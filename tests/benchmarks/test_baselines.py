@@ -573,6 +573,18 @@ def test_reddiff_weighs_both_terms_by_their_entries(monkeypatch):
     assert (expected - 0.1).abs().max() > 0.1
 
 
+def test_small_gradients_take_reddiff_less_than_a_whole_step():
+    # The authors' 1e-8 counts in means over an image of theirs, 3x256x256 entries.
+    models, prior = small_models(1)
+    problem = make_problem(prior, SuperResolution(4), batch=2)
+    start = reddiff.METHOD.run(problem, models, 1, {"rate": 0.0, "lambda": 0.0})
+    moved = reddiff.METHOD.run(problem, models, 1, {"rate": 1.0, "lambda": 0.0})
+    gradient = start[0].numel() / problem.y[0].numel() * misfit_gradient(problem, start)
+    expected = start - gradient / (gradient.abs() + 1e-8 * 3 * 256**2)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-6)
+    assert (expected - start).abs().min() < 0.95
+
+
 @pytest.mark.parametrize("operator", [SuperResolution(4), PhaseRetrieval(8)])
 def test_the_misfit_has_its_gradient(operator):
     _, prior = small_models(1)
