@@ -347,6 +347,16 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/rivals/authors.py --table": Short(
         "python experiments/rivals/authors.py --table"
     ),
+    "python experiments/rivals/standing.py --data DIR/faces64/val.zip --out standing": Short(
+        "python experiments/rivals/standing.py --data DIR/faces64/val.zip --out standing "
+        "--images 1 --skip 1 --nfe 4",
+        makes=("standing/results/records.jsonl",),
+        slow=True,
+        lpips=True,
+    ),
+    "python experiments/rivals/standing.py --out standing --write": Skipped(
+        "it writes the tables of a long run"
+    ),
     "python experiments/operators/pictures.py --data DIR/faces64/val.zip": Short(
         "python experiments/operators/pictures.py --data DIR/faces64/val.zip --nfe 1"
     ),
