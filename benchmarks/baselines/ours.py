@@ -1,9 +1,9 @@
 """NCVSD: the toolkit's own solver with the distilled student, and the paper's settings of it.
 
-`ncvsd` returns one draw of `solve` as a user gets it by default. `ncvsd-tempered` is the same at a
-temperature below 1, from a first level of its own, and with less noise than `sigma_y` in the
-likelihood, as covariances that are the same everywhere move edges too little: no draw of the
-posterior, but nearer to the truth than one.
+`ncvsd` returns one draw of `solve`, `ncvsd-point` what it returns by default, with the settings of
+the prior's card. `ncvsd-tempered` is a draw at a temperature below 1, from a first level of its
+own, and with less noise than `sigma_y` in the likelihood, as covariances that are the same
+everywhere move edges too little: no draw of the posterior, but nearer to the truth than one.
 `ncvsd-published` is the split Gibbs loop of the paper with its schedule, its tuned noise level of
 the likelihood and its average along the chain, which is no draw of the posterior either.
 
@@ -45,6 +45,11 @@ def _run(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tens
     return _solve(problem, models.student, nfe)
 
 
+def _run_point(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
+    """Estimate an image as `solve` does by default; exactly `nfe` calls of the student."""
+    return _solve(problem, models.student, nfe, estimate="point")
+
+
 def _run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
     """Estimate an image at a temperature below 1; exactly `nfe` calls of the student.
 
@@ -84,7 +89,8 @@ def _solve(
     nfe: int,
     *,
     preset: Literal["ncvsd"] | None = None,
-    temperature: float = 1.0,
+    estimate: Literal["sample", "point"] = "sample",
+    temperature: float | None = None,
     sigma_lik: float | None = None,
     first: float = 0.0,
 ) -> Tensor:
@@ -98,7 +104,7 @@ def _solve(
         sigma_y=problem.sigma_y,
         schedule=karras(calls, first, TEMPERED_LAST, 7.0) if first else None,
         preset=preset,
-        estimate="ema" if preset else "sample",
+        estimate="ema" if preset else estimate,
         temperature=temperature,
         sigma_lik=sigma_lik,
         restarts=chains,
@@ -137,6 +143,16 @@ OURS = (
         run=_run,
         network="student",
         samples=True,
+        linear_only=False,
+        calls=(4, 10, 20, 50),
+        reference="peng2025ncvsd",
+    ),
+    Method(
+        name="ncvsd-point",
+        title="NCVSD (ours), point",
+        run=_run_point,
+        network="student",
+        samples=False,
         linear_only=False,
         calls=(4, 10, 20, 50),
         reference="peng2025ncvsd",

@@ -518,6 +518,8 @@ def test_ncvsd_is_what_a_user_gets():
     draw = {**arguments, "estimate": "sample"}
     restored = METHODS["ncvsd"].run(problem, models, 4, {})
     assert restored.equal(solve(y, nfe=4, **draw).x0)
+    restored = METHODS["ncvsd-point"].run(problem, models, 4, {})
+    assert restored.equal(solve(y, nfe=4, **arguments).x0)
     cooler = {"temperature": 0.6, "sigma_lik": 0.5 * SIGMA_Y}
     for first, levels in ((0.0, None), (0.4, karras(4, 0.4, ours.TEMPERED_LAST))):
         settings = {"temperature": 0.6, "noise": 0.5, "first": first}
