@@ -12,7 +12,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice, check_positive
 from ncvsd_inverse.cli.folder import Measured, check_size, sha256
 from ncvsd_inverse.cli.inputs import fit_picture, sides_of
-from ncvsd_inverse.cli.masks import read_array, read_kernel, read_mask, warn_of_mask
+from ncvsd_inverse.cli.masks import ARRAYS, read_array, read_kernel, read_mask, warn_of_mask
 from ncvsd_inverse.images import Picture, read_image, read_picture
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import (
@@ -33,9 +33,6 @@ from ncvsd_inverse.tasks import Task, make_task
 __all__ = ["ARRAYS", "TASKS", "WAYS_OUT", "Boundary", "Model", "Simulation"]
 
 Boundary: TypeAlias = Literal["replicate", "reflect", "circular", "valid"]
-
-ARRAYS = (".npy", ".pt")
-"""What the names of measurements that are no pictures end in."""
 
 SCALES = (2, 3, 4, 8)
 
@@ -203,7 +200,7 @@ class Model:
         return read
 
     def _read(self, path: Path, operator: BaseOperator | None) -> Measured:
-        if path.suffix in ARRAYS:
+        if path.suffix.lower() in ARRAYS:
             return self._of_array(read_array(path), operator)
         if self.task in ("mri", "phase_retrieval", "poisson"):
             raise ValueError(f"it must be an array (.npy or .pt) for {self.task}")
