@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ncvsd_inverse.checkpoints.pickles import kind_name
 from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
+from ncvsd_inverse.cli.folder import MAX_BYTES
 from ncvsd_inverse.images import read_picture
 from ncvsd_inverse.sources import open_plain
 
@@ -16,9 +17,6 @@ __all__ = ["ARRAYS", "read_array", "read_kernel", "read_mask", "warn_of_mask"]
 
 ARRAYS = (".npy", ".pt")
 """What the names of arrays end in."""
-
-MAX_BYTES = 2**30
-"""Longest file of an array that is read."""
 
 BETWEEN = 0.02
 """Share of pixels between its two levels that a mask may have, as JPEG makes them."""
@@ -84,7 +82,7 @@ def _two_levels(path: Path, values: Tensor) -> Tensor:
     share = (values - low) / (high - low)
     between = float(((share > 0.25) & (share < 0.75)).double().mean())
     if between > BETWEEN:
-        levels = values.unique().numel()
+        levels = torch.unique(values).numel()
         raise ValueError(
             f"--mask must have two levels, got {levels} in {path}, {between:.0%} of its pixels "
             "half-way: known pixels are white, others black"
