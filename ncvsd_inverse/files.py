@@ -2,12 +2,20 @@
 
 import hashlib
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["cache_folder", "file_sha256", "whole_files", "write_between", "write_whole"]
+__all__ = [
+    "cache_folder",
+    "clear_parts",
+    "file_sha256",
+    "whole_files",
+    "write_between",
+    "write_whole",
+]
 
 
 @contextmanager
@@ -51,6 +59,29 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
     """
     with whole_files(path) as (part,):
         part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def clear_parts(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed processes left half-written of files of these names in a folder."""
+    for path in folder.glob(".*.part"):
+        found = re.fullmatch(r"\.(.+)\.(\d+)\.\d+\.part", path.name)
+        if found and found[1] in names and not _is_running(int(found[2])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    """Tell whether there is another process of a number; where it is not known, that there is."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # signal 0 is none
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def cache_folder() -> Path:

@@ -6,12 +6,11 @@ A picture is a float32 tensor of shape (1, 3, H, W) in [-1, 1]; files are taken 
 import io
 import struct
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -19,6 +18,14 @@ from torch import Tensor
 
 from ncvsd_inverse.checks import check_choice, check_count, check_finite, check_images
 from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.sources import (
+    UNREADABLE,
+    FolderFiles,
+    SourceFiles,
+    open_plain,
+    open_source,
+    read_at_most,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +37,11 @@ __all__ = [
     "Picture",
     "centre_crop",
     "centre_crop_to_multiple",
+    "decode_image",
     "encode_figure",
     "encode_image",
+    "is_picture_name",
+    "measure_picture",
     "plot_pictures",
     "read_image",
     "read_images",
@@ -44,6 +54,9 @@ __all__ = [
 MAX_PIXELS = 2**26
 """Largest picture that is read, 8192 x 8192 pixels: 0.8 GB as a tensor."""
 
+MAX_BESIDE = 2**26
+"""Most bytes of a file besides 8 for each pixel, and most that are read to find its size."""
+
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 """What is opened, whatever a file is called: Pillow would start other programs for some kinds."""
 
@@ -52,6 +65,10 @@ PNG_RGB, PNG_RGBA = 2, 6
 
 START = 512
 """Bytes at the start of a file that tell what it is."""
+
+ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)
+"""The EXIF entry that says how a picture is turned, and its values that swap the sides."""
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What the names of pictures end in, where a folder or archive is searched for them."""
@@ -79,7 +96,12 @@ def read_picture(path: str | Path) -> Picture:
 
     Arguments and errors as for `read_image`.
     """
-    return _decode_picture(path, str(path))
+    try:
+        file = open_plain(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a readable picture: {error}") from error
+    with file:
+        return _decode_picture(file, str(path))
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -95,10 +117,11 @@ def read_image(path: str | Path) -> Tensor:
         The picture, shape (1, 3, H, W), in [-1, 1].
 
     Raises:
-        ValueError: if the file is missing, damaged, of another kind, larger than 2^26 pixels, or
-            its pixels have no stated range (32-bit integers, and floats outside [0, 1]).
+        ValueError: if the file is missing, damaged, of another kind, larger than 2^26 pixels or
+            than 64 MiB and 8 bytes a pixel, or its pixels have no stated range (32-bit integers,
+            and floats outside [0, 1]).
     """
-    return _decode(path, str(path))
+    return _as_colours(read_picture(path))
 
 
 def read_images(source: str | Path, limit: int | None = None) -> Iterator[Tensor]:
@@ -114,100 +137,122 @@ def read_images(source: str | Path, limit: int | None = None) -> Iterator[Tensor
         An iterator over pictures, each of shape (1, 3, H, W), in [-1, 1].
 
     Raises:
-        ValueError: if there is no picture, or the archive is damaged; later, at a picture that
-            cannot be read as `read_image` does, with its name.
+        ValueError: if there is no picture, the archive is damaged, or a link leads out of the
+            folder or to another; later, at a picture that cannot be read as `read_image` does, with
+            its name.
     """
     source = Path(source)
     if limit is not None:
         check_count("limit", limit)
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if _is_picture(path))
-        found: list[str] = [str(path) for path in files]
-    else:
-        try:
-            with zipfile.ZipFile(source) as archive:
-                found = sorted(name for name in archive.namelist() if _is_picture(Path(name)))
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{source} must be a folder or a zip archive: {error}") from error
-    if not found:
+    files = open_source(source, is_picture_name)
+    for name, reason in files.refused.items():
+        raise ValueError(f"{source / name} must be a readable picture: {reason}")
+    if not files.names:
         raise ValueError(f"{source} must hold pictures ({', '.join(SUFFIXES)}), got none")
-    return _read_each(source, found[:limit])
+    return _read_each(files, files.names[:limit])
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+def is_picture_name(name: str) -> bool:
+    """Tell whether a file's name is that of a picture that is looked for."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
 
 
-def _read_each(source: Path, names: list[str]) -> Iterator[Tensor]:
-    if source.is_dir():
-        yield from map(read_image, names)
-        return
-    with zipfile.ZipFile(source) as archive:
-        for name in names:
-            title = f"{source}: {name}"
-            try:
-                content = archive.read(name)
-            except (OSError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"{title} must be a readable picture: {error}") from error
-            yield _decode(io.BytesIO(content), title)
+def _read_each(files: SourceFiles, names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        if isinstance(files, FolderFiles):
+            title = str(files.source / name)
+        else:
+            title = f"{files.source}: {name}"
+        try:
+            file = files.open(name)
+        except UNREADABLE as error:
+            raise ValueError(f"{title} must be a readable picture: {error}") from error
+        with file:
+            yield decode_image(file, title)
 
 
-def _decode(file: str | Path | BinaryIO, title: str) -> Tensor:
-    """Read a picture as `read_image` does; errors call it `title`."""
-    picture = _decode_picture(file, title)
-    x = picture.x if picture.x.shape[1] == 3 else picture.x.expand(-1, 3, -1, -1)
+def decode_image(file: BinaryIO, title: str) -> Tensor:
+    """Read a picture from an open file as `read_image` does; errors call it `title`."""
+    return _as_colours(_decode_picture(file, title))
+
+
+def _as_colours(picture: Picture) -> Tensor:
+    """Return a picture as RGB, laid over white; its values are overwritten."""
+    x = picture.x if picture.x.shape[1] == 3 else picture.x.expand(-1, 3, -1, -1).contiguous()
     if picture.alpha is not None:
-        x = (x + 1) * picture.alpha + (1 - picture.alpha) * 2 - 1
-    return x.contiguous()
+        x.add_(1).mul_(picture.alpha).add_((1 - picture.alpha).mul_(2)).sub_(1)
+    return x
 
 
-def _decode_picture(file: str | Path | BinaryIO, title: str) -> Picture:
+class _Start:
+    """The start of a file, to find the size of a picture; ValueError if it takes too much of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._file = file
+        self._left = MAX_BESIDE
+
+    def read(self, number: int = -1) -> bytes:
+        """Read so many bytes."""
+        most = self._left + 1
+        content = self._file.read(most if number < 0 else min(number, most))
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"it must tell its size within {MAX_BESIDE} bytes")
+        return content
+
+
+def measure_picture(file: BinaryIO) -> tuple[int, int]:
+    """Return height and width of the upright picture in an open file, from its header.
+
+    An orientation that a PNG has after its pixels is not found.
+
+    Raises:
+        ValueError: if there are no pixels or more than 2^26; Pillow's errors if it is no picture.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(cast("BinaryIO", _Start(file)), formats=FORMATS) as picture:
+            width, height = picture.size
+            if not 0 < width * height <= MAX_PIXELS:
+                raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS}")
+            # Pillow would decode a whole PNG to find an orientation that is not in its header.
+            if picture.format != "PNG" or "exif" in picture.info:
+                turned = picture.getexif().get(ORIENTATION) in QUARTER_TURNS
+                width, height = (height, width) if turned else (width, height)
+    return height, width
+
+
+def _decode_picture(file: BinaryIO, title: str) -> Picture:
     """Read a picture as `read_picture` does; errors call it `title`."""
     from PIL import Image, ImageOps
 
+    start = b""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as picture:
-                width, height = picture.size
-                if not 0 < width * height <= MAX_PIXELS:
-                    raise ValueError(f"it has {width} x {height} pixels, allowed are {MAX_PIXELS}")
-                if picture.format == "PNG" and _has_deep_colours(_first_bytes(file, START)):
-                    return _decode_deep(file, width, height)
-                # Older Pillow opens 16-bit grey PNG files as 32-bit integers.
-                deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == (
-                    "I",
-                    "PNG",
-                )
-                upright = ImageOps.exif_transpose(picture)
-                if deep or upright.mode == "F":
-                    return _from_grey(np.asarray(upright).astype(np.float32), 16 if deep else 32)
-                return _from_bytes(upright)
+        start = file.read(START)
+        file.seek(0)
+        height, width = measure_picture(file)
+        file.seek(0)
+        content = read_at_most(file, MAX_BESIDE + 8 * height * width)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            if picture.format == "PNG" and _has_deep_colours(start):
+                return _decode_deep(content, *picture.size)
+            # Older Pillow opens 16-bit grey PNG files as 32-bit integers.
+            deep = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")
+            ImageOps.exif_transpose(picture, in_place=True)
+            if deep or picture.mode == "F":
+                return _from_grey(np.asarray(picture), 16 if deep else 32)
+            return _from_bytes(picture)
     # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError among them.
     except Exception as error:
-        raise ValueError(
-            f"{title} must be a readable picture: {_kind_of(file) or error}"
-        ) from error
+        reason = _kind_of(start) or str(error) or type(error).__name__
+        raise ValueError(f"{title} must be a readable picture: {reason}") from error
 
 
-def _first_bytes(file: str | Path | BinaryIO, number: int = -1) -> bytes:
-    """Return so many first bytes of a file, or all, its place kept."""
-    if isinstance(file, str | Path):
-        with Path(file).open("rb") as stream:
-            return stream.read(number)
-    place = file.tell()
-    file.seek(0)
-    start = file.read(number)
-    file.seek(place)
-    return start
-
-
-def _kind_of(file: str | Path | BinaryIO) -> str:
+def _kind_of(start: bytes) -> str:
     """Return what a file is that users take for a picture, and what to do; "" for others."""
-    try:
-        start = _first_bytes(file, START)
-    except OSError:
-        return ""
     if start.startswith(b"GIF8"):
         return "it is a GIF, whose colours are few: save the picture that it was made of as PNG"
     if b"<svg" in start.lower():
@@ -221,25 +266,28 @@ def _has_deep_colours(start: bytes) -> bool:
     return depth == 16 and kind in (PNG_RGB, PNG_RGBA)
 
 
-def _decode_deep(file: str | Path | BinaryIO, width: int, height: int) -> Picture:
+def _decode_deep(content: bytes, width: int, height: int) -> Picture:
     """Read a PNG of 16 bits with colours, and perhaps opacity."""
     from kornia_rs.io import decode_image_png_u16
 
-    content = _first_bytes(file)
     kind = "rgba" if content[25] == PNG_RGBA else "rgb"
     values = np.asarray(decode_image_png_u16(content, (height, width), kind))
-    pixels = torch.from_numpy(values.astype(np.float32) / 65535).permute(2, 0, 1)[None]
-    alpha = pixels[:, 3:].contiguous() if kind == "rgba" else None
-    return Picture((pixels[:, :3] * 2 - 1).contiguous(), 16, alpha)
+    alpha = _to_floats(values[..., 3:], 65535) if kind == "rgba" else None
+    return Picture(_to_floats(values[..., :3], 65535).mul_(2).sub_(1), 16, alpha)
+
+
+def _to_floats(pixels: np.ndarray, largest: float) -> Tensor:
+    """Return pixels (H, W, C) as float32 (1, C, H, W) in [0, 1], with no other copy of them."""
+    values = np.empty((1, pixels.shape[2], *pixels.shape[:2]), np.float32)
+    values[0] = pixels.transpose(2, 0, 1)
+    return torch.from_numpy(values).div_(largest)
 
 
 def _from_grey(values: np.ndarray, bits: int) -> Picture:
     """Return a grey picture of 16-bit integers or of floats in [0, 1], (H, W)."""
-    if bits == 16:
-        values = values / 65535
-    elif not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+    if bits == 32 and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
         raise ValueError(f"floats must lie in [0, 1], got {values.min():.3g} to {values.max():.3g}")
-    return Picture(torch.from_numpy(values)[None, None] * 2 - 1, bits)
+    return Picture(_to_floats(values[..., None], 65535 if bits == 16 else 1).mul_(2).sub_(1), bits)
 
 
 def _from_bytes(picture: "Image.Image") -> Picture:
@@ -248,17 +296,16 @@ def _from_bytes(picture: "Image.Image") -> Picture:
     profile = picture.info.get("icc_profile")
     has_alpha = "A" in picture.getbands() or "transparency" in picture.info
     if has_alpha:
-        picture = picture.convert("LA" if picture.mode in ("L", "LA", "1") else "RGBA")
+        picture = _in_mode(picture, "LA" if picture.mode in ("L", "LA", "1") else "RGBA")
     alpha = None
     if has_alpha:
-        alpha = torch.from_numpy(np.array(picture.getchannel("A")))[None, None].float() / 255
+        alpha = _to_floats(np.asarray(picture.getchannel("A"))[..., None], 255)
         picture = picture.convert("L" if picture.mode == "LA" else "RGB")
     if picture.mode in ("1", "L"):
-        pixels = np.array(picture.convert("L"))[..., None]
+        pixels = np.asarray(_in_mode(picture, "L"))[..., None]
     else:
-        pixels = np.array(_to_srgb(picture, profile))
-    values = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-    return Picture((values * 2 - 1).contiguous(), 8, alpha)
+        pixels = np.asarray(_to_srgb(picture, profile))
+    return Picture(_to_floats(pixels, 255).mul_(2).sub_(1), 8, alpha)
 
 
 def _to_srgb(picture: "Image.Image", profile: bytes | None) -> "Image.Image":
@@ -270,10 +317,15 @@ def _to_srgb(picture: "Image.Image", profile: bytes | None) -> "Image.Image":
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             target = ImageCms.createProfile("sRGB")
             turned = ImageCms.profileToProfile(picture, source, target, outputMode="RGB")
-            return picture.convert("RGB") if turned is None else turned
+            return _in_mode(picture, "RGB") if turned is None else turned
         except (ImageCms.PyCMSError, OSError):
             pass
-    return picture.convert("RGB")
+    return _in_mode(picture, "RGB")
+
+
+def _in_mode(picture: "Image.Image", mode: str) -> "Image.Image":
+    """Return a picture in a mode; Pillow would copy one that is in it."""
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")

@@ -20,6 +20,7 @@ from ncvsd_inverse.images import (
     write_image,
     write_picture,
 )
+from ncvsd_inverse.machine import PeakMemory
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -226,6 +227,37 @@ def test_unreadable_files_are_named(tmp_path, name):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} must be a readable picture"):
         read_image(tmp_path / name)
+
+
+def test_decoding_takes_few_copies(tmp_path):
+    side = 2048
+    path = save(tmp_path / "a.webp", Image.new("RGB", (side, side)), lossless=True)
+    memory = PeakMemory(torch.device("cpu"))
+    memory.reset()
+    before = memory.held()
+    read_image(path)
+    # Bytes a pixel: 12 of the result, 3 to 4 of each copy that WebP and Pillow make.
+    assert memory.peak() - before < 40 * side**2
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [(33, "it must tell its size within"), (-12, "it must have at most")]
+)
+def test_padding_is_not_read(tmp_path, place, reason):
+    whole = save(tmp_path / "a.png", Image.new("RGB", (8, 8))).read_bytes()
+    with (
+        zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("a.png", "w") as file,
+    ):
+        file.write(whole[:place] + struct.pack(">I", 2**29) + b"juNk")
+        for _ in range(72):
+            file.write(bytes(2**20))
+    memory = PeakMemory(torch.device("cpu"))
+    memory.reset()
+    before = memory.held()
+    with pytest.raises(ValueError, match=rf"a\.zip: a\.png must be a readable picture: {reason}"):
+        list(read_images(tmp_path / "a.zip"))
+    assert memory.peak() - before < 2**28
 
 
 def test_large_files_are_refused_before_they_are_decoded(tmp_path):

@@ -483,6 +483,8 @@ STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 KNOWN: dict[tuple[str, str], object] = {
     ("collections", "OrderedDict"): _Known(_make_dict),

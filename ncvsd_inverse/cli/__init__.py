@@ -1,5 +1,6 @@
 """The command `ncvsd`: one file a command, all on the public API."""
 
+import io
 import sys
 import warnings
 from typing import Annotated, TextIO
@@ -41,6 +42,9 @@ app.command("encode")(encode.encode)
 def main() -> None:
     """Run the command; an expected error becomes one line on standard error and exit status 1."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         app()
     except (ValueError, TypeError, ImportError, CheckpointError, DivergenceError, OSError) as error:

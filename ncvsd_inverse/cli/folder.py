@@ -1,8 +1,10 @@
 """Many pictures to restore: find them, skip finished ones, batch, write, report."""
 
+import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,21 +18,27 @@ from torch import Tensor
 
 from ncvsd_inverse import Result, write_image
 from ncvsd_inverse.checks import check_positive
-from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.files import clear_parts, file_sha256, write_whole
 from ncvsd_inverse.images import SUFFIXES, Picture, write_picture
 from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.statistics import ImageStatistics
 from ncvsd_inverse.protocols import Prior
+from ncvsd_inverse.sources import FolderFiles, open_plain, read_at_most
 
 __all__ = [
+    "FULL",
+    "MAX_BYTES",
     "Job",
     "Measured",
+    "Place",
     "batch_by_size",
     "card_digest",
     "check_size",
+    "clear_leftovers",
     "cut_rim",
+    "file_digest",
     "find_pictures",
     "is_finished",
     "name_once",
@@ -48,8 +56,66 @@ __all__ = [
 OUTPUTS = ("_restored", "_measurement", "_std")
 """What the names of written pictures end in, before the suffix."""
 
+SUFFIXES_OUT = (".png", ".tif")
+
 RECORD = "restored"
 """Key of a record that names the restored picture, which tells that it is one of ours."""
+
+WRITTEN = "outputs"
+"""Key of a record that lists the written pictures with their SHA-256, null before all is done."""
+
+RECORD_BYTES = 2**20
+"""Longest file that is read to see whether it is a record."""
+
+MAX_BYTES = 2**30
+"""Longest file that is restored: more than any picture or array that is read."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of writing that every later picture would meet too."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the outputs of a picture go.
+
+    Attributes:
+        stem: their path, without what they end in.
+        file: the restored picture, if it is to be there and nothing else.
+    """
+
+    stem: Path
+    file: Path | None = None
+
+    @property
+    def record(self) -> Path:
+        """The record of settings and figures."""
+        return self.stem.with_name(f"{self.stem.name}.json")
+
+    def output(self, kind: str, suffix: str = ".png") -> Path:
+        """Return the path of one of `OUTPUTS`."""
+        return self.stem.with_name(f"{self.stem.name}{kind}{suffix}")
+
+    @property
+    def outputs(self) -> list[Path]:
+        """All pictures that may be written."""
+        if self.file is not None:
+            return [self.file]
+        return [self.output(kind, suffix) for kind in OUTPUTS for suffix in SUFFIXES_OUT]
+
+    def check_own(self) -> None:
+        """ValueError if a file that would be written over has no record of ours."""
+        found, known = read_record(self.record), {path.name for path in self.outputs}
+        restored, own = found.get(RECORD), set[str]()
+        if isinstance(restored, str) and Path(restored).name in known:
+            listed = found.get(WRITTEN)
+            own = known & listed.keys() if isinstance(listed, Mapping) else known
+            own.add(self.record.name)
+        for path in (self.record, *self.outputs):
+            if os.path.lexists(path) and path.name not in own:
+                raise ValueError(
+                    f"{path} is there and has no record of ours: it is not written over; move it "
+                    "or name another --out"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +144,7 @@ class Job:
     """One measurement to restore.
 
     Attributes:
-        name: path of the outputs in the output folder, without what they end in.
+        place: where its outputs go.
         path: the file.
         key: what its random numbers follow from.
         measured: what it holds.
@@ -86,7 +152,7 @@ class Job:
         settings: all that the result depends on, and the device.
     """
 
-    name: str
+    place: Place
     path: Path
     key: tuple[int, ...]
     measured: Measured
@@ -107,36 +173,43 @@ class Job:
 
 def find_pictures(
     sources: list[Path], out: Path, suffixes: Sequence[str] = SUFFIXES
-) -> list[tuple[str, Path]]:
+) -> tuple[list[tuple[str, Path]], list[str]]:
     """Return names and paths of files and of those in folders, but for our own outputs.
 
-    Names lack what they end in, unless two would then be the same.
+    Names lack what they end in, unless two would then be the same. Beside them, a line for each
+    that a folder has but is not to be opened.
     """
     found: list[tuple[Path, Path]] = []
+    refused: list[str] = []
+
+    def wanted(name: str) -> bool:
+        return Path(name).suffix.lower() in suffixes and not name.startswith(".")
+
     for source in sources:
         if not source.is_dir():
             found.append((Path(source.name), source))
             continue
+        files = FolderFiles(source, wanted)
         inside = [
-            (path.relative_to(source), path)
-            for path in sorted(source.rglob("*"))
-            if path.suffix.lower() in suffixes
-            and not path.name.startswith(".")
-            and not _is_output(path, source, out)
+            (Path(name), source / name)
+            for name in files.names
+            if not _is_output(source / name, source, out)
         ]
-        if not inside:
+        if not (inside or files.refused):
             kinds = ", ".join(suffixes)
             raise ValueError(f"{source} must hold files ({kinds}) that are no outputs, got none")
         found += inside
+        refused += [f"{source / name}: {reason}" for name, reason in files.refused.items()]
     short = [path.with_suffix("").as_posix() for path, _ in found]
+    times = Counter(short)
     names = [
-        name if short.count(name) == 1 else name + path.suffix.replace(".", "_")
+        name if times[name] == 1 else name + path.suffix.replace(".", "_")
         for name, (path, _) in zip(short, found, strict=True)
     ]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice, number = next(iter(Counter(names).most_common(1)), ("", 0))
+    if number > 1:
         raise ValueError(f"IN must have names that differ, as outputs do, got {twice} twice")
-    return [(name, path) for name, (_, path) in zip(names, found, strict=True)]
+    return [(name, path) for name, (_, path) in zip(names, found, strict=True)], refused
 
 
 def _is_output(path: Path, source: Path, out: Path) -> bool:
@@ -161,8 +234,9 @@ def _is_output(path: Path, source: Path, out: Path) -> bool:
 def read_record(path: Path) -> Mapping[str, object]:
     """Return what a record holds; nothing if it is missing or none."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        with open_plain(path) as file:
+            found = json.loads(read_at_most(file, RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -218,17 +292,42 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def is_finished(folder: Path, name: str, settings: Mapping[str, object]) -> bool:
-    """Tell whether NAME was restored with these settings; say so if it was with others."""
-    record = folder / f"{name}.json"
-    found = read_record(record)
-    written = found.get(RECORD)
-    if not (isinstance(written, str) and (folder / written).exists()):
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file; ValueError if it has no end or one too far off."""
+    try:
+        open_plain(path, MAX_BYTES).close()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return file_sha256(path)
+
+
+def is_finished(place: Place, settings: Mapping[str, object]) -> bool:
+    """Tell whether a picture was restored with these settings and is whole; else say why not."""
+    found = read_record(place.record)
+    written = found.get(WRITTEN)
+    known = {path.name: path for path in place.outputs}
+    if not isinstance(written, Mapping) or not written or not known.keys() >= written.keys():
         return False
+    if None in written.values():
+        return False
+    for name, digest in written.items():
+        if not known[name].is_file() or file_digest(known[name]) != digest:
+            typer.echo(f"{known[name]} is not as it was written: restored again")
+            return False
     changed = _differing(settings, found)
     if changed:
-        typer.echo(f"{record} is of another {', '.join(changed)}: restored again")
+        typer.echo(f"{place.record} is of another {', '.join(changed)}: restored again")
     return not changed
+
+
+def clear_leftovers(places: Iterable[Place]) -> None:
+    """Remove what a killed run left half-written where outputs go."""
+    names: dict[Path, set[str]] = {}
+    for place in places:
+        own = names.setdefault(place.record.parent, set())
+        own.update(path.name for path in (place.record, *place.outputs))
+    for folder, own in names.items():
+        clear_parts(folder, own)
 
 
 def _differing(settings: Mapping[str, object], found: Mapping[str, object]) -> list[str]:
@@ -300,12 +399,17 @@ def card_digest(prior: Prior) -> str | None:
     return sha256(replace(prior.card, statistics=known).to_json().encode())
 
 
-def write_result(folder: Path, job: Job, result: Result, file: Path | None = None) -> None:
+def write_result(job: Job, result: Result) -> None:
     """Write pictures and figures of one restored image and print its line.
 
-    The record goes first if there is one and comes last, so that it is never beside pictures of
-    other settings. With a `file` the picture is written there, and nothing else.
+    The record comes first, unfinished, and last, so that pictures are never without one, nor beside
+    one of other settings.
+
+    Raises:
+        ValueError: if a file of another's would be written over.
+        OSError: if a file cannot be written.
     """
+    place = job.place
     restored = _as_it_came(job, result.x0)
     line = f"residual {float(result.residual[0]):.2f}"
     if result.sigma_y_std is not None:
@@ -326,26 +430,28 @@ def write_result(folder: Path, job: Job, result: Result, file: Path | None = Non
         figures["psnr"] = float(psnr(result.x0.cpu(), job.measured.truth))
         line += f", {figures['psnr']:.1f} dB"
     end = ".tif" if restored.bits == 32 and restored.x.shape[1] == 1 else ".png"
-    picture = file or folder / f"{job.name}_restored{end}"
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_picture(file, restored)
-    else:
-        record = folder / f"{job.name}.json"
-        for other in (f"{kind}{suffix}" for kind in OUTPUTS for suffix in (".png", ".tif")):
-            (folder / f"{job.name}{other}").unlink(missing_ok=True)
-        record.unlink(missing_ok=True)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        if job.measured.seen is not None:
-            write_image(folder / f"{job.name}_measurement.png", job.measured.seen)
-        if result.std is not None:
-            spread = cut_rim(result.std.mean(1, keepdim=True), job.measured.rim)
-            figures["std_shown_white"] = float(spread.max())
-            shown = 2 * spread / spread.max().clamp(min=1e-12) - 1
-            write_image(folder / f"{job.name}_std.png", shown)
-        write_picture(picture, restored)
-        figures[RECORD] = picture.relative_to(folder).as_posix()
-        write_whole(record, json.dumps({**job.settings, **figures}, indent=2) + "\n")
+    picture = place.file or place.output("_restored", end)
+    place.record.parent.mkdir(parents=True, exist_ok=True)
+    place.check_own()
+    figures[RECORD] = picture.name
+    unfinished = {RECORD: picture.name, WRITTEN: {path.name: None for path in place.outputs}}
+    write_whole(place.record, json.dumps(unfinished) + "\n")
+    for path in place.outputs:
+        if path != picture:
+            path.unlink(missing_ok=True)
+    written = [picture]
+    if place.file is None and job.measured.seen is not None:
+        written.append(place.output("_measurement"))
+        write_image(written[-1], job.measured.seen)
+    if place.file is None and result.std is not None:
+        spread = cut_rim(result.std.mean(1, keepdim=True), job.measured.rim)
+        figures["std_shown_white"] = float(spread.max())
+        shown = 2 * spread / spread.max().clamp(min=1e-12) - 1
+        written.append(place.output("_std"))
+        write_image(written[-1], shown)
+    write_picture(picture, restored)
+    figures[WRITTEN] = {path.name: file_sha256(path) for path in written}
+    write_whole(place.record, json.dumps({**job.settings, **figures}, indent=2) + "\n")
     made = {"point": "point estimate", "mean": f"mean of {len(result.samples)} samples"}
     done = made.get(result.estimate, result.estimate)
     calls = f"{result.nfe} network calls" + (" a sample" if len(result.samples) > 1 else "")

@@ -7,9 +7,16 @@ import torch
 import typer
 from torch import Tensor
 
+from ncvsd_inverse.checkpoints.pickles import kind_name
+from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
+from ncvsd_inverse.cli.folder import MAX_BYTES
 from ncvsd_inverse.images import read_picture
+from ncvsd_inverse.sources import open_plain
 
-__all__ = ["read_array", "read_kernel", "read_mask", "warn_of_mask"]
+__all__ = ["ARRAYS", "read_array", "read_kernel", "read_mask", "warn_of_mask"]
+
+ARRAYS = (".npy", ".pt")
+"""What the names of arrays end in."""
 
 BETWEEN = 0.02
 """Share of pixels between its two levels that a mask may have, as JPEG makes them."""
@@ -25,20 +32,23 @@ def read_array(path: Path) -> Tensor:
     """Return the numbers of a .npy or .pt file; nothing in it is run.
 
     Raises:
-        ValueError: if the file is missing, damaged, or holds other things than one array.
+        ValueError: if the file is missing, damaged, over 1 GiB, or holds other than one array.
     """
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            if array.dtype == np.uint16:
-                array = array.astype(np.int32)
-            return torch.from_numpy(np.ascontiguousarray(array))
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
+        with open_plain(path, MAX_BYTES) as file:
+            if path.suffix.lower() == ".npy":
+                array = np.lib.format.read_array(file, allow_pickle=False)
+                if array.dtype == np.uint16:
+                    array = array.astype(np.int32)
+                return torch.from_numpy(np.ascontiguousarray(array))
+        tensor = read_checkpoint_file(path, max_bytes=MAX_BYTES)
+    # What numpy raises on damaged files, and torch on dtypes that it lacks, is of many kinds.
     except Exception as error:
-        raise ValueError(f"{path} must be a readable array: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} must be a readable array: {reason}") from error
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{path} must hold one tensor, got {type(tensor).__name__}")
-    return tensor.resolve_conj()
+        raise ValueError(f"{path} must hold one tensor, got {kind_name(tensor)}")
+    return tensor.clone()  # it is a view of the file, which may change
 
 
 def read_mask(path: Path) -> Tensor:
@@ -50,7 +60,7 @@ def read_mask(path: Path) -> Tensor:
     Raises:
         ValueError: if the file cannot be read or does not have two levels.
     """
-    if path.suffix in (".npy", ".pt"):
+    if path.suffix.lower() in ARRAYS:
         array = read_array(path).squeeze()
         if array.ndim != 2 or array.is_complex():
             raise ValueError(f"--mask must have shape (H, W), got {tuple(array.shape)} in {path}")
@@ -72,7 +82,7 @@ def _two_levels(path: Path, values: Tensor) -> Tensor:
     share = (values - low) / (high - low)
     between = float(((share > 0.25) & (share < 0.75)).double().mean())
     if between > BETWEEN:
-        levels = len(set(values.flatten().tolist()))
+        levels = torch.unique(values).numel()
         raise ValueError(
             f"--mask must have two levels, got {levels} in {path}, {between:.0%} of its pixels "
             "half-way: known pixels are white, others black"
@@ -102,7 +112,7 @@ def read_kernel(path: Path) -> Tensor:
     Raises:
         ValueError: if the file cannot be read, or has negative values or nothing above 0.
     """
-    if path.suffix in (".npy", ".pt"):
+    if path.suffix.lower() in ARRAYS:
         kernel = read_array(path).squeeze().double()
     else:
         kernel = ((read_picture(path).x[0].mean(0) + 1) / 2).double()

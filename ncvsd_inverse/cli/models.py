@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_choice, check_positive
-from ncvsd_inverse.cli.folder import Measured, check_size, sha256
+from ncvsd_inverse.cli.folder import Measured, check_size, file_digest
 from ncvsd_inverse.cli.inputs import fit_picture, sides_of
-from ncvsd_inverse.cli.masks import read_array, read_kernel, read_mask, warn_of_mask
+from ncvsd_inverse.cli.masks import ARRAYS, read_array, read_kernel, read_mask, warn_of_mask
 from ncvsd_inverse.images import Picture, read_image, read_picture
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import (
@@ -33,9 +33,6 @@ from ncvsd_inverse.tasks import Task, make_task
 __all__ = ["ARRAYS", "TASKS", "WAYS_OUT", "Boundary", "Model", "Simulation"]
 
 Boundary: TypeAlias = Literal["replicate", "reflect", "circular", "valid"]
-
-ARRAYS = (".npy", ".pt")
-"""What the names of measurements that are no pictures end in."""
 
 SCALES = (2, 3, 4, 8)
 
@@ -100,7 +97,7 @@ class Simulation:
     @property
     def settings(self) -> dict[str, object]:
         """What a record says of it."""
-        return {"mask_sha256": None if self.mask is None else sha256(self.mask.read_bytes())}
+        return {"mask_sha256": None if self.mask is None else file_digest(self.mask)}
 
     def reader(self, prior: Prior) -> Reader:
         """Return what reads a clean picture, fitted to what the prior takes, and degrades it."""
@@ -177,8 +174,8 @@ class Model:
     def settings(self) -> dict[str, object]:
         """What a record says of it."""
         return {
-            "kernel_sha256": None if self.kernel is None else sha256(self.kernel.read_bytes()),
-            "mask_sha256": None if self.mask is None else sha256(self.mask.read_bytes()),
+            "kernel_sha256": None if self.kernel is None else file_digest(self.kernel),
+            "mask_sha256": None if self.mask is None else file_digest(self.mask),
             "blur_std": self.blur_std,
             "boundary": self._boundary if self.task == "deblur" else None,
             "scale": self.scale,
@@ -203,7 +200,7 @@ class Model:
         return read
 
     def _read(self, path: Path, operator: BaseOperator | None) -> Measured:
-        if path.suffix in ARRAYS:
+        if path.suffix.lower() in ARRAYS:
             return self._of_array(read_array(path), operator)
         if self.task in ("mri", "phase_retrieval", "poisson"):
             raise ValueError(f"it must be an array (.npy or .pt) for {self.task}")

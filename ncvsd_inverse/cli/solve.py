@@ -1,5 +1,6 @@
 """`ncvsd solve`: pictures restored, one or a folder of them."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +9,15 @@ import torch
 import typer
 
 import ncvsd_inverse
-from ncvsd_inverse import DivergenceError, Result, __version__, list_tasks
+from ncvsd_inverse import Result, __version__, list_tasks
 from ncvsd_inverse.cli.folder import (
+    FULL,
     Job,
+    Place,
     batch_by_size,
     card_digest,
+    clear_leftovers,
+    file_digest,
     find_pictures,
     is_finished,
     name_once,
@@ -127,11 +132,13 @@ def solve(
 
     For each IN the output folder gets NAME_restored.png, NAME.json (settings and figures),
     NAME_std.png for several samples and, with --simulate, NAME_measurement.png. Folders are
-    searched through; NAME is then the path within the folder. For one IN, -o may name a picture.
+    searched through; NAME is then the path within the folder. For one IN, -o may name a picture,
+    which alone is then written, and NAME.json beside it.
 
     The same command goes on after a stop: a picture is skipped if NAME.json shows that this very
     file was restored with these settings. One that cannot be restored is named at the end, with
-    exit status 1. Noise depends on --seed and NAME alone, not on which pictures there are. Under
+    exit status 1. Files that NAME.json does not show to be outputs are not written over. Noise
+    depends on --seed and NAME alone, not on which pictures there are. Under
     `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
     """
     levels = None if schedule is None else read_levels(schedule)
@@ -143,12 +150,15 @@ def solve(
     else:
         model = Model(task, kernel, blur_std, boundary, scale, mask, peak)
         level = "auto" if given is None else given
-    pictures = find_pictures(sources, out, SUFFIXES if simulate else (*SUFFIXES, *ARRAYS))
+    pictures, bad = find_pictures(sources, out, SUFFIXES if simulate else (*SUFFIXES, *ARRAYS))
     file = out if out.suffix.lower() in SUFFIXES and not out.is_dir() else None
     if file is not None and len(pictures) > 1:
         raise ValueError(f"--out must be a folder for {len(pictures)} pictures, got {out}")
     process, processes = process_place()
     share = pictures[process::processes]
+    found = len(pictures) + len(bad)
+    if process > 0:
+        bad = []  # the first process names them
     whole, where = load_named(prior, device)
     if steps is not None:
         if not isinstance(whole, DiffusionPrior):
@@ -161,8 +171,12 @@ def solve(
     if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
         loaded = tiled(whole, tile)
     read_measured = model.reader(loaded)
-    if file is None:
-        open_folder(out)
+    open_folder(out if file is None else file.parent)
+
+    def place_of(name: str) -> Place:
+        return Place(out / name) if file is None else Place(file.with_suffix(""), file)
+
+    clear_leftovers(place_of(name) for name, _ in share)
     settings = {
         "task": task,
         "prior": prior,
@@ -185,29 +199,35 @@ def solve(
         "version": __version__,
     }
 
-    bad: list[str] = []
     done = 0
+    unusable = len(bad)
+
+    def fail(path: Path, error: Exception) -> None:
+        bad.append(name_once(path, error))
+        advance(1)
 
     def prepare(name: str, path: Path, of_this: Mapping[str, object]) -> Job:
-        key = (seed, int(sha256(name.encode())[:16], 16))
+        key = (seed, int(sha256(os.fsencode(name))[:16], 16))
         measured = read_measured(path, key)
         own = measured.operator.sigma_y
         noise = level if own is None or simulate else own
         if noise == "auto" and not isinstance(measured.operator, LinearOperator):
             raise ValueError(f"--sigma-y must be a number for --task {task}")
-        return Job(name, path, key, measured, noise, {**of_this, "device": str(where)})
+        return Job(place_of(name), path, key, measured, noise, {**of_this, "device": str(where)})
 
     def read() -> Iterator[Job]:
         for name, path in share:
             try:
-                of_this = settings | {"input_sha256": sha256(path.read_bytes())}
-                if file is None and is_finished(out, name, of_this):
+                of_this = settings | {"input_sha256": file_digest(path)}
+                if is_finished(place_of(name), of_this):
                     advance(1)
                     continue
-                yield prepare(name, path, of_this)
-            except (OSError, ValueError) as error:
-                bad.append(name_once(path, error))
-                advance(1)
+                place_of(name).check_own()
+                job = prepare(name, path, of_this)
+            except (OSError, ValueError, MemoryError, RuntimeError) as error:
+                fail(path, error)
+            else:
+                yield job
 
     def restore(jobs: list[Job]) -> Iterator[tuple[Job, Result]]:
         try:
@@ -224,15 +244,17 @@ def solve(
                 method=method,
                 schedule=levels,
                 seed=[job.key for job in jobs],
-                progress=len(pictures) == 1,
+                progress=found == 1,
             )
-        except DivergenceError as error:
-            if len(jobs) > 1:
-                for job in jobs:
-                    yield from restore([job])
-            else:
-                bad.append(name_once(jobs[0].path, error))
-                advance(1)
+        # Divergence, lack of memory, a size that does not fit: of one picture, for all is known.
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if len(jobs) == 1:
+                fail(jobs[0].path, error)
+                return
+            result = None
+        if result is None:  # past the error, which holds what was in memory
+            for job in jobs:
+                yield from restore([job])
             return
         for place, job in enumerate(jobs):
             yield job, one_image(result, place)
@@ -242,10 +264,17 @@ def solve(
     with progress_bar("pictures", len(share), shown=shown) as advance:
         for jobs in batch_by_size(read(), most // max(samples, 1)):
             for job, result in restore(jobs):
-                write_result(out, job, result, file)
+                try:
+                    write_result(job, result)
+                except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno in FULL:
+                        raise
+                    fail(job.path, error)
+                    continue
                 done += 1
                 advance(1)
     if len(share) > 1:
-        before = len(share) - done - len(bad)
+        failed = len(bad) - unusable
+        before = len(share) - done - failed
         typer.echo(f"{done} pictures restored, {before} finished before, {len(bad)} failed")
-    report_failures(bad, len(pictures))
+    report_failures(bad, found)

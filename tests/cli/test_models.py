@@ -1,6 +1,9 @@
 """Forward models of users' files: masks, kernels, arrays and pictures of many kinds."""
 
+import io
+import os
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import torch
 from PIL import Image
 
 from ncvsd_inverse import cli, make_task
-from ncvsd_inverse.cli.masks import read_kernel, read_mask
+from ncvsd_inverse.cli.masks import read_array, read_kernel, read_mask
 from ncvsd_inverse.cli.models import Model
 from ncvsd_inverse.images import Picture, centre_crop, read_image, read_picture, write_picture
 from ncvsd_inverse.metrics import psnr
@@ -218,3 +221,30 @@ def test_options_of_other_tasks_are_refused():
         Model("denoise", peak=3.0)
     with pytest.raises(ValueError, match=r"--task must be one of denoise, deblur, .* got 'blur'"):
         Model("blur")
+
+
+def test_arrays_are_bounded(tmp_path):
+    torch.save(torch.zeros(2**20), tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name))
+    torch.save(torch.zeros(1).expand(2**20, 2**20), tmp_path / "expanded.pt")
+    np.save(tmp_path / "sparse.npy", np.zeros(8))
+    os.truncate(tmp_path / "sparse.npy", 2**31)
+    header = io.BytesIO()
+    described = {"descr": "<f8", "fortran_order": False, "shape": (2**20, 2**24)}
+    np.lib.format.write_array_header_1_0(header, described)
+    (tmp_path / "claims.NPY").write_bytes(header.getvalue())
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name, reason in (
+        ("bomb.pt", "must be stored, not compressed"),
+        ("expanded.pt", "must lie within its storage"),
+        ("sparse.npy", "it must have at most 1073741824 bytes"),
+        ("claims.NPY", ""),
+        ("pipe.npy", "it must be a file"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be a readable array: .*{reason}"):
+            read_array(tmp_path / name)

@@ -1,5 +1,6 @@
 """`ncvsd solve` on many pictures: batches, stops, damage, processes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -138,8 +139,9 @@ def test_finished_pictures_are_skipped(run, tmp_path, pictures, prior):
     run("in", *TASK, "-o", "out")
     first = restored(tmp_path / "out")
     (tmp_path / "out" / "b_restored.png").unlink()
-    (tmp_path / "out" / "sub" / "d.json").write_text("{")
+    (tmp_path / "out" / "sub" / "d_restored.png").write_bytes(first["sub/d"][:50])
     (tmp_path / "out" / "a.json").unlink()
+    (tmp_path / "out" / "a_restored.png").unlink()
     status, printed, _ = run("in", *TASK, "-o", "out", "--nfe", 10)
     assert status == 0
     assert sum(prior.batches) == 3 * 10
@@ -187,7 +189,9 @@ def test_a_stop_among_changed_settings_leaves_no_record_that_lies(
     whole = folder.write_whole
 
     def full(path, content):
-        raise OSError("the disk is full")
+        if "seconds" in content:
+            raise OSError("the disk is full")
+        whole(path, content)
 
     monkeypatch.setattr(folder, "write_whole", full)
     status, _, err = run("in", *TASK, "-o", "out", "--seed", 1)
@@ -225,6 +229,146 @@ def test_bad_files_are_named_at_the_end(run, tmp_path, pictures):
     status, printed, _ = run("in", *TASK, "-o", "out")
     assert status == 0
     assert "1 pictures restored, 4 finished before, 0 failed" in printed
+
+
+def test_no_picture_stops_the_others(run, tmp_path, pictures, monkeypatch, prior):
+    long = "x" * 245
+    (pictures / f"{long}.png").write_bytes((pictures / "a.png").read_bytes())
+    os.mkfifo(pictures / "pipe.png")
+    (tmp_path / "beside").mkdir()
+    make_picture(tmp_path / "beside" / "e.png", 16, 16, 0)
+    (pictures / "elsewhere").symlink_to("../beside")
+    (pictures / "link.png").symlink_to("../beside/e.png")
+    with (pictures / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    for count in (5, 0):
+        status, printed, err = run("in", *TASK, "-o", "out")
+        assert (status, err.count("\n")) == (1, 1)
+        assert f"{count} pictures restored, {5 - count} finished before, 5 failed" in printed
+        assert err.startswith("error: 5 of 10 pictures could not be restored: ")
+        assert f"in/{long}.png: [Errno 36] File name too long" in err
+        assert "in/pipe.png: it must be a file, got a pipe" in err
+        assert "in/elsewhere: it is a link to a folder, which is not followed" in err
+        assert "in/link.png: it is a link that leads out of the folder" in err
+        assert "in/sparse.png: it must have at most 1073741824 bytes, got 1099511627776" in err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't allocate memory"), MemoryError("too large"), ValueError("no")]
+)
+def test_a_picture_too_large_for_memory_is_named(run, pictures, prior, error):
+    make_picture(pictures / "large.png", 16, 48, 0)
+    tame = prior.sample
+
+    def sample(u, sigma, *, generator=None):
+        if u.shape[-1] == 48:
+            raise error
+        return tame(u, sigma, generator=generator)
+
+    prior.sample = sample
+    for count in (5, 0):
+        status, printed, err = run("in", *TASK, "-o", "out")
+        assert (status, err) == (
+            1,
+            f"error: 1 of 6 pictures could not be restored: in/large.png: {error}\n",
+        )
+        assert f"{count} pictures restored, {5 - count} finished before, 1 failed" in printed
+
+
+def test_names_need_not_be_text(run, tmp_path, pictures):
+    name = os.fsdecode(b"caf\xe9")
+    (pictures / f"{name}.png").write_bytes((pictures / "a.png").read_bytes())
+    for count in (6, 0):
+        status, printed, _ = run("in", *TASK, "-o", "out")
+        assert (status, f"{count} pictures restored" in printed) == (0, True)
+    assert (tmp_path / "out" / f"{name}_restored.png").exists()
+    (pictures / f"{name}.png").write_bytes(b"damaged")
+    assert r"caf\udce9.png must be a readable" in run("in", *TASK, "-o", "out")[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.json", "a_restored.png", "a_restored.tif", "a_measurement.png", "a_std.png", "sub/d.json"],
+)
+@pytest.mark.parametrize("content", [b'{"label": 3}', b"[" * 100_000])
+def test_files_of_the_user_are_not_written_over(run, tmp_path, pictures, name, content):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(content)
+    status, printed, err = run("in", *TASK, "-o", "out", "--nfe", 1)
+    assert status == 1
+    assert "4 pictures restored, 0 finished before, 1 failed" in printed
+    assert f"out/{name} is there and has no record of ours" in err
+    assert mine.read_bytes() == content
+
+
+def test_a_file_of_the_user_beside_a_result_stays(run, tmp_path, pictures):
+    run("in/a.png", *TASK, "-o", "out")
+    (tmp_path / "out" / "a_std.png").write_bytes(b"mine")
+    status, _, err = run("in/a.png", *TASK, "-o", "out", "--samples", 2)
+    assert (status, "out/a_std.png is there and has no record" in err) == (1, True)
+    assert (tmp_path / "out" / "a_std.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("kind", ["restored", "measurement", "std"])
+def test_a_result_that_is_not_whole_is_made_again(run, tmp_path, pictures, kind):
+    run("in/a.png", *SIMULATED, "-o", "out", "--samples", 2)
+    path = tmp_path / "out" / f"a_{kind}.png"
+    whole = path.read_bytes()
+    for damage in (path.unlink, lambda: path.write_bytes(whole[:-1])):
+        damage()
+        printed = run("in/a.png", *SIMULATED, "-o", "out", "--samples", 2)[1]
+        assert f"out/a_{kind}.png is not as it was written: restored again" in printed
+        assert path.read_bytes() == whole
+
+
+def test_a_kill_between_any_two_writes_is_made_good(run, tmp_path, pictures, monkeypatch):
+    command = ("in/a.png", *SIMULATED, "-o", "out", "--samples", 2)
+    run(*command)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    assert len(first) == 3
+    for stop in range(5):
+        run(*command, "--seed", 1)
+        with monkeypatch.context() as patch:
+            replace, left = Path.replace, [stop]
+
+            def killed(self, target, replace=replace, left=left):
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return replace(self, target)
+
+            patch.setattr(Path, "replace", killed)
+            assert run(*command)[0] != 0
+        assert run(*command)[0] == 0
+        assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.png")} == first
+
+
+def test_leftovers_of_a_kill_are_cleared(run, tmp_path, pictures):
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    number = int(dead.stdout)
+    left = [out / f".a_restored.png.{number}.77.part", out / "sub" / f".d.json.{number}.77.part"]
+    kept = [
+        out / f".mine.png.{number}.77.part",
+        out / f".a_std.png.{os.getppid()}.77.part",
+        out / ".a_restored.png.part",
+    ]
+    for path in (*left, *kept):
+        path.write_bytes(b"half")
+    assert run("in", *TASK, "-o", "out")[0] == 0
+    assert [path.exists() for path in (*left, *kept)] == [False, False, True, True, True]
+
+
+def test_a_full_disk_ends_the_run(run, pictures, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_whole", full)
+    assert run("in", *TASK, "-o", "out")[2] == "error: [Errno 28] No space left on device\n"
 
 
 def test_a_size_that_the_network_cannot_take_is_restored_all_the_same(
@@ -292,7 +436,14 @@ def test_two_pictures_that_differ_in_their_suffix_have_two_outputs(run, tmp_path
 
 def test_one_picture_may_be_written_to_a_file(run, tmp_path, pictures):
     assert run("in/a.png", *TASK, "-o", "new/better.jpg")[0] == 0
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["better.jpg"]
+    written = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert written == ["better.jpg", "better.json"]
+    again = run("in/a.png", *TASK, "-o", "new/better.jpg", "--seed", 1)
+    assert (again[0], "of another seed: restored again" in again[1]) == (0, True)
+    before = (pictures / "a.png").read_bytes()
+    status, _, err = run("in/a.png", *TASK, "-o", "in/a.png")
+    assert (status, "in/a.png is there and has no record of ours" in err) == (1, True)
+    assert (pictures / "a.png").read_bytes() == before
     assert read_image(tmp_path / "new" / "better.jpg").shape == (1, 3, 24, 16)
     status, _, err = run("in", *TASK, "-o", "better.png")
     assert (status, err) == (1, "error: --out must be a folder for 5 pictures, got better.png\n")

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import sys
+import time
 import zipfile
 import zlib
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ncvsd_inverse.images import read_image
-from ncvsd_inverse.training.data import ImageData, StreamedData, read_data
+from ncvsd_inverse.images import read_image, read_images
+from ncvsd_inverse.training.data import ImageData, StreamedData, decoding, read_data
 from ncvsd_inverse.training.data.sampler import Sampler
 
 
@@ -303,8 +304,14 @@ def test_labels_come_from_the_file_or_the_folders(tmp_path):
         ("{", "must hold"),
         ('{"labels": null}', "must hold"),
         ("[]", "must hold"),
+        ("[" * 100_000, "must hold"),
+        (" " * 2**21, "must have at most"),
+        ('{"labels": [["0.png", 0], ["1.png", 65536]]}', "class numbers from 0 to 65535"),
         ('{"labels": [["0.png", 0]]}', r"label every image, got none for 1, 1\.png"),
-        ('{"labels": [["0.png", 0], ["1.png", -1]]}', r"class numbers from 0, got -1 for 1\.png"),
+        (
+            '{"labels": [["0.png", 0], ["1.png", -1]]}',
+            r"class numbers from 0 to 65535, got -1 for 1\.png",
+        ),
         ('{"labels": [["0.png", "cat"], ["1.png", 1]]}', r"got 'cat' for 0\.png"),
     ],
 )
@@ -522,6 +529,59 @@ def test_datasets_that_do_not_fit_are_refused(tmp_path, rows):
     (tmp_path / "broken" / "train.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"broken cannot be read"):
         read_data(tmp_path / "broken")
+
+
+def test_datasets_name_no_files_elsewhere(tmp_path, rows):
+    datasets = pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "secret.png").write_bytes(as_png(noise(0)))
+    (tmp_path / "named").mkdir()
+    column = [{"bytes": None, "path": str(tmp_path / "secret.png")}]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": column}, features=features).data.table
+    parquet.write_table(table, tmp_path / "named" / "rows.parquet")
+    with pytest.raises(ValueError, match=r"hold a file's bytes, got the name of one, '.*secret"):
+        read_data(tmp_path / "named")
+    rows.save_to_disk(str(tmp_path / "saved"))
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.rename(tmp_path / arrow.name)
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(state.read_text().replace(arrow.name, f"../{arrow.name}"))
+    with pytest.raises(ValueError, match=r"saved must hold its files, got .* elsewhere"):
+        read_data(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("target", ["../beside/0.png", "../beside"])
+def test_folders_are_left_by_no_link(tmp_path, target):
+    write_folder(tmp_path, {"in/0.png": as_png(noise(0)), "beside/0.png": as_png(noise(1))})
+    (tmp_path / "in" / "1.png").symlink_to(target)
+    for read in (read_data, read_images):
+        with pytest.raises(ValueError, match=r"1\.png .*it is a link"):
+            read(tmp_path / "in")
+
+
+def test_other_programs_are_never_started(tmp_path):
+    write_folder(
+        tmp_path, {"0.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"}
+    )
+    with pytest.raises(ValueError, match=r"got 1: 0\.png: no picture"):
+        read_data(tmp_path)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_LARGE", 63)
+    busy, most = [], []
+
+    def read(files, index, size):
+        busy.append(index)
+        most.append(len(busy))
+        time.sleep(0.01)
+        busy.remove(index)
+        return torch.zeros(3, *size, dtype=torch.uint8)
+
+    monkeypatch.setattr(decoding, "_PICTURES", decoding._PICTURES._replace(read=read))
+    read_data(write_folder(tmp_path, plain_files(40)))
+    assert max(most) == 1
 
 
 def test_batches_do_not_depend_on_the_callers_arithmetic(arithmetic):

@@ -1,8 +1,10 @@
 """Image files measured and decoded; the next good one replaces one that cannot be used."""
 
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple, TypeVar
 
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 _THREADS = 8
+
+_LARGE = 2**22
+"""Pixels from which images are decoded one at a time, as each then takes much memory."""
 
 Value = TypeVar("Value")
 
@@ -106,13 +111,15 @@ def decode_all(
     lengths = [kind.values * height * width for height, width in room]
     store = torch.empty(sum(lengths), dtype=kind.dtype)
     slots = torch.split(store, lengths)
+    one_large = threading.Lock()
 
     def decode(index: int) -> str | None:
         if index in faults.reasons:
             return None
         height, width = room[index]
         try:
-            values = kind.read(files, index, (height, width))
+            with one_large if height * width > _LARGE else nullcontext():
+                values = kind.read(files, index, (height, width))
         except ValueError as error:
             return str(error)
         slots[index].copy_(values.flatten())

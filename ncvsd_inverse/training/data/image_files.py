@@ -1,33 +1,38 @@
 """Image files of a folder, a zip or a Hugging Face dataset.
 
-The files of a folder or a zip can be latents instead, as `ncvsd encode` writes them. Nothing is
-ever unpacked to disk, so names inside an archive are only names, and no file runs code.
+The files of a folder or a zip can be latents instead, as `ncvsd encode` writes them. No file runs
+code, and no source names files elsewhere.
 """
 
 import io
 import json
-import warnings
-import zipfile
+import reprlib
 from abc import ABC, abstractmethod
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.images import MAX_PIXELS, SUFFIXES, read_image
+from ncvsd_inverse.images import (
+    MAX_PIXELS,
+    SUFFIXES,
+    decode_image,
+    is_picture_name,
+    measure_picture,
+)
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS
+from ncvsd_inverse.sources import SourceFiles, open_source, read_file
 
 __all__ = [
     "LABELS_FILE",
     "LATENT_SUFFIX",
     "DatasetImages",
     "Faults",
-    "FolderImages",
     "ImageFiles",
-    "ZipImages",
+    "NamedImages",
     "open_images",
     "read_moments",
     "read_pixels",
@@ -40,8 +45,14 @@ LATENT_SUFFIX = ".npy"
 _USABLE_PER_FAULT = 100
 _NAMED = 5
 _NPY_HEADER_BYTES = 4096
-_ORIENTATION = 0x0112
-_QUARTER_TURNS = {5, 6, 7, 8}
+_MAX_LATENT = MAX_PIXELS // 64
+"""Largest area of a latent: that of the largest picture, whose sides are shrunk by 8."""
+
+_LABELS_BYTES = 2**20
+_BYTES_PER_LABEL = 2**10
+"""Most bytes of dataset.json: so many, and so many for each image."""
+
+_MAX_CLASSES = 2**16
 
 
 class ImageFiles(ABC):
@@ -73,21 +84,38 @@ class ImageFiles(ABC):
         """
 
 
-class _NamedFiles(ImageFiles):
-    """Files that have paths, as a folder and a zip do: labels come from dataset.json or paths."""
+class NamedImages(ImageFiles):
+    """Every image file, or file of a latent, below a folder or in a zip of any layout (EDM's).
 
-    @abstractmethod
-    def _read_labels_file(self) -> bytes | None:
-        """Return the content of dataset.json, None if there is none."""
+    Labels come from dataset.json or paths.
+
+    Args:
+        source: the folder or archive.
+
+    Raises:
+        ValueError: if a file is no whole zip archive, or a folder has links that lead out of it.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self._files: SourceFiles = open_source(source, _is_wanted)
+        self.names = self._files.names
+        for name, reason in self._files.refused.items():
+            raise ValueError(f"{source / name} cannot be read: {reason}")
+
+    def open(self, index: int) -> BinaryIO:
+        """Open a file of the folder or archive."""
+        return self._files.open(self.names[index])
 
     def read_labels(self) -> tuple[list[int], int]:
         """Return what dataset.json says, else the numbers of the first folders, by their names."""
-        content = self._read_labels_file()
-        if content is None:
+        if not self._files.has(LABELS_FILE):
             return self._label_by_folder()
+        most = _LABELS_BYTES + _BYTES_PER_LABEL * len(self.names)
+        content = read_file(self._files, LABELS_FILE, most)
         try:
             described = dict(json.loads(content)["labels"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f'{LABELS_FILE} in {self.source} must hold {{"labels": [[name, label], ...]}}: '
                 f"{error}"
@@ -113,56 +141,6 @@ class _NamedFiles(ImageFiles):
         return [numbers[folder] for folder in folders], len(classes)
 
 
-class FolderImages(_NamedFiles):
-    """Every image file, or file of a latent, below a folder."""
-
-    def __init__(self, source: Path) -> None:
-        self.source = source
-        self.names = sorted(
-            path.relative_to(source).as_posix() for path in source.rglob("*") if _is_wanted(path)
-        )
-
-    def open(self, index: int) -> BinaryIO:
-        """Open a file of the folder."""
-        return (self.source / self.names[index]).open("rb")
-
-    def _read_labels_file(self) -> bytes | None:
-        path = self.source / LABELS_FILE
-        return path.read_bytes() if path.exists() else None
-
-
-class ZipImages(_NamedFiles):
-    """Every image file, or file of a latent, in a zip archive of any layout (EDM's serves).
-
-    Raises:
-        ValueError: if the file is no whole zip archive.
-    """
-
-    def __init__(self, source: Path) -> None:
-        try:
-            self._archive = zipfile.ZipFile(source)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise ValueError(f"{source} must be a whole zip archive: {error}") from error
-        self.source = source
-        self.names = sorted({name for name in self._archive.namelist() if _is_wanted(Path(name))})
-
-    def __reduce__(self) -> tuple[type["ZipImages"], tuple[Path]]:
-        return ZipImages, (self.source,)  # an open file does not travel; it is opened again
-
-    def open(self, index: int) -> BinaryIO:
-        """Open a member of the archive."""
-        return cast("BinaryIO", self._archive.open(self.names[index]))
-
-    def _read_labels_file(self) -> bytes | None:
-        if LABELS_FILE not in self._archive.namelist():
-            return None
-        try:
-            return self._archive.read(LABELS_FILE)
-        # zipfile says that a file is damaged, encrypted or compressed in an unknown way.
-        except (zipfile.BadZipFile, RuntimeError) as error:
-            raise ValueError(f"{LABELS_FILE} in {self.source} cannot be read: {error}") from error
-
-
 class DatasetImages(ImageFiles):
     """The rows of a Hugging Face dataset: columns `image` and, for labels, `label`.
 
@@ -172,7 +150,8 @@ class DatasetImages(ImageFiles):
 
     Raises:
         ImportError: if the package datasets is not installed.
-        ValueError: if the dataset cannot be read, has several splits or no column `image`.
+        ValueError: if the dataset cannot be read, has several splits or no column `image`, or
+            names files elsewhere.
     """
 
     def __init__(self, source: Path) -> None:
@@ -197,6 +176,8 @@ class DatasetImages(ImageFiles):
                     "give a folder that holds one of them"
                 )
             (dataset,) = dataset.values()
+        if _is_saved_dataset(source):
+            _check_within(source, [Path(file["filename"]) for file in dataset.cache_files])
         if "image" not in dataset.column_names:
             raise ValueError(
                 f"{source} must have a column 'image', got {', '.join(dataset.column_names)}"
@@ -210,10 +191,13 @@ class DatasetImages(ImageFiles):
             self._images = self._images.cast_column("image", datasets.Image(decode=False))
 
     def open(self, index: int) -> BinaryIO:
-        """Open what a row's `image` holds or names."""
+        """Open what a row's `image` holds; ValueError if it only names a file elsewhere."""
         image = self._images[index]["image"]
         content = image["bytes"] if isinstance(image, dict) else image
-        return Path(image["path"]).open("rb") if content is None else io.BytesIO(content)
+        if not isinstance(content, bytes):
+            named = image["path"] if isinstance(image, dict) else None
+            raise ValueError(f"it must hold a file's bytes, got the name of one, {named!r}")
+        return io.BytesIO(content)
 
     def read_labels(self) -> tuple[list[int], int]:
         """Return the column `label`."""
@@ -237,12 +221,10 @@ def open_images(source: str | Path) -> ImageFiles:
     if not path.exists():
         raise ValueError(f"data must be an existing zip or folder, got {path}")
     files: ImageFiles
-    if not path.is_dir():
-        files = ZipImages(path)
-    elif _is_saved_dataset(path) or next(path.rglob("*.parquet"), None):
+    if path.is_dir() and (_is_saved_dataset(path) or next(path.rglob("*.parquet"), None)):
         files = DatasetImages(path)
     else:
-        files = FolderImages(path)
+        files = NamedImages(path)
     if not files.names:
         raise ValueError(
             f"{path} must hold images ({', '.join(SUFFIXES)}) or latents ({LATENT_SUFFIX}), "
@@ -292,28 +274,12 @@ def read_size(files: ImageFiles, index: int) -> tuple[int, int]:
     Raises:
         ValueError: if it has no readable header or is too large to read; the reason alone.
     """
-    measure = _read_latent_header if files.latents else _read_picture_header
+    measure = _read_latent_header if files.latents else measure_picture
     try:
         with files.open(index) as file:
             height, width = measure(file)
     except Exception as error:
         raise ValueError(_reason(error)) from error
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"{height} x {width} pixels, allowed are 1 to {MAX_PIXELS}")
-    return height, width
-
-
-def _read_picture_header(file: BinaryIO) -> tuple[int, int]:
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as picture:
-            width, height = picture.size
-            # Pillow would decode a whole PNG to find an orientation that is not in its header.
-            if picture.format != "PNG" or "exif" in picture.info:
-                turned = picture.getexif().get(_ORIENTATION) in _QUARTER_TURNS
-                width, height = (height, width) if turned else (width, height)
     return height, width
 
 
@@ -325,6 +291,8 @@ def _read_latent_header(file: BinaryIO) -> tuple[int, int]:
     channels = 2 * LATENT_CHANNELS
     if dtype not in (np.float16, np.float32) or len(shape) != 3 or shape[0] != channels:
         raise ValueError(f"{dtype} {shape}, a latent is float16 or float32 ({channels}, H, W)")
+    if min(shape) < 1 or shape[1] * shape[2] > _MAX_LATENT:
+        raise ValueError(f"{shape[1]} x {shape[2]} entries, allowed are 1 to {_MAX_LATENT}")
     return shape[1], shape[2]
 
 
@@ -344,9 +312,7 @@ def read_pixels(files: ImageFiles, index: int, size: tuple[int, int]) -> Tensor:
     """
     try:
         with files.open(index) as file:
-            content = io.BytesIO(file.read())
-        # Pillow, which opens it, takes an open file as well as a path.
-        x = read_image(cast("Path", content))[0]
+            x = decode_image(file, "it")[0]
     except Exception as error:
         raise ValueError(_reason(error)) from error
     if x.shape[1:] != size:
@@ -392,11 +358,12 @@ def _reason(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
     cause = error.__cause__ or error
-    return "no picture" if isinstance(cause, UnidentifiedImageError) else str(cause)
+    no_picture = isinstance(cause, UnidentifiedImageError)
+    return "no picture" if no_picture else str(cause) or type(cause).__name__
 
 
-def _is_wanted(path: Path) -> bool:
-    return path.suffix.lower() in (*SUFFIXES, LATENT_SUFFIX) and not path.name.startswith(".")
+def _is_wanted(name: str) -> bool:
+    return is_picture_name(name) or (_is_latent(name) and not name.startswith("."))
 
 
 def _is_latent(name: str) -> bool:
@@ -409,11 +376,20 @@ def _is_saved_dataset(folder: Path) -> bool:
     )
 
 
+def _check_within(folder: Path, files: list[Path]) -> None:
+    """ValueError unless the files of a dataset lie in its folder."""
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"the dataset in {folder} must hold its files, got {file} elsewhere")
+
+
 def _count_classes(labels: list[Any], files: ImageFiles) -> tuple[list[int], int]:
     """Return the labels and the number of classes; ValueError unless all are class numbers."""
     for name, label in zip(files.names, labels, strict=True):
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+        known = isinstance(label, int) and not isinstance(label, bool)
+        if not (known and 0 <= label < _MAX_CLASSES):
             raise ValueError(
-                f"labels of {files.source} must be class numbers from 0, got {label!r} for {name}"
+                f"labels of {files.source} must be class numbers from 0 to {_MAX_CLASSES - 1}, "
+                f"got {reprlib.repr(label)} for {name}"
             )
     return labels, max(labels) + 1
