@@ -21,6 +21,7 @@ __all__ = [
     "check_image_size",
     "check_images",
     "check_level",
+    "check_names",
     "check_noise_scale",
     "check_non_negative",
     "check_positive",
@@ -45,12 +46,14 @@ def check_non_negative(name: str, value: float) -> float:
     return number
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> int:
-    """Return `value`; TypeError unless it is an integer, ValueError if below `least`."""
+def check_count(name: str, value: int, *, least: int = 1, most: int | None = None) -> int:
+    """Return `value`; TypeError unless it is an integer, ValueError unless in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
     return value
 
 
@@ -62,6 +65,32 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def check_names(
+    what: str, names: Iterable[str], known: Sequence[str], required: Iterable[str] = ()
+) -> None:
+    """ValueError that lists the known names unless `names` are of them, the required ones there.
+
+    Args:
+        what: whose names they are, for the message.
+        names: those that came.
+        known: all that there may be.
+        required: those of them that must be there.
+    """
+    came = list(names)
+    unknown = [str(name) for name in came if name not in known]
+    missing = [name for name in required if name not in came]
+    faults = []
+    if unknown:
+        faults.append(f"has unknown keys: {', '.join(unknown)}")
+        near = {close for name in unknown for close in difflib.get_close_matches(name, known, n=1)}
+        if near:
+            faults[-1] += f" (did you mean {' or '.join(sorted(near))}?)"
+    if missing:
+        faults.append(f"lacks the key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}")
+    if faults:
+        raise ValueError(f"{what} {' and '.join(faults)}; known are {', '.join(known)}")
 
 
 def check_finite(name: str, x: Tensor) -> Tensor:
@@ -152,15 +181,22 @@ def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) 
 
 def _as_number(name: str, value: float) -> float:
     try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:  # an integer beyond all floats
+        return math.inf if value > 0 else -math.inf
 
 
 def check_noise_scale(name: str, pairs: object) -> tuple[tuple[float, float], ...]:
     """Return `pairs` (sigma, factor) as floats; ValueError unless positive, sigma increasing."""
     try:
-        known = tuple((float(sigma), float(factor)) for sigma, factor in pairs)  # type: ignore[attr-defined]
+        known = tuple(
+            (_as_number(name, sigma), _as_number(name, factor))
+            for sigma, factor in pairs  # type: ignore[attr-defined]
+        )
     except (TypeError, ValueError):
         known = ((0.0, 0.0),)
     positive = all(0 < value < math.inf for pair in known for value in pair)

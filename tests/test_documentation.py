@@ -369,6 +369,10 @@ COMMANDS: dict[str, Short | Skipped] = {
         "python experiments/security/fuzz_unpickle.py --inputs 20 --seed 0"
     ),
     "python experiments/security/fuzz_unpickle.py --inputs 100000": Skipped("as above"),
+    "python experiments/security/fuzz_files.py --inputs 100000 --seed 0": Short(
+        "python experiments/security/fuzz_files.py --inputs 10 --seed 0 --kinds cards "
+        "configurations safetensors"
+    ),
     "python experiments/security/convert_memory.py --megabytes 600 --layout nvidia": Short(
         "python experiments/security/convert_memory.py --megabytes 100 --layout nvidia", slow=True
     ),

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "ncvsd_inverse"
 
 # Lowest first; a unit may import the units of earlier rows, and itself.
 LAYERS = [
-    {"errors", "protocols", "files", "machine", "sources"},
+    {"errors", "protocols", "files", "machine", "plain_data", "sources"},
     {"checks"},
     {"numerics"},
     {"schedules", "metrics", "images", "operators", "networks"},

@@ -1,20 +1,17 @@
 """Folders of a `UNet2DModel` of diffusers and the schedule of its noise."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
 from ncvsd_inverse.checkpoints.guided_diffusion import with_noise
 from ncvsd_inverse.checkpoints.parsed import Options, ParsedCheckpoint
-from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
+from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file, read_safetensors
 from ncvsd_inverse.networks.library import Prediction
+from ncvsd_inverse.plain_data import read_json
 
 __all__ = ["parse_diffusers"]
-
-MAX_JSON = 1 << 20
 
 
 def parse_diffusers(path: Path, told: Options) -> ParsedCheckpoint:
@@ -29,7 +26,6 @@ def parse_diffusers(path: Path, told: Options) -> ParsedCheckpoint:
         raise ValueError("its times must be embedded by position, as networks of VP noise do")
     if arguments.get("class_embed_type") is not None:
         raise ValueError("its classes must be embedded by index")
-    _check_most(arguments, "layers_per_block", 100)
     if arguments.get("sample_size") is None:
         arguments["sample_size"] = told.size
     side, channels = arguments["sample_size"], arguments.setdefault("in_channels", 3)
@@ -40,7 +36,7 @@ def parse_diffusers(path: Path, told: Options) -> ParsedCheckpoint:
         )
     weights = model / "diffusion_pytorch_model.safetensors"
     if weights.is_file():
-        state = safetensors.torch.load_file(weights)
+        state = read_safetensors(weights)
     else:
         value = read_checkpoint_file(weights.with_suffix(".bin"))
         if not isinstance(value, dict) or not all(isinstance(v, Tensor) for v in value.values()):
@@ -108,10 +104,8 @@ def _attention_name(name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"it must have at most {MAX_JSON} bytes")
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        entries = read_json(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path.name} must be there and be JSON: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path.name} must be a JSON object, got a {type(entries).__name__}")

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
 from ncvsd_inverse.checkpoints.diffusers import parse_diffusers
@@ -17,9 +16,9 @@ from ncvsd_inverse.checkpoints.nvidia import parse_edm, parse_edm2
 from ncvsd_inverse.checkpoints.parsed import Options, ParsedCheckpoint, list_names
 from ncvsd_inverse.checkpoints.pickles import Inert
 from ncvsd_inverse.checkpoints.state_dicts import state_dict_of
-from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file
+from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file, read_safetensors
 from ncvsd_inverse.errors import CheckpointError
-from ncvsd_inverse.networks.library import build_converted
+from ncvsd_inverse.networks.library import build_converted, check_depth
 
 __all__ = ["parse_checkpoint", "recognise"]
 
@@ -41,6 +40,7 @@ def parse_checkpoint(path: Path, told: Options) -> ParsedCheckpoint:
         found = parse_diffusers(path, told) if path.is_dir() else _read_file(path, told)
         if told.size not in (None, found.image_shape[1]):
             raise ValueError(f"size is {found.image_shape[1]} by its tensors, got {told.size}")
+        check_depth(found.config, len(found.tensors))
         network = build_converted(found.config, "meta")
         _check_tensors(network.state_dict(), found.tensors)
     except CheckpointError:
@@ -72,7 +72,7 @@ def _check_tensors(expected: Mapping[str, Tensor], came: Mapping[str, Tensor]) -
 
 def _read_file(path: Path, told: Options) -> ParsedCheckpoint:
     if path.suffix == ".safetensors" and path.is_file():
-        return recognise(safetensors.torch.load_file(path), None, told)
+        return recognise(read_safetensors(path), None, told)
     value = read_checkpoint_file(path)
     if isinstance(value, dict):
         inner = (value[name] for name in CONTAINERS if isinstance(value.get(name), Inert | dict))

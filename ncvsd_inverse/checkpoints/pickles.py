@@ -49,6 +49,10 @@ LINE_BYTES = 1000
 VIEW_FACTOR = 8
 """Most bytes of all tensors over the bytes of the file; views of one storage count each time."""
 LARGE_BYTES = 1 << 16
+SMALL_KEY = 1 << 24
+"""Integers below it can be keys as many as there are: few of them meet in a table of their size."""
+MAX_LARGE_KEYS = 5000
+"""Most other numbers that are keys in a file: they can be chosen so that all meet."""
 COPY_BYTES = 1 << 24
 
 
@@ -95,6 +99,7 @@ class Source:
             "bytes of storages": len(mapping),
             "bytes of pickles in pickles": len(mapping),
             "bytes of tensors": VIEW_FACTOR * len(mapping),
+            "keys that are large numbers": MAX_LARGE_KEYS,
         }
         self.spent = dict.fromkeys(self.limits, 0)
 
@@ -292,13 +297,14 @@ class Machine:
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, set):
-            target.update(_checked_keys(items))
+            target.update(_checked_keys(items, self.source))
         elif not isinstance(target, dict):
             raise CheckpointError(f"items are put in {kind_name(target)}, which has none")
         elif len(items) % 2:
             raise CheckpointError("a key has no value")
         else:
-            target.update(zip(_checked_keys(items[::2]), items[1::2], strict=True))
+            keys = _checked_keys(items[::2], self.source)
+            target.update(zip(keys, items[1::2], strict=True))
 
 
 CONSTANTS: dict[bytes, object] = {
@@ -362,7 +368,7 @@ def _set_state(target: object, state: object) -> None:
         raise CheckpointError(f"it sets attributes of {kind_name(target)}")
 
 
-def _checked_keys(keys: Iterable[object]) -> list[object]:
+def _checked_keys(keys: Iterable[object], source: Source) -> list[object]:
     """Return the keys of a dict or set, none of which can make hashing slow or deep."""
     keys = list(keys)
     for key in keys:
@@ -370,6 +376,8 @@ def _checked_keys(keys: Iterable[object]) -> list[object]:
             raise CheckpointError(f"a key must be text or a number, got {kind_name(key)}")
         if isinstance(key, int) and key.bit_length() > 63:
             raise CheckpointError("a key must be an integer of at most 64 bits")
+        if isinstance(key, float) or (isinstance(key, int) and abs(key) >= SMALL_KEY):
+            source.spend("keys that are large numbers", 1)
     return keys
 
 
@@ -399,7 +407,7 @@ def _make_set(args: tuple[object, ...], source: Source) -> set[object]:
             return set()
         case (list(items),):
             source.spend("steps", len(items))
-            return set(_checked_keys(items))
+            return set(_checked_keys(items, source))
     raise _wrong("a set")
 
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, in its zip and its older format, and plain pickles.
+"""Files of `torch.save`, in its zip and its older format, plain pickles, and safetensors.
 
 Source: the layout of the zip is that which torch 2 writes.
 """
@@ -7,7 +7,9 @@ import mmap
 from collections.abc import Collection
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ncvsd_inverse.checkpoints.pickles import (
@@ -26,7 +28,7 @@ from ncvsd_inverse.checkpoints.pickles import (
 from ncvsd_inverse.checkpoints.zip_files import ZIP_LOCAL, zip_entries
 from ncvsd_inverse.errors import CheckpointError
 
-__all__ = ["MAX_DEPTH", "read_checkpoint_file"]
+__all__ = ["MAX_DEPTH", "read_checkpoint_file", "read_safetensors"]
 
 MAX_BYTES = 1 << 34
 MAX_DEPTH = 100
@@ -62,6 +64,16 @@ def read_checkpoint_file(path: str | Path, *, max_bytes: int = MAX_BYTES) -> obj
         # Damage that no check foresaw must not surface as an error of numpy or torch.
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name; ValueError if it is of another format."""
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        # Formats have dtypes that torch, or what reads them for it, has not.
+        raise ValueError(f"{path.name} must be safetensors of known dtypes: {error}") from error
+    return tensors
 
 
 def _read_file(path: Path, max_bytes: int) -> object:

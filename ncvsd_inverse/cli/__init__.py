@@ -19,6 +19,7 @@ from ncvsd_inverse.cli import (
     statistics,
     train,
 )
+from ncvsd_inverse.plain_data import printable
 
 __all__ = ["app", "main"]
 
@@ -48,7 +49,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, ImportError, CheckpointError, DivergenceError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(1)
 
 
@@ -61,7 +62,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Print a warning as a line on standard error, without where it comes from."""
-    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+    typer.echo(f"warning: {printable(str(message))}", err=True)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ncvsd_inverse import CheckpointError, list_priors
+from ncvsd_inverse.plain_data import printable
 from ncvsd_inverse.priors import PriorCard, PublishedPrior, describe_prior
 from ncvsd_inverse.priors.files import search_folders
 from ncvsd_inverse.priors.published import kept_file
@@ -20,19 +21,23 @@ def priors(
     """List the priors that there are, or print the card of one; no network is asked."""
     if name is not None:
         known = describe_prior(name)
-        typer.echo(known.to_json() if isinstance(known, PriorCard) else _published_text(known))
+        text = known.to_json() if isinstance(known, PriorCard) else _published_text(known)
+        typer.echo(printable(text, lines=True))
         return
     for name in list_priors():
-        try:
-            known = describe_prior(name)
-        except (ValueError, CheckpointError) as error:
-            typer.echo(f"{name}: cannot be loaded, {' '.join(str(error).split())}")
-            continue
-        shape = "any size" if known.image_shape is None else "x".join(map(str, known.image_shape))
-        if isinstance(known, PriorCard):
-            typer.echo(f"{name}: {shape}, {' '.join(known.intended_use.split())}")
-        else:
-            typer.echo(f"{name}: {shape}, not on this machine; `ncvsd priors {name}` says more")
+        typer.echo(printable(_line(name)))
+
+
+def _line(name: str) -> str:
+    """Return what a list says of a prior."""
+    try:
+        known = describe_prior(name)
+    except (ValueError, CheckpointError) as error:
+        return f"{name}: cannot be loaded, {error}"
+    shape = "any size" if known.image_shape is None else "x".join(map(str, known.image_shape))
+    if isinstance(known, PriorCard):
+        return f"{name}: {shape}, {known.intended_use}"
+    return f"{name}: {shape}, not on this machine; `ncvsd priors {name}` says more"
 
 
 def _published_text(entry: PublishedPrior) -> str:

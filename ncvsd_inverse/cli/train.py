@@ -1,6 +1,9 @@
 """`ncvsd train`: a diffusion teacher."""
 
 from dataclasses import replace
+from typing import Annotated
+
+import typer
 
 from ncvsd_inverse.cli.options import (
     Batch,
@@ -20,6 +23,15 @@ __all__ = [
 ]
 
 
+def _show_config(preset: str | None) -> None:
+    """Print the settings of a preset, or of a file, and end."""
+    if preset is not None:
+        from ncvsd_inverse.training.presets import load_teacher_config
+
+        typer.echo(load_teacher_config(preset).to_toml(), nl=False)
+        raise typer.Exit
+
+
 def train(
     config: Config,
     data: Data,
@@ -30,6 +42,16 @@ def train(
     init: Init = None,
     seconds: Seconds = float("inf"),
     shard: Shard = False,
+    show_config: Annotated[
+        str | None,
+        typer.Option(
+            "--show-config",
+            metavar="PRESET",
+            callback=_show_config,
+            is_eager=True,
+            help="Print the settings of a preset as TOML, and end: a start for one's own.",
+        ),
+    ] = None,
 ) -> None:
     """Train a diffusion teacher; the same command goes on after a stop.
 

@@ -1,9 +1,10 @@
 """Network architectures and their preconditioning."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
+from ncvsd_inverse.checks import check_names, check_positive
 from ncvsd_inverse.networks.denoisers import (
     ConcatDenoiser,
     ConcatDiscriminator,
@@ -58,18 +59,24 @@ def build_network(config: dict[str, object]) -> Network:
     Raises:
         ValueError: if the kind is unknown or a field is missing, unknown or out of range.
     """
-    fields = dict(config)
-    kind = fields.pop("kind", None)
+    entries = dict(config)
+    kind = entries.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    known = ["sigma_data", "any_size", *(entry.name for entry in fields(UNetShape))]
+    check_names("network configuration", entries, known, known[:3])
+    sigma_data, any_size = entries.pop("sigma_data"), entries.pop("any_size")
+    if not isinstance(any_size, bool):
+        raise ValueError(f"any_size must be true or false, got {any_size!r}")
+    for name in ("channels", "attention"):
+        if isinstance(entries.get(name), list):
+            entries[name] = tuple(entries[name])  # type: ignore[arg-type]
     try:
-        sigma_data, any_size = float(str(fields.pop("sigma_data"))), bool(fields.pop("any_size"))
-        for name in ("channels", "attention"):
-            fields[name] = tuple(int(value) for value in fields[name])  # type: ignore[attr-defined]
-        shape = UNetShape(**fields)  # type: ignore[arg-type]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"network configuration has a missing or unknown field: {error}") from None
-    return KINDS[kind](shape, sigma_data=sigma_data, any_size=any_size)
+        level = check_positive("sigma_data", sigma_data)  # type: ignore[arg-type]
+        shape = UNetShape(**entries)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return KINDS[kind](shape, sigma_data=level, any_size=any_size)
 
 
 def inference_dtype(device: torch.device | str | None = None) -> torch.dtype:

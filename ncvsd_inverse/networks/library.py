@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.networks import Network, build_network
 from ncvsd_inverse.networks.adm import ADMUNet
+from ncvsd_inverse.networks.unet import MAX_BLOCKS, MAX_LEVELS
 
 __all__ = [
     "ADM_LEVELS",
@@ -19,6 +20,7 @@ __all__ = [
     "Prediction",
     "VPDenoiser",
     "build_converted",
+    "check_depth",
 ]
 
 ADM_LEVELS = 1000
@@ -182,6 +184,46 @@ LIBRARY: dict[str, Callable[..., LibraryDenoiser]] = {
 """Kinds of networks, as cards name them, beside those of `networks.build_network`."""
 
 
+DEPTHS = {
+    "edm": ("channel_mult", "num_blocks"),
+    "adm": ("channels", "blocks"),
+    "diffusers": ("block_out_channels", "layers_per_block"),
+}
+"""What the levels, and the blocks of a level, are called in the arguments of each kind."""
+
+
+def check_depth(config: Mapping[str, Any], num_tensors: int | None = None) -> None:
+    """Check, without building it, that a network is not deeper than any, nor than its tensors.
+
+    Args:
+        config: what `build_converted` takes.
+        num_tensors: how many tensors there are to fill it; None: not known. Each block has some.
+
+    Raises:
+        ValueError: if levels or blocks are no such numbers, or more than the bounds.
+    """
+    kind = config.get("kind")
+    arguments, names = config, ("channels", "blocks")
+    if isinstance(kind, str) and kind in DEPTHS:
+        arguments, names = config.get("arguments", {}), DEPTHS[kind]
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"arguments must be an object, got {type(arguments).__name__}")
+    levels, blocks = (arguments.get(name) for name in names)
+    # What is left out is the library's own choice.
+    if levels is not None and not (isinstance(levels, list | tuple) and len(levels) <= MAX_LEVELS):
+        raise ValueError(f"{names[0]} must be a list of at most {MAX_LEVELS} levels")
+    if blocks is not None and not (type(blocks) is int and 0 < blocks <= MAX_BLOCKS):
+        raise ValueError(
+            f"{names[1]} must be an integer from 1 to {MAX_BLOCKS}, got {str(blocks)[:100]}"
+        )
+    depth = len(levels or ()) * (blocks or 1)
+    if num_tensors is not None and depth > num_tensors:
+        raise ValueError(
+            f"{names[1]} must fit the {num_tensors} tensors of its weights, got {blocks} at each "
+            f"of {len(levels or ())} levels"
+        )
+
+
 def build_converted(config: Mapping[str, Any], device: str) -> Network | LibraryDenoiser:
     """Build the network of a card without drawing its weights; "meta" takes no memory for them.
 
@@ -190,6 +232,7 @@ def build_converted(config: Mapping[str, Any], device: str) -> Network | Library
     """
     entries = dict(config)
     kind = entries.pop("kind", None)
+    check_depth(config)
     try:
         with torch.device("meta"):
             if isinstance(kind, str) and kind in LIBRARY:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.networks.edm2_layers import (
     FourierFeatures,
     MPConv,
@@ -34,6 +35,12 @@ RESIDUAL_WEIGHT = 0.3
 LABEL_WEIGHT = 0.5
 CLIP = 256.0
 
+MAX_LEVELS = 16
+MAX_BLOCKS = 100
+MAX_CHANNELS = 1 << 14
+MAX_SIDE = 1 << 16
+MAX_CLASSES = 1_000_000
+
 
 @dataclass(frozen=True)
 class UNetShape:
@@ -51,6 +58,11 @@ class UNetShape:
         num_classes: number of class labels, 0 for none.
         bottleneck_attention: whether the decoder's first block attends, as it does in all networks
             of EDM2; None: where `attention` was given any side.
+
+    Raises:
+        TypeError: if a field is of another type.
+        ValueError: if a number is out of range, or levels and sides or heads and channels do not
+            divide.
     """
 
     resolution: int
@@ -64,10 +76,30 @@ class UNetShape:
     bottleneck_attention: bool | None = None
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.channels) < 1:
-            raise ValueError(f"channels must be positive, one a level, got {self.channels}")
-        if self.blocks < 1 or self.patch < 1:
-            raise ValueError(f"blocks and patch must be >= 1, got {self.blocks}, {self.patch}")
+        for name in ("channels", "attention"):
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(f"{name} must be a list of integers, got {getattr(self, name)!r}")
+        if not 1 <= len(self.channels) <= MAX_LEVELS:
+            raise ValueError(
+                f"channels must be of 1 to {MAX_LEVELS} levels, got {len(self.channels)}"
+            )
+        for index, count in enumerate(self.channels):
+            check_count(f"channels[{index}]", count, most=MAX_CHANNELS)
+        if len(self.attention) > MAX_LEVELS:
+            raise ValueError(
+                f"attention must be at most {MAX_LEVELS} sides, got {len(self.attention)}"
+            )
+        for index, side in enumerate(self.attention):
+            check_count(f"attention[{index}]", side)
+        for name, most in (
+            ("resolution", MAX_SIDE),
+            ("image_channels", MAX_CHANNELS),
+            ("blocks", MAX_BLOCKS),
+            ("head_channels", MAX_CHANNELS),
+            ("patch", MAX_SIDE),
+        ):
+            check_count(name, getattr(self, name), most=most)
+        check_count("num_classes", self.num_classes, least=0, most=MAX_CLASSES)
         if self.resolution % self.size_multiple:
             raise ValueError(
                 f"resolution must be a multiple of {self.size_multiple}, got {self.resolution}"
@@ -79,9 +111,19 @@ class UNetShape:
         # Shapes that build the same network must compare equal.
         if self.bottleneck_attention is None:
             object.__setattr__(self, "bottleneck_attention", bool(self.attention))
-        sides = (self.side >> level for level in range(len(self.channels)))
+        sides = [self.side >> level for level in range(len(self.channels))]
         met = tuple(side for side in sides if side in self.attention)
         object.__setattr__(self, "attention", met)
+        attending = [
+            count for side, count in zip(sides, self.channels, strict=True) if side in met
+        ] + [self.channels[-1]] * bool(self.bottleneck_attention)
+        for count in attending:
+            heads = count // self.head_channels
+            if heads and count % heads:
+                raise ValueError(
+                    f"head_channels must make heads that divide {count} channels, "
+                    f"got {self.head_channels}"
+                )
 
     @property
     def size_multiple(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ncvsd_inverse.files import cache_folder, write_whole
+from ncvsd_inverse.plain_data import read_json
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.statistics import ImageStatistics
 
@@ -28,9 +29,8 @@ class StatisticsStore:
     def read(self) -> ImageStatistics | None:
         """Return what the cache holds; None if nothing that can be used."""
         try:
-            entries = json.loads(self._cached.read_text(encoding="utf-8"))
-            return ImageStatistics.from_dict(entries)
-        except (OSError, ValueError, RecursionError):
+            return ImageStatistics.from_dict(read_json(self._cached))
+        except (OSError, ValueError):
             return None
 
     def write(self, statistics: ImageStatistics) -> Path:
@@ -40,7 +40,7 @@ class StatisticsStore:
             OSError: if no file can be written.
         """
         if self.card is not None:
-            card = PriorCard.from_json(self.card.read_text(encoding="utf-8"))
+            card = PriorCard.from_dict(read_json(self.card))
             text = replace(card, statistics=statistics).to_json()
             if card.sha256 == self.sha256:
                 try:

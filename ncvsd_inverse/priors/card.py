@@ -1,14 +1,15 @@
 """The card of a trained prior: what it is, where it comes from, what it is good for."""
 
 import json
-import math
 import re
 import string
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
-from ncvsd_inverse.checks import check_choice, check_noise_scale
+from ncvsd_inverse.checks import check_choice, check_names, check_noise_scale
+from ncvsd_inverse.plain_data import parse_json
 from ncvsd_inverse.priors.statistics import ImageStatistics
 from ncvsd_inverse.protocols import Point, Points
 
@@ -18,6 +19,8 @@ __all__ = [
 
 OPTIONAL = ("noise_scale", "tempers", "statistics", "points")
 """Fields that a card may leave out."""
+
+MAX_FLOAT = sys.float_info.max
 
 _OTHER = "other"
 """How JSON names operators of all families that have no row of their own."""
@@ -75,6 +78,8 @@ class PriorCard:
     def __post_init__(self) -> None:
         for field in ("name", "licence", "data", "weaknesses", "intended_use"):
             _check_text(field, getattr(self, field))
+        if not self.name.isprintable():
+            raise ValueError(f"name must have no control characters, got {self.name!a}")
         for field in ("network", "training", "evaluation"):
             _check_mapping(field, getattr(self, field))
         check_choice("kind", self.kind, ("ncvsd", "diffusion"))
@@ -121,13 +126,7 @@ class PriorCard:
             entries = {**entries, "noise_scale": entries["spread"]}
             del entries["spread"]
         known = [field.name for field in fields(cls)]
-        missing = [name for name in known if name not in entries and name not in OPTIONAL]
-        unknown = [str(name) for name in entries if name not in known]
-        if missing or unknown:
-            raise ValueError(
-                f"a card must have exactly the fields {', '.join(known)}; "
-                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
-            )
+        check_names("a card", entries, known, [name for name in known if name not in OPTIONAL])
         shape = entries["image_shape"]
         shape = tuple(shape) if isinstance(shape, list) else shape
         noise_scale = check_noise_scale("noise_scale", entries.get("noise_scale", ()))
@@ -147,11 +146,7 @@ class PriorCard:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Build a card from JSON text; ValueError as for `from_dict`, or if it is no JSON."""
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"a card must be JSON: {error}") from None
-        return cls.from_dict(entries)
+        return cls.from_dict(parse_json(text))
 
     def to_json(self) -> str:
         """Return the card as indented JSON text, a list of numbers on one line."""
@@ -214,8 +209,9 @@ def _check_mapping(name: str, value: object) -> None:
 
 
 def _check_positive_number(name: str, value: object, *, or_zero: bool = False) -> None:
-    number = float(value) if type(value) in (int, float) else math.nan  # type: ignore[arg-type]
-    if not (math.isfinite(number) and (number > 0 or (or_zero and number == 0))):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # An integer beyond all floats is above any of them.
+    if not (is_number and 0 <= value <= MAX_FLOAT and (or_zero or value > 0)):  # type: ignore[operator]
         wanted = "a positive finite number" + (" or 0" if or_zero else "")
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 

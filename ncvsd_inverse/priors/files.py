@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import cache_folder
+from ncvsd_inverse.plain_data import read_json
 from ncvsd_inverse.priors.card import PriorCard
 
 __all__ = [
@@ -100,7 +101,7 @@ def read_card(stem: Path) -> PriorCard:
     """Read the card of a prior whose path without suffix is `stem`; CheckpointError if unfit."""
     path = card_path(stem)
     try:
-        return PriorCard.from_json(path.read_bytes().decode())
+        return PriorCard.from_dict(read_json(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"a prior needs its weights and its card, but there is no {path}; "

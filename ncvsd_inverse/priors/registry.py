@@ -206,7 +206,8 @@ def list_priors() -> list[str]:
     They are the priors that ship with the package, those in the folder $NCVSD_WEIGHTS and in the
     cache folder, and those that their authors publish, whether here yet or not.
     """
-    found = {card.stem for folder in search_folders() for card in folder.glob("*.json")}
+    cards = (card for folder in search_folders() for card in folder.glob("*.json"))
+    found = {card.stem for card in cards if card.is_file()}
     return sorted(found | PUBLISHED.keys())
 
 

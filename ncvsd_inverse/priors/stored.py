@@ -15,7 +15,7 @@ from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import file_sha256, whole_files
 from ncvsd_inverse.networks import ConcatDenoiser, ControlledDenoiser, Denoiser, network_config
 from ncvsd_inverse.networks.edm2_layers import MPConv
-from ncvsd_inverse.networks.library import LibraryDenoiser, build_converted
+from ncvsd_inverse.networks.library import LibraryDenoiser, build_converted, check_depth
 from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.files import TensorFile, card_path, weights_path, write_tensors
 
@@ -119,8 +119,10 @@ def _weights(
                 f"{path} must have the SHA-256 of its card, {card.sha256}, got {digest}: "
                 "it is damaged or belongs to another card"
             )
-        network = _build(card)
         with TensorFile(path) as file:
+            # A network of many blocks takes long to build, even without memory.
+            check_depth(card.network, len(file.shapes))
+            network = _build(card)
             expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
             came, both = file.shapes, expected.keys() & file.shapes.keys()
             _check_weights(
@@ -152,6 +154,11 @@ def _build(card: PriorCard) -> TrainedNetwork | LibraryDenoiser:
     if side is not None and card.image_shape != (network.image_channels, side, side):
         raise ValueError(
             f"image_shape must be {(network.image_channels, side, side)}, got {card.image_shape}"
+        )
+    if card.statistics is not None and len(card.statistics.mean) != network.image_channels:
+        raise ValueError(
+            f"statistics must be of {network.image_channels} channels, "
+            f"got {len(card.statistics.mean)}"
         )
     if card.image_shape is not None:
         check_image_size(

@@ -1,16 +1,22 @@
 """Settings of a training run, checked when made."""
 
 import json
-import math
-import tomllib
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 
-from ncvsd_inverse.checks import check_choice, check_count, check_non_negative, check_positive
+from ncvsd_inverse.checks import (
+    check_choice,
+    check_count,
+    check_names,
+    check_non_negative,
+    check_positive,
+)
 from ncvsd_inverse.networks import UNetShape, inference_dtype
+from ncvsd_inverse.plain_data import read_toml
 
 __all__ = [
     "DistillConfig",
@@ -22,22 +28,30 @@ __all__ = [
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+MAX_COUNT = (1 << 63) - 1
+MAX_BATCH = 1_000_000
+MAX_LEVELS = 1_000_000
+MAX_EMAS = 16
+MAX_LOG = 20
+"""Largest log of a noise level, in size; sigma is e to it."""
+MAX_SIGMA = 1e6
+
+
+def _toml_line(name: str, value: object) -> str:
+    """Return a setting as TOML, whose scalars and lists of them are written as JSON's."""
+    return f"# {name}: not set" if value is None else f"{name} = {json.dumps(value)}"
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-def _check_number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
 
 
 def _check_numbers(name: str, values: object, length: int | None) -> None:
     if not isinstance(values, tuple) or (length is not None and len(values) != length):
         wanted = f"{length} numbers" if length else "a list of numbers"
         raise TypeError(f"{name} must be {wanted}, got {values!r}")
-    for value in values:
-        _check_number(name, value)
+    for index, value in enumerate(values):
+        check_non_negative(f"{name}[{index}]", value)
 
 
 @dataclass(frozen=True)
@@ -99,22 +113,30 @@ class TrainConfig:
             raise TypeError(f"init must be the name or path of a prior, got {self.init!r}")
         if not isinstance(self.network, UNetShape):
             raise TypeError(f"network must be a UNetShape, got {self.network!r}")
-        for name in ("images", "batch_size"):
-            check_count(name, getattr(self, name))
+        check_count("images", self.images, most=MAX_COUNT)
+        check_count("batch_size", self.batch_size, most=MAX_BATCH)
         if self.microbatch is not None:
-            check_count("microbatch", self.microbatch)
+            check_count("microbatch", self.microbatch, most=MAX_BATCH)
         for name in ("any_size", "flip", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, length in (("betas", 2), ("ema_stds", None)):
             _check_numbers(name, getattr(self, name), length)
-        if not math.isfinite(_check_number("t_mean", self.t_mean)):
-            raise ValueError(f"t_mean must be finite, got {self.t_mean}")
-        check_count("seed", self.seed, least=0)
-        for name in ("learning_rate", "decay_steps", "t_std", "sigma_data", "loss_scale"):
+        if not all(beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if isinstance(self.t_mean, bool) or not isinstance(self.t_mean, int | float):
+            raise TypeError(f"t_mean must be a number, got {self.t_mean!r}")
+        if not abs(self.t_mean) <= MAX_LOG:
+            raise ValueError(f"t_mean must lie within +-{MAX_LOG}, got {self.t_mean}")
+        if check_positive("t_std", self.t_std) > MAX_LOG:
+            raise ValueError(f"t_std must be at most {MAX_LOG}, got {self.t_std}")
+        check_count("seed", self.seed, least=0, most=MAX_COUNT)
+        for name in ("learning_rate", "decay_steps", "sigma_data", "loss_scale"):
             check_positive(name, getattr(self, name))
         check_non_negative("warmup_images", self.warmup_images)
         check_choice("precision", self.precision, get_args(Precision))
+        if len(self.ema_stds) > MAX_EMAS:
+            raise ValueError(f"ema_stds must be at most {MAX_EMAS}, got {len(self.ema_stds)}")
         if not self.ema_stds or not all(0 < std < 0.28 for std in self.ema_stds):
             raise ValueError(f"ema_stds must lie in (0, 0.28), got {self.ema_stds}")
 
@@ -129,25 +151,38 @@ class TrainConfig:
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Read a configuration file; ValueError that names an unknown or missing key."""
-        return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        try:
+            return cls.from_dict(read_toml(Path(path)))
+        except ValueError as error:
+            raise ValueError(f"{path} must hold settings of a training: {error}") from error
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Build from plain data, as `to_dict` gives it."""
-        known = {entry.name for entry in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"configuration has unknown keys: {', '.join(unknown)}")
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain data, as `to_dict` gives it; ValueError if it does not fit."""
+        known = [entry.name for entry in fields(cls)]
+        check_names("configuration", values, known, ("network", "images"))
         plain = _with_tuples(values)
+        network = plain.pop("network")
+        if not isinstance(network, Mapping):
+            raise ValueError(f"network must be a table of settings, got {network!r}")
+        shape = [entry.name for entry in fields(UNetShape)]
+        check_names("network", network, shape, ("resolution",))
         try:
-            return cls(network=UNetShape(**_with_tuples(plain.pop("network"))), **plain)
-        except KeyError as error:
-            raise ValueError(f"configuration lacks the key {error}") from None
+            return cls(network=UNetShape(**_with_tuples(network)), **plain)
         except TypeError as error:
-            raise ValueError(f"configuration does not fit: {error}") from None
+            raise ValueError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, JSON-able."""
         return asdict(self)
+
+    def to_toml(self) -> str:
+        """Return a file that `from_toml` reads as these settings; those not set are left out."""
+        settings = self.to_dict()
+        network = settings.pop("network")
+        lines = [_toml_line(name, value) for name, value in settings.items()]
+        lines += ["", "[network]", *(_toml_line(name, value) for name, value in network.items())]
+        return "\n".join(lines) + "\n"
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -221,10 +256,14 @@ class DistillConfig(TrainConfig):
         check_non_negative("gamma", self.gamma)
         check_non_negative("energy_weight", self.energy_weight)
         check_non_negative("tempered_weight", self.tempered_weight)
-        check_count("energy_images", self.energy_images, least=0)
+        for name in ("energy_images", "adversarial_images"):
+            check_count(name, getattr(self, name), least=0, most=MAX_COUNT)
         check_positive("generator_rate", self.generator_rate)
         check_positive("energy_rate", self.energy_rate)
-        check_count("num_levels", self.num_levels, least=2)
+        check_count("num_levels", self.num_levels, least=2, most=MAX_LEVELS)
         check_positive("sigma_min", self.sigma_min)
-        if not self.sigma_max > self.sigma_min:
-            raise ValueError(f"sigma_max must be above {self.sigma_min}, got {self.sigma_max}")
+        if not self.sigma_min < check_positive("sigma_max", self.sigma_max) <= MAX_SIGMA:
+            raise ValueError(
+                f"sigma_max must be above sigma_min = {self.sigma_min} and at most "
+                f"{MAX_SIGMA:g}, got {self.sigma_max}"
+            )

@@ -652,3 +652,17 @@ def test_the_canary_hears(canary, tmp_path):
     assert canary.seen["os.system"] == 1
     assert canary.seen["open"] == 1
     canary.seen.clear()
+
+
+@pytest.mark.parametrize("make", [dict.fromkeys, set], ids=["dict", "set"])
+@pytest.mark.parametrize("kind", [int, float])
+def test_keys_that_can_be_chosen_to_collide_are_few(tmp_path, make, kind):
+    """Numbers whose hashes share their low bits: each is compared with all before it."""
+    path = tmp_path / "keys.pkl"
+    path.write_bytes(pickle.dumps(make([kind(number << 40) for number in range(1, 5001)])))
+    assert len(read_checkpoint_file(path)) == 5000
+    path.write_bytes(pickle.dumps(make([kind(number << 40) for number in range(1, 5002)])))
+    with pytest.raises(CheckpointError, match="more than 5000 keys that are large numbers"):
+        read_checkpoint_file(path)
+    path.write_bytes(pickle.dumps(make(range(-10_000, 10_000))))
+    assert len(read_checkpoint_file(path)) == 20_000

@@ -238,10 +238,36 @@ def test_priors_are_listed_whatever_is_broken(run, only_published):
     assert lines["ncvsd_ffhq"].startswith("3x256x256, not on this machine; `ncvsd priors ncvsd_ff")
     assert "must be a prior of kind 'diffusion'" in lines["ncvsd_ffhq_teacher"]
     assert json.loads(run("priors", "here")[1])["name"] == "ncvsd_faces64"
-    for name, said in (("broken", "a card must be JSON"), ("else", "prior must be one of broken")):
+    for name, said in (("broken", "it must be JSON"), ("else", "prior must be one of broken")):
         status, out, err = run("priors", name)
         assert (status, out) == (1, "")
         assert said in err
+
+
+def test_texts_of_cards_are_shown_without_control_characters(run, only_published):
+    weights = Path(ncvsd_inverse.__file__).parent / "priors" / "weights"
+    card = json.loads((weights / "ncvsd_faces64.json").read_text())
+    hostile = "a\x1b[2J\x9b\u202eb"
+    for name, changes in (
+        ("texts", {"intended_use": hostile, "weaknesses": hostile}),
+        ("kind", {"kind": hostile}),
+        ("key", {hostile: 1}),
+        (hostile, {}),
+        ("huge", {"gamma": 10**400, "kind": "x" * 100_000}),
+        ("name", {"name": hostile}),
+    ):
+        (only_published / f"{name}.json").write_text(json.dumps({**card, **changes}))
+    (only_published / "folder.json").mkdir()
+    status, out, err = run("priors")
+    assert (status, err) == (0, "")
+    assert out.replace("\n", "").isprintable()
+    lines = out.splitlines()
+    assert len(lines) == 8  # two of them published
+    assert sum("cannot be loaded" in line for line in lines) == 4
+    assert all(len(line) < 5000 for line in lines)
+    for name in ("texts", "kind", "key", "name", hostile):
+        _, out, err = run("priors", name)
+        assert (out + err).replace("\n", "").isprintable()
 
 
 def test_a_published_prior_is_described_without_a_network(run, only_published):

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from ncvsd_inverse import load_prior
 from ncvsd_inverse.cli import app
+from ncvsd_inverse.training.presets import load_teacher_config
 
 NETWORK = """
 precision = "float32"
@@ -74,3 +75,11 @@ def test_wrong_pictures_and_settings_are_named(tmp_path, pictures):
     result = CliRunner().invoke(app, ["train", str(tmp_path / "teacher.toml"), *words])
     assert isinstance(result.exception, ValueError)
     assert "odd.png" in str(result.exception)
+
+
+def test_the_settings_of_a_preset_are_shown_as_a_file(tmp_path):
+    shown = run("train", "--show-config", "faces64")
+    (tmp_path / "own.toml").write_text(shown)
+    assert load_teacher_config(tmp_path / "own.toml") == load_teacher_config("faces64")
+    result = CliRunner().invoke(app, ["train", "--show-config", "face64"])
+    assert "did you mean faces64" in str(result.exception)

@@ -172,10 +172,12 @@ def test_missing_files(saved):
     [
         ("", "must be JSON"),
         ("{", "must be JSON"),
-        ("[" * 100_000, "must be JSON"),
+        ("[" * 100_000, "nested at most 32 deep"),
+        ('{"gamma": ' + "9" * 5000 + "}", "must be JSON: Exceeds the limit"),
+        (" " * (2 << 20), "must have at most 1048576 bytes"),
         ("[1, 2]", "must be a JSON object, got list"),
         ("null", "must be a JSON object, got NoneType"),
-        ("{}", "missing: name, kind"),
+        ("{}", "lacks the keys 'name', 'kind'"),
     ],
 )
 def test_cards_that_are_none(saved, text, message):
@@ -214,7 +216,7 @@ BAD_FIELDS = [
     ("gamma", True, "gamma must be a positive"),
     ("sigma_min", -1, "sigma_min must be a positive"),
     ("sigma_min", 50.0, "sigma_min must be below sigma_max"),
-    ("sigma_max", math.inf, "sigma_max must be a positive finite"),
+    ("sigma_max", math.inf, "sigma_max must be finite, got inf"),
     ("sha256", "abc", "sha256 must be 64"),
     ("sha256", 7, "sha256 must be 64"),
     ("licence", None, "licence must be a text"),
@@ -229,7 +231,17 @@ BAD_FIELDS = [
     ("points", {"other": {"10": {**POINT, "temperature": 2}}}, "temperature must be at most 1"),
     ("points", {"other": {"10": {**POINT, "first": "3"}}}, r"\[10\]\.first must be a positive"),
     ("points", {"other": {"0": POINT}}, "must be of at least 1 call"),
-    ("surprise", 1, "unknown: surprise"),
+    ("surprise", 1, "unknown keys: surprise; known are name, kind"),
+    ("gama", 1, r"did you mean gamma\?"),
+    ("name", "a\x1b[2J", "name must have no control characters"),
+    ("data", "\ud800", "data' must be text without half characters"),
+    ("gamma", 10**400, "gamma must be an integer of at most 64 bits"),
+    ("gamma", -0.1, "gamma must be a positive"),
+    ("noise_scale", [[0.1, 10**400]], r"noise_scale\.0\.1 must be an integer of at most 64 bits"),
+    ("noise_scale", [[0.1, True]], "noise_scale must be pairs"),
+    ("noise_scale", [["0.1", "2"]], "noise_scale must be pairs"),
+    ("points", {"other": {"10": {**POINT, "first": math.nan}}}, r"other\.10\.first must be finite"),
+    ("training", {"deep": [[[[[math.nan]]]]]}, r"training\.deep\.0.* must be finite"),
 ]
 
 
@@ -240,9 +252,84 @@ def test_bad_card_fields_are_named(saved, field, value, message):
         load_prior(saved)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"any_size": "false"}, "any_size must be true or false, got 'false'"),
+        ({"sigma_data": "0.5"}, "sigma_data must be a number, got '0.5'"),
+        ({"sigma_data": 0}, "sigma_data must be positive"),
+        ({"sigma_data": True}, "sigma_data must be a number, got True"),
+        ({"resolution": "8"}, "resolution must be an integer, got '8'"),
+        ({"resolution": 8.0}, "resolution must be an integer"),
+        ({"resolution": -8}, "resolution must be at least 1, got -8"),
+        ({"image_channels": 0}, "image_channels must be at least 1"),
+        ({"channels": "12"}, "channels must be a list of at most 16 levels"),
+        ({"channels": [8] * 17}, "channels must be a list of at most 16 levels"),
+        ({"channels": [8.5, 16]}, r"channels\[0\] must be an integer, got 8.5"),
+        ({"channels": [8, 2**40]}, r"channels\[1\] must be at most 16384"),
+        ({"channels": []}, "channels must be of 1 to 16 levels, got 0"),
+        ({"attention": "8"}, "attention must be a list of integers"),
+        ({"attention": [8] * 10**5}, "attention must be at most 16 sides, got 100000"),
+        ({"blocks": True}, "blocks must be an integer from 1 to 100"),
+        ({"blocks": 10**5}, "blocks must be an integer from 1 to 100, got 100000"),
+        ({"blocks": 60}, "blocks must fit the .* tensors of its weights, got 60 at each of 2"),
+        ({"head_channels": -64}, "head_channels must be at least 1, got -64"),
+        ({"attention": [8], "channels": [20], "head_channels": 6}, "heads that divide 20"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
+        ({"bottleneck_attention": "x"}, "bottleneck_attention must be true or false"),
+        ({"blcks": 1}, r"unknown keys: blcks \(did you mean blocks\?\); known are"),
+        ({"kind": "adm", "arguments": [1]}, "arguments must be an object, got list"),
+        ({"kind": "adm", "arguments": {"blocks": 10**5}}, "blocks must be an integer from 1 to"),
+        ({"kind": "edm", "arguments": {"num_blocks": 10**5}}, "num_blocks must be an integer"),
+        ({"kind": "diffusers", "arguments": {"layers_per_block": 10**5}}, "layers_per_block must"),
+    ],
+)
+def test_networks_of_cards_are_bounded_before_they_are_built(saved, changes, message):
+    network = json.loads(Path(f"{saved}.json").read_text())["network"]
+    rewrite_card(saved, network={**network, **changes})
+    begun = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message):
+        load_prior(saved)
+    assert time.perf_counter() - begun < 1
+
+
+def test_statistics_of_other_channels_than_the_network_are_refused(saved):
+    grey = {"mean": [[[0.0]]], "mixing": [[1.0]], "spectra": [[[1.0, 0.5]]] * 3}
+    rewrite_card(saved, statistics={**STATISTICS, **grey})
+    with pytest.raises(CheckpointError, match="statistics must be of 3 channels, got 1"):
+        load_prior(saved)
+
+
+@pytest.mark.parametrize("dtype", ["I32", "F8_E4M3", "F4", "C64", "F128"])
+def test_weights_of_dtypes_that_none_have(saved, dtype):
+    """Some are of no torch dtype, some of another size than their bytes, one is of no format."""
+    content = Path(f"{saved}.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["logvar_linear.weight"]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    changed = len(text).to_bytes(8, "little") + text + content[8 + length :]
+    Path(f"{saved}.safetensors").write_bytes(changed)
+    rewrite_card(saved, sha256=hashlib.sha256(changed).hexdigest())
+    with pytest.raises(CheckpointError, match=r"tiny\.safetensors must"):
+        load_prior(saved)
+    Path(f"{saved}.json").unlink()
+    with pytest.raises(CheckpointError, match=r"known dtypes|not of floating point"):
+        load_prior(Path(f"{saved}.safetensors"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_card_that_is_a_pipe_is_not_waited_for(saved):
+    Path(f"{saved}.json").unlink()
+    os.mkfifo(f"{saved}.json")
+    with pytest.raises(CheckpointError, match=r"tiny\.json must be .* it must be a regular file"):
+        load_prior(saved)
+    assert "tiny" not in list_priors()
+
+
 def test_a_card_cannot_ask_for_more_memory_than_the_weights_hold(saved):
     network = json.loads(Path(f"{saved}.json").read_text())["network"]
-    rewrite_card(saved, network={**network, "channels": [10**5, 10**5]})
+    rewrite_card(saved, network={**network, "channels": [10**4, 10**4]})
     with pytest.raises(CheckpointError, match="of another shape"):
         load_prior(saved)
 

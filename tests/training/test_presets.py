@@ -1,5 +1,7 @@
 """Shipped configurations: all are valid, and the published ones have the published sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,3 +87,79 @@ def test_unknown_presets_and_files_are_refused(tmp_path):
         load_teacher_config("face64")
     with pytest.raises(ValueError, match="file that exists"):
         load_distill_config(tmp_path / "none.toml")
+
+
+NETWORK = {"resolution": "8", "channels": "[8, 16]", "attention": "[]", "blocks": "1"}
+
+
+def write_settings(path, settings, network=None):
+    lines = [f"{name} = {value}" for name, value in {"images": "10", **settings}.items()]
+    lines += ["[network]"] if network is not None else []
+    lines += [f"{name} = {value}" for name, value in {**NETWORK, **(network or {})}.items()]
+    path.write_text("\n".join(lines[: None if network is not None else -len(NETWORK)]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"images": "'10'"}, "images must be an integer, got '10'"),
+        ({"images": "1" + "0" * 400}, "images must be an integer of at most 64 bits"),
+        ({"batch_size": "1000000000000"}, "batch_size must be at most 1000000"),
+        ({"seed": "-1"}, "seed must be at least 0"),
+        ({"learning_rate": "'1'"}, "learning_rate must be a number, got '1'"),
+        ({"learning_rate": "true"}, "learning_rate must be a number, got True"),
+        ({"learning_rate": "nan"}, "learning_rate must be finite"),
+        ({"any_size": "'false'"}, "any_size must be true or false, got 'false'"),
+        ({"betas": "[1.5, 0.9]"}, r"betas must lie in \[0, 1\)"),
+        ({"betas": "[0.9]"}, "betas must be 2 numbers"),
+        ({"betas": "[0.9, '0.9']"}, r"betas\[1\] must be a number"),
+        ({"ema_stds": "[" + "0.1, " * 20 + "]"}, "ema_stds must be at most 16, got 20"),
+        ({"t_mean": "1e300"}, r"t_mean must lie within \+-20"),
+        ({"t_mean": "true"}, "t_mean must be a number"),
+        ({"t_std": "1e300"}, "t_std must be at most 20"),
+        ({"sigma_max": "1e300"}, "sigma_max must be above sigma_min = 0.002 and at most 1e"),
+        ({"sigma_max": "'80'"}, "sigma_max must be a number, got '80'"),
+        ({"num_levels": "1000000000000"}, "num_levels must be at most 1000000"),
+        ({"adversarial_images": "'x'"}, "adversarial_images must be an integer, got 'x'"),
+        ({"network": "3"}, "network must be a table of settings, got 3"),
+        ({"network": "[1]"}, "network must be a table of settings"),
+        (
+            {"sigma_mn": "1"},
+            r"configuration has unknown keys: sigma_mn \(did you mean sigma_min\?\); known are ",
+        ),
+    ],
+)
+def test_settings_are_typed_and_bounded(tmp_path, settings, message):
+    path = tmp_path / "own.toml"
+    write_settings(path, settings, None if "network" in settings else {})
+    with pytest.raises(ValueError, match=rf"own\.toml must hold .*: {message}"):
+        load_distill_config(path)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"head_channels": "-64"}, "head_channels must be at least 1, got -64"),
+        ({"blocks": "100000"}, "blocks must be at most 100, got 100000"),
+        ({"blocks": "1.5"}, "blocks must be an integer"),
+        ({"channels": "'ab'"}, "channels must be a list of integers"),
+        ({"channels": "[true]"}, r"channels\[0\] must be an integer, got True"),
+        ({"resolution": "-8"}, "resolution must be at least 1"),
+        ({"resolution": "9"}, "resolution must be a multiple of 2, got 9"),
+        ({"blcks": "3"}, r"network has unknown keys: blcks \(did you mean blocks\?\); known are "),
+    ],
+)
+def test_networks_are_typed_and_bounded(tmp_path, network, message):
+    with pytest.raises(ValueError, match=rf"own\.toml must hold .*: {message}"):
+        load_teacher_config(write_settings(tmp_path / "own.toml", {}, network))
+
+
+def test_settings_come_back_from_their_own_toml(tmp_path):
+    path = tmp_path / "shown.toml"
+    for load, stage in ((load_teacher_config, "teacher"), (load_distill_config, "distill")):
+        for name in list_presets(stage):
+            path.write_text(load(name).to_toml())
+            assert load(path) == load(name)
+    path.write_text(replace(load(name), init='a\\b "c"', microbatch=4).to_toml())
+    assert (load(path).init, load(path).microbatch) == ('a\\b "c"', 4)
