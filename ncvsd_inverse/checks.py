@@ -5,17 +5,24 @@ Form: what must hold, then what came, with the argument named as the caller wrot
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
+from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ncvsd_inverse.errors import DivergenceError
 
 __all__ = [
+    "Size",
+    "as_value",
     "check_choice",
     "check_count",
+    "check_falling",
     "check_finite",
     "check_floating",
     "check_image_size",
@@ -25,15 +32,26 @@ __all__ = [
     "check_non_negative",
     "check_positive",
     "check_shape",
+    "check_share",
+    "check_size",
     "check_stays_finite",
+    "check_triple",
 ]
+
+Size: TypeAlias = int | Sequence[int]
+"""Height and width, or one side of a square, pixels; integers of Python or numpy."""
+
+Value = TypeVar("Value")
+
+LARGEST = 2**63 - 1
+"""Largest integer that torch takes."""
 
 
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float; ValueError unless it is a finite number > 0."""
     number = _as_number(name, value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        raise ValueError(f"{name} must be positive and finite, got {_show(value)}")
     return number
 
 
@@ -41,17 +59,63 @@ def check_non_negative(name: str, value: float) -> float:
     """Return `value` as a float; ValueError unless it is a finite number >= 0."""
     number = _as_number(name, value)
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be non-negative and finite, got {value}")
+        raise ValueError(f"{name} must be non-negative and finite, got {_show(value)}")
+    return number
+
+
+def check_share(name: str, value: float, *, or_zero: bool = False) -> float:
+    """Return `value` as a float; ValueError unless it is in (0, 1], or in [0, 1] if `or_zero`."""
+    number = _as_number(name, value)
+    if not (0 < number <= 1 or (or_zero and number == 0)):
+        raise ValueError(f"{name} must be in {'[' if or_zero else '('}0, 1], got {_show(value)}")
     return number
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> int:
-    """Return `value`; TypeError unless it is an integer, ValueError if below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+    """Return `value` as an int; TypeError unless it is an integer, of Python or numpy.
+
+    ValueError if it is below `least` or does not fit into 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {_show(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+        raise ValueError(f"{name} must be at least {least}, got {_show(value)}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be below 2^63, got {_show(value)}")
+    return int(value)
+
+
+def check_size(name: str, size: Size, *, least: int = 1) -> tuple[int, int]:
+    """Return height and width as ints; error unless `size` is one integer or a pair of them."""
+    sides = as_value(size)
+    if isinstance(sides, int | np.integer):
+        side = check_count(
+            name, int(sides) if isinstance(sides, np.integer) else sides, least=least
+        )
+        return side, side
+    if not isinstance(sides, Sequence) or isinstance(sides, str):
+        raise TypeError(f"{name} must be one integer or (height, width), got {_show(size)}")
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be one integer or (height, width), got {_show(size)}")
+    height, width = (check_count(name, side, least=least) for side in sides)
+    return height, width
+
+
+def check_triple(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return (C, H, W) as ints; error unless `shape` is three integers, all at least 1."""
+    entries = as_value(shape)
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) != 3:
+        raise ValueError(f"{name} must be (C, H, W), got {_show(shape)}")
+    channels, height, width = (check_count(name, entry) for entry in entries)
+    return channels, height, width
+
+
+def as_value(value: Value) -> Value:
+    """Return an array of numpy as the lists and numbers that it holds; anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    held: Value = value.tolist()
+    return held
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
@@ -61,7 +125,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
         return value
     near = difflib.get_close_matches(str(value), known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(known)}, got {_show(value)}{hint}")
 
 
 def check_finite(name: str, x: Tensor) -> Tensor:
@@ -151,10 +215,49 @@ def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) 
 
 
 def _as_number(name: str, value: float) -> float:
+    """Return a real number, of Python, numpy or torch, as a float; TypeError for anything else."""
+    scalar = value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        scalar = value.item()
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
+        raise TypeError(f"{name} must be a number, got {_show(value)}")
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        return float(scalar)
+    except OverflowError:
+        return math.inf
+
+
+_shown = reprlib.Repr()
+_shown.maxstring, _shown.maxother = 200, 100
+
+
+def _show(value: object) -> str:
+    """Return what came, on one line of bounded length."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    plain = value.item() if isinstance(value, np.generic) else value
+    return " ".join(_shown.repr(plain).split())
+
+
+def check_falling(
+    name: str, levels: Sequence[float], *, or_infinite: bool = False
+) -> tuple[float, ...]:
+    """Return noise levels as floats; error unless they are numbers, > 0 and decreasing.
+
+    The first must be finite, unless `or_infinite`.
+    """
+    entries = as_value(levels.detach().cpu().numpy() if isinstance(levels, Tensor) else levels)
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers, got {_show(levels)}")
+    known = tuple(_as_number(name, level) for level in entries)
+    falls = all(before > after for before, after in pairwise(known))
+    if not (known and falls and known[-1] > 0 and (or_infinite or math.isfinite(known[0]))):
+        finite = "" if or_infinite else "finite, "
+        raise ValueError(f"{name} must be {finite}positive and decreasing, got {_show(known)}")
+    return known
 
 
 def check_noise_scale(name: str, pairs: object) -> tuple[tuple[float, float], ...]:
@@ -167,6 +270,6 @@ def check_noise_scale(name: str, pairs: object) -> tuple[tuple[float, float], ..
     if not (positive and all(low[0] < high[0] for low, high in pairwise(known))):
         raise ValueError(
             f"{name} must be pairs of positive numbers (sigma, factor), sigma increasing, "
-            f"got {pairs!r}"
+            f"got {_show(pairs)}"
         )
     return known

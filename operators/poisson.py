@@ -53,7 +53,7 @@ class Poisson(BaseOperator):
 
     def __init__(self, peak: float) -> None:
         self.peak = check_positive("peak", peak)
-        self.gain = math.sqrt(peak / 2)  # slope at mid-grey
+        self.gain = math.sqrt(self.peak / 2)  # slope at mid-grey
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return mean root counts, shape (B, C, H, W); at least sqrt(3/2) on [-1, 1]."""

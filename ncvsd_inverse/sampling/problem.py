@@ -9,7 +9,13 @@ from typing import Self, TypeAlias
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_finite, check_floating, check_positive, check_shape
+from ncvsd_inverse.checks import (
+    as_value,
+    check_finite,
+    check_floating,
+    check_positive,
+    check_shape,
+)
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.protocols import SIGMA_Y, HasNoiseLevel, Operator, OperatorTraits
 
@@ -167,6 +173,7 @@ class Problem:
 
 def _read_keys(seed: Seed, images: int) -> tuple[tuple[int, ...], ...]:
     """Return the random key of every image."""
+    seed = as_value(seed)
     try:
         if isinstance(seed, Sequence):
             keys = tuple(
