@@ -30,12 +30,14 @@ __all__ = [
     "check_level",
     "check_noise_scale",
     "check_non_negative",
+    "check_on_device",
     "check_positive",
     "check_shape",
     "check_share",
     "check_size",
     "check_stays_finite",
     "check_triple",
+    "describe_type",
 ]
 
 Size: TypeAlias = int | Sequence[int]
@@ -110,6 +112,11 @@ def check_triple(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def describe_type(value: object) -> str:
+    """Return the name of a value's type, or of the class that it is."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def as_value(value: Value) -> Value:
     """Return an array of numpy as the lists and numbers that it holds; anything else as it is."""
     if not isinstance(value, np.ndarray):
@@ -129,7 +136,8 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def check_finite(name: str, x: Tensor) -> Tensor:
-    """Return `x`; ValueError that counts what is not finite."""
+    """Return `x`; ValueError that counts what is not finite, or if it holds no values (meta)."""
+    _check_holds_values(name, x)
     if x.dtype.is_floating_point and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name} must be finite, got {bad} of {x.numel()} values NaN or infinite")
@@ -203,6 +211,7 @@ def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) 
     An infinite level is refused whatever `largest` is.
     """
     if isinstance(level, Tensor):
+        _check_holds_values(name, level)
         if level.numel() == 0:
             raise ValueError(f"{name} must have at least one entry, got shape {tuple(level.shape)}")
         low, high = float(level.min()), float(level.max())
@@ -212,6 +221,18 @@ def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) 
         bound = "finite" if math.isinf(largest) else f"at most {largest:g}"
         came = f"{low}" if low == high else f"{low} to {high}"
         raise ValueError(f"{name} must be positive and {bound}, got {came}")
+
+
+def check_on_device(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """Return `x`; ValueError unless it is on a device."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device {device}, got {x.device}")
+    return x
+
+
+def _check_holds_values(name: str, x: Tensor) -> None:
+    if x.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the device meta")
 
 
 def _as_number(name: str, value: float) -> float:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_images, check_triple
+from ncvsd_inverse.checks import check_images, check_triple, describe_type
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.protocols import LinearOperator, Operator, OperatorTraits, SolvableOperator
 
@@ -111,9 +111,9 @@ def check_operator(operator: Operator, image_shape: Sequence[int]) -> None:
         TypeError: if it lacks a method.
         ValueError: if something does not hold; all that does not is named, with how far it is off.
     """
-    if not isinstance(operator, Operator):
+    if isinstance(operator, type) or not isinstance(operator, Operator):
         raise TypeError(
-            f"operator must be callable and have input_shape, got {type(operator).__name__}"
+            f"operator must be callable and have input_shape, got {describe_type(operator)}"
         )
     shape = check_triple("image_shape", image_shape)
     source = torch.Generator().manual_seed(0)

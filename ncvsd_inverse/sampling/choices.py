@@ -13,6 +13,7 @@ from ncvsd_inverse.checks import (
     check_image_size,
     check_positive,
     check_share,
+    describe_type,
 )
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, PriorHandle, load_prior
 from ncvsd_inverse.priors.grey import GreyPrior
@@ -93,10 +94,9 @@ def find_prior(prior: Prior | str, device: torch.device | None) -> Prior:
         return load_prior(prior, device)
     if isinstance(prior, PriorHandle):
         return prior.load(device)
-    if not hasattr(prior, "sample"):
-        raise TypeError(
-            f"prior must have a sample method, got {type(prior).__name__}{_how_to_wrap(prior)}"
-        )
+    if isinstance(prior, type) or not hasattr(prior, "sample"):
+        hint = "" if isinstance(prior, type) else _how_to_wrap(prior)
+        raise TypeError(f"prior must have a sample method, got {describe_type(prior)}{hint}")
     return prior
 
 

@@ -181,6 +181,10 @@ def solve(
     for name, choice, known_choices in (*choices, ("preset", preset, Preset)):
         if choice is not None:
             check_choice(name, choice, get_args(known_choices))
+    if isinstance(sigma_y, str) and sigma_y != "auto":
+        raise ValueError(f"sigma_y must be a number, 'auto' or None, got {sigma_y!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
     operator, y = adapt(out_of_inference(operator), out_of_inference(y))
     if preset is not None and isinstance(operator, PhysicsOperator):
         raise ValueError(
@@ -188,8 +192,6 @@ def solve(
             "in [-1, 1]"
         )
     prior = find_prior(prior, y.device if isinstance(y, Tensor) else None)
-    if isinstance(sigma_y, str):
-        check_choice("sigma_y", sigma_y, ("auto",))
     known = None if isinstance(sigma_y, str) else sigma_y
     problem = Problem.checked(y, operator, sigma_y=known, seed=seed)
     if isinstance(sigma_y, str) and len(problem.y) > 1:
