@@ -94,12 +94,12 @@ SAME = {
         (np.array([3, 8, 8]),),
     ),
     "task": (
-        lambda a, s: make_task("inpaint_random", a, seed=s).operator.mask,
+        lambda a, s: make_task("inpaint_random", a, seed=s).operator(X),
         ((8, 8), 2),
         (EIGHT, TWO),
     ),
     "task_pair": (
-        lambda a, s: make_task("deblur_motion", a, seed=s).operator.kernel,
+        lambda a, s: make_task("deblur_motion", a, seed=s).operator(torch.cat([X, X[..., :2]], 3)),
         ((8, 10), 2),
         (np.array([8, 10]), TWO),
     ),

@@ -288,6 +288,7 @@ WORDS = {
     "solve none.png --task denoise": "IN must be a file or folder that exists, got none.png",
     "solve empty --task denoise": "empty must hold files .* got none",
     "solve p.png p.png --task denoise": "IN must have names that differ",
+    "evaluate ncvsd_faces64 --data none": "--data must be a folder or a zip archive, got none",
     "convert none.pkl out": "none.pkl cannot be read: there is no such file",
     "convert p.png out": "p.png cannot be read: ",
     "train none.toml --data pics -o r": "config must be a file that exists, got none.toml",

@@ -89,6 +89,9 @@ def evaluate(
     for name, number in (("size", size), ("batch-size", batch_size)):
         check_count(f"--{name}", number)
     check_count("--seed", seed, least=0)
+    for name, source in (("data", data), ("train", train)):
+        if source is not None and not source.exists():
+            raise ValueError(f"--{name} must be a folder or a zip archive, got {source}: not there")
     own_teacher = teacher or _own_teacher(prior)
     judged, where = load_named(prior, device)
     if not isinstance(judged, NCVSDPrior):
