@@ -5,17 +5,24 @@ Form: what must hold, then what came, with the argument named as the caller wrot
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
+from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ncvsd_inverse.errors import DivergenceError
 
 __all__ = [
+    "Size",
+    "as_value",
     "check_choice",
     "check_count",
+    "check_falling",
     "check_finite",
     "check_floating",
     "check_image_size",
@@ -24,17 +31,30 @@ __all__ = [
     "check_names",
     "check_noise_scale",
     "check_non_negative",
+    "check_on_device",
     "check_positive",
     "check_shape",
+    "check_share",
+    "check_size",
     "check_stays_finite",
+    "check_triple",
+    "describe_type",
 ]
+
+Size: TypeAlias = int | Sequence[int]
+"""Height and width, or one side of a square, pixels; integers of Python or numpy."""
+
+Value = TypeVar("Value")
+
+LARGEST = 2**63 - 1
+"""Largest integer that torch takes."""
 
 
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float; ValueError unless it is a finite number > 0."""
     number = _as_number(name, value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        raise ValueError(f"{name} must be positive and finite, got {_show(value)}")
     return number
 
 
@@ -42,19 +62,70 @@ def check_non_negative(name: str, value: float) -> float:
     """Return `value` as a float; ValueError unless it is a finite number >= 0."""
     number = _as_number(name, value)
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be non-negative and finite, got {value}")
+        raise ValueError(f"{name} must be non-negative and finite, got {_show(value)}")
+    return number
+
+
+def check_share(name: str, value: float, *, or_zero: bool = False) -> float:
+    """Return `value` as a float; ValueError unless it is in (0, 1], or in [0, 1] if `or_zero`."""
+    number = _as_number(name, value)
+    if not (0 < number <= 1 or (or_zero and number == 0)):
+        raise ValueError(f"{name} must be in {'[' if or_zero else '('}0, 1], got {_show(value)}")
     return number
 
 
 def check_count(name: str, value: int, *, least: int = 1, most: int | None = None) -> int:
-    """Return `value`; TypeError unless it is an integer, ValueError unless in [least, most]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+    """Return `value` as an int; TypeError unless it is an integer, of Python or numpy.
+
+    ValueError if it is below `least`, above `most` or does not fit into 64 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {_show(value)}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {_show(value)}")
     if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}")
-    return value
+        raise ValueError(f"{name} must be at most {most}, got {_show(value)}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be below 2^63, got {_show(value)}")
+    return int(value)
+
+
+def check_size(name: str, size: Size, *, least: int = 1) -> tuple[int, int]:
+    """Return height and width as ints; error unless `size` is one integer or a pair of them."""
+    sides = as_value(size)
+    if isinstance(sides, int | np.integer):
+        side = check_count(
+            name, int(sides) if isinstance(sides, np.integer) else sides, least=least
+        )
+        return side, side
+    if not isinstance(sides, Sequence) or isinstance(sides, str):
+        raise TypeError(f"{name} must be one integer or (height, width), got {_show(size)}")
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be one integer or (height, width), got {_show(size)}")
+    height, width = (check_count(name, side, least=least) for side in sides)
+    return height, width
+
+
+def check_triple(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Return (C, H, W) as ints; error unless `shape` is three integers, all at least 1."""
+    entries = as_value(shape)
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or len(entries) != 3:
+        raise ValueError(f"{name} must be (C, H, W), got {_show(shape)}")
+    channels, height, width = (check_count(name, entry) for entry in entries)
+    return channels, height, width
+
+
+def describe_type(value: object) -> str:
+    """Return the name of a value's type, or of the class that it is."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def as_value(value: Value) -> Value:
+    """Return an array of numpy as the lists and numbers that it holds; anything else as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    held: Value = value.tolist()
+    return held
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
@@ -64,7 +135,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
         return value
     near = difflib.get_close_matches(str(value), known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(known)}, got {_show(value)}{hint}")
 
 
 def check_names(
@@ -94,7 +165,8 @@ def check_names(
 
 
 def check_finite(name: str, x: Tensor) -> Tensor:
-    """Return `x`; ValueError that counts what is not finite."""
+    """Return `x`; ValueError that counts what is not finite, or if it holds no values (meta)."""
+    _check_holds_values(name, x)
     if x.dtype.is_floating_point and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{name} must be finite, got {bad} of {x.numel()} values NaN or infinite")
@@ -168,6 +240,7 @@ def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) 
     An infinite level is refused whatever `largest` is.
     """
     if isinstance(level, Tensor):
+        _check_holds_values(name, level)
         if level.numel() == 0:
             raise ValueError(f"{name} must have at least one entry, got shape {tuple(level.shape)}")
         low, high = float(level.min()), float(level.max())
@@ -179,15 +252,62 @@ def check_level(name: str, level: float | Tensor, *, largest: float = math.inf) 
         raise ValueError(f"{name} must be positive and {bound}, got {came}")
 
 
+def check_on_device(name: str, x: Tensor, device: torch.device) -> Tensor:
+    """Return `x`; ValueError unless it is on a device."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device {device}, got {x.device}")
+    return x
+
+
+def _check_holds_values(name: str, x: Tensor) -> None:
+    if x.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the device meta")
+
+
 def _as_number(name: str, value: float) -> float:
+    """Return a real number, of Python, numpy or torch, as a float; TypeError for anything else."""
+    scalar = value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        scalar = value.item()
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
+        raise TypeError(f"{name} must be a number, got {_show(value)}")
     try:
-        if isinstance(value, str | bytes | bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        return float(scalar)
     except OverflowError:  # an integer beyond all floats
-        return math.inf if value > 0 else -math.inf
+        return math.inf if scalar > 0 else -math.inf
+
+
+_shown = reprlib.Repr()
+_shown.maxstring, _shown.maxother = 200, 100
+
+
+def _show(value: object) -> str:
+    """Return what came, on one line of bounded length."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    plain = value.item() if isinstance(value, np.generic) else value
+    return " ".join(_shown.repr(plain).split())
+
+
+def check_falling(
+    name: str, levels: Sequence[float], *, or_infinite: bool = False
+) -> tuple[float, ...]:
+    """Return noise levels as floats; error unless they are numbers, > 0 and decreasing.
+
+    The first must be finite, unless `or_infinite`.
+    """
+    entries = as_value(levels.detach().cpu().numpy() if isinstance(levels, Tensor) else levels)
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise TypeError(f"{name} must be a sequence of numbers, got {_show(levels)}")
+    known = tuple(_as_number(name, level) for level in entries)
+    falls = all(before > after for before, after in pairwise(known))
+    if not (known and falls and known[-1] > 0 and (or_infinite or math.isfinite(known[0]))):
+        finite = "" if or_infinite else "finite, "
+        raise ValueError(f"{name} must be {finite}positive and decreasing, got {_show(known)}")
+    return known
 
 
 def check_noise_scale(name: str, pairs: object) -> tuple[tuple[float, float], ...]:
@@ -203,6 +323,6 @@ def check_noise_scale(name: str, pairs: object) -> tuple[tuple[float, float], ..
     if not (positive and all(low[0] < high[0] for low, high in pairwise(known))):
         raise ValueError(
             f"{name} must be pairs of positive numbers (sigma, factor), sigma increasing, "
-            f"got {pairs!r}"
+            f"got {_show(pairs)}"
         )
     return known

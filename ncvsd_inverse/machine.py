@@ -22,6 +22,7 @@ __all__ = [
     "PeakMemory",
     "Signal",
     "callers_autocast",
+    "check_device",
     "count_passes",
     "exact_arithmetic",
     "find_device",
@@ -104,11 +105,19 @@ def find_device(name: str | None = None) -> torch.device:
         ValueError: if the device cannot be used here.
     """
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    found = check_device("--device", name or own)
+    if found.type == "meta":
+        raise ValueError("--device must hold values, got 'meta'")
+    return found
+
+
+def check_device(name: str, device: torch.device | str) -> torch.device:
+    """Return a device, with its number; ValueError, that calls it `name`, if it is not usable."""
     try:
-        return torch.empty(0, device=name or own).device
-    except (RuntimeError, AssertionError) as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be usable here, got {name!r}: {reason}") from None
+        raise ValueError(f"{name} must be usable here, got {device!r}: {reason}") from None
 
 
 class _Outside(threading.local):

@@ -20,6 +20,7 @@ from ncvsd_inverse.checks import (
     check_finite,
     check_floating,
     check_images,
+    check_on_device,
     check_shape,
 )
 from ncvsd_inverse.errors import CheckpointError
@@ -96,9 +97,9 @@ def ssim(x: Tensor, reference: Tensor) -> Tensor:
     Source:
         Wang et al., IEEE TIP 2004.
     """
-    import piq
-
     unit = _unit_pair(x, reference, metric="ssim")
+    import piq  # takes seconds: only once the images are fine
+
     result: Tensor = piq.ssim(*unit, data_range=1.0, reduction="none", downsample=False)
     return result
 
@@ -275,6 +276,7 @@ def _checked_draws(draws: Tensor, reference: Tensor, *, least: int) -> tuple[Ten
             f"draws must have shape (at least {least}, B, C, H, W), got {tuple(draws.shape)}"
         )
     check_shape("draws", draws, (len(draws), *reference.shape))
+    check_on_device("reference", reference, draws.device)
     return _in_one_dtype(draws, reference)
 
 
@@ -289,6 +291,7 @@ def _unit_pair(x: Tensor, reference: Tensor, *, metric: str) -> tuple[Tensor, Te
     _check_images("x", x, metric=metric)
     check_finite("reference", check_images("reference", reference))
     check_shape("reference", reference, x.shape)
+    check_on_device("reference", reference, x.device)
     x, reference = _in_one_dtype(x, reference)
     return (x.clamp(-1, 1) + 1) / 2, (reference.clamp(-1, 1) + 1) / 2
 

@@ -74,18 +74,38 @@ def draw_normal(like: Tensor, generator: Generators = None) -> Tensor:
         generator: None, one generator for the whole batch, or one for each of the B items.
 
     Raises:
-        ValueError: if the number of generators is not B.
+        ValueError: if the number of generators is not B, or they are on another device.
+        TypeError: if `generator` is something else.
     """
+    check_generator(generator, like)
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-    if len(generator) != like.shape[0]:
-        raise ValueError(
-            f"generator must be one or one for each of {like.shape[0]} images, got {len(generator)}"
-        )
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     for item, source in zip(out, generator, strict=True):
         item.normal_(generator=source)
     return out
+
+
+def check_generator(generator: Generators, like: Tensor) -> None:
+    """Raise as `draw_normal` does unless `generator` can draw for images `like` (B, ...)."""
+    if generator is None:
+        return
+    sources = [generator] if isinstance(generator, torch.Generator) else generator
+    if not isinstance(sources, Sequence) or not all(
+        isinstance(source, torch.Generator) for source in sources
+    ):
+        raise TypeError(
+            f"generator must be a torch.Generator, or one for each image, got {generator!r:.80}"
+        )
+    if sources is generator and len(sources) != like.shape[0]:
+        raise ValueError(
+            f"generator must be one or one for each of {like.shape[0]} images, got {len(sources)}"
+        )
+    for source in sources:
+        if source.device.type != like.device.type:
+            raise ValueError(
+                f"generator must be on the device of the images, {like.device}, got {source.device}"
+            )
 
 
 def expand_level(level: float | Tensor, like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def karras(
     Source:
         Karras et al., arXiv 2206.00364, section 3 (their rho is our exponent).
     """
-    check_positive("exponent", exponent)
+    exponent = check_positive("exponent", exponent)
     return _spaced(num, largest, smallest, lambda s: s ** (1 / exponent), lambda r: r**exponent)
 
 
@@ -77,12 +77,13 @@ def _spaced(
     unwarp: Callable[[float], float],
 ) -> tuple[float, ...]:
     """Return `num` levels, evenly spaced after `warp`; the ends are exact."""
-    check_count("num", num)
-    check_positive("smallest", smallest)
+    num = check_count("num", num)
+    smallest = check_positive("smallest", smallest)
+    largest = check_positive("largest", largest)
     if not largest > smallest:
         raise ValueError(f"largest must be above smallest = {smallest}, got {largest}")
     if num == 1:
-        return (float(largest),)
+        return (largest,)
     high, low = warp(largest), warp(smallest)
     inner = [unwarp(high + i / (num - 1) * (low - high)) for i in range(1, num - 1)]
-    return (float(largest), *inner, float(smallest))
+    return (largest, *inner, smallest)

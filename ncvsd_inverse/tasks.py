@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_choice, check_count
+from ncvsd_inverse.checks import Size, check_choice, check_count, check_size
 from ncvsd_inverse.operators import (
     HDR,
     Colorize,
@@ -78,7 +78,7 @@ def task_title(name: str) -> str:
     return _TASKS[name].title
 
 
-def make_task(name: str, size: int | tuple[int, int], *, seed: int = 0) -> Task:
+def make_task(name: str, size: Size, *, seed: int = 0) -> Task:
     """Return a named task for images of one size, at sigma_y 0.05 (but for "poisson").
 
     - "inpaint_box": a centred box of half the height and half the width is missing.
@@ -106,11 +106,8 @@ def make_task(name: str, size: int | tuple[int, int], *, seed: int = 0) -> Task:
         ValueError: if the name is unknown or the size too small.
     """
     check_choice("task", name, _TASKS)
-    height, width = (size, size) if isinstance(size, int) else size
-    for side in (height, width):
-        check_count("size", side, least=8)
-    check_count("seed", seed, least=0)
-    operator = _TASKS[name].make((height, width), seed)
+    sides = check_size("size", size, least=8)
+    operator = _TASKS[name].make(sides, check_count("seed", seed, least=0))
     return Task(name, operator, operator.sigma_y or SIGMA_Y)
 
 

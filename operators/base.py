@@ -76,7 +76,7 @@ class BaseOperator(ABC):
             ValueError: if sigma_y <= 0 or x does not suit the operator.
         """
         check_images("x", x)
-        check_positive("sigma_y", sigma_y)
+        sigma_y = check_positive("sigma_y", sigma_y)
         y = self(x)
         return self.measured(y + sigma_y * draw_normal(y, generator))
 

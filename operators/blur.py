@@ -14,8 +14,8 @@ from ncvsd_inverse.checks import (
     check_finite,
     check_floating,
     check_images,
-    check_non_negative,
     check_positive,
+    check_share,
 )
 from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import conjugate_gradient, filter_periodic, working_dtype
@@ -106,7 +106,7 @@ class Blur(LinearBase):
 
     def repeated(self, times: int) -> "Blur":
         """Return the operator for a batch that is tiled `times` times along dimension 0."""
-        check_count("times", times)
+        times = check_count("times", times)
         if self.kernel.shape[0] == 1:
             return self
         return Blur(self.kernel.repeat(times, 1, 1, 1), boundary=self.boundary)
@@ -250,8 +250,8 @@ class GaussianBlur(Blur):
     """
 
     def __init__(self, std: float, kernel_size: int, boundary: Boundary = "circular") -> None:
-        check_positive("std", std)
-        check_count("kernel_size", kernel_size)
+        std = check_positive("std", std)
+        kernel_size = check_count("kernel_size", kernel_size)
         offsets = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
         axis = torch.exp(-0.5 * (offsets / std) ** 2)
         kernel = torch.outer(axis, axis)
@@ -304,10 +304,9 @@ class MotionBlur(Blur):
         seed: int = 0,
         boundary: Boundary = "circular",
     ) -> None:
-        check_count("kernel_size", kernel_size)
-        check_count("seed", seed, least=0)
-        if check_non_negative("intensity", intensity) > 1:
-            raise ValueError(f"intensity must be in [0, 1], got {intensity}")
+        kernel_size = check_count("kernel_size", kernel_size)
+        seed = check_count("seed", seed, least=0)
+        intensity = check_share("intensity", intensity, or_zero=True)
         corners = _shaken_path(intensity, torch.Generator().manual_seed(seed))
         super().__init__(_draw_path(corners, kernel_size), boundary)
         self.kernel_size = kernel_size

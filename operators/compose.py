@@ -113,7 +113,7 @@ class Compose(BaseOperator):
 
         Parts that cannot repeat themselves meet one run of the batch at a time.
         """
-        check_count("times", times)
+        times = check_count("times", times)
         parts = (self.outer, self.inner)
         repeats = [OperatorTraits.of(part).repeated for part in parts]
         if all(repeats):

@@ -6,11 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_count, check_floating, check_images
+from ncvsd_inverse.checks import (
+    Size,
+    check_count,
+    check_floating,
+    check_images,
+    check_share,
+    check_size,
+)
 from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
-from ncvsd_inverse.operators.inpainting import _check_size
 
 __all__ = ["CompressedSensing"]
 
@@ -32,7 +38,7 @@ class CompressedSensing(LinearBase):
     closed form: A^T A = T^T diag(kept) T.
 
     Args:
-        size: height and width of the images, pixels.
+        size: height and width of the images, or one side of square ones, pixels.
         ratio: share of the coefficients that is measured, in (0, 1].
         seed: of all that is random, >= 0; the same seed gives the same matrix on every device.
 
@@ -49,17 +55,15 @@ class CompressedSensing(LinearBase):
 
     family = "compressed_sensing"
 
-    def __init__(self, size: tuple[int, int], ratio: float = 0.5, seed: int = 0) -> None:
-        self.size = _check_size(size)
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    def __init__(self, size: Size, ratio: float = 0.5, seed: int = 0) -> None:
+        self.size = check_size("size", size)
+        self.ratio = check_share("ratio", ratio)
         self.seed = check_count("seed", seed, least=0)
         pixels = self.size[0] * self.size[1]
-        self.ratio = ratio
-        self.num_measured = max(1, round(ratio * pixels))
+        self.num_measured = max(1, round(self.ratio * pixels))
         self._side = 1 << (pixels.bit_length() - 1)
         self._starts = (0,) if self._side == pixels else (0, pixels - self._side)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.seed)
         with torch.inference_mode(False):  # else no later gradient could pass through them
             self._order = torch.randperm(pixels, generator=generator)
             drawn = torch.randperm(pixels, generator=generator)[: self.num_measured]

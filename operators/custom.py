@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_count, check_images
+from ncvsd_inverse.checks import check_images, check_triple, describe_type
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.protocols import LinearOperator, Operator, OperatorTraits, SolvableOperator
 
@@ -39,9 +39,7 @@ def from_function(
         TypeError: if the function does not return a tensor that autograd can follow.
         ValueError: if the shape is wrong, or a measurement does not begin with the batch.
     """
-    shape = tuple(check_count("input_shape", side) for side in input_shape)
-    if len(shape) != 3:
-        raise ValueError(f"input_shape must be (C, H, W), got {shape}")
+    shape = check_triple("input_shape", input_shape)
     if not callable(function):
         raise TypeError(f"function must be callable, got {type(function).__name__}")
     source = torch.Generator().manual_seed(0)
@@ -113,11 +111,11 @@ def check_operator(operator: Operator, image_shape: Sequence[int]) -> None:
         TypeError: if it lacks a method.
         ValueError: if something does not hold; all that does not is named, with how far it is off.
     """
-    if not isinstance(operator, Operator):
+    if isinstance(operator, type) or not isinstance(operator, Operator):
         raise TypeError(
-            f"operator must be callable and have input_shape, got {type(operator).__name__}"
+            f"operator must be callable and have input_shape, got {describe_type(operator)}"
         )
-    shape = tuple(check_count("image_shape", side) for side in image_shape)
+    shape = check_triple("image_shape", image_shape)
     source = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=source)
     x, other = draw(2, *shape), draw(2, *shape)

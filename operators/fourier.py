@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import (
+    Size,
     check_count,
     check_finite,
     check_floating,
     check_images,
     check_non_negative,
+    check_positive,
+    check_size,
 )
 from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase
-from ncvsd_inverse.operators.inpainting import _check_size
 from ncvsd_inverse.protocols import LinearForm
 
 __all__ = ["MaskedFourier"]
@@ -76,7 +78,7 @@ class MaskedFourier(LinearBase):
     @classmethod
     def lines(
         cls,
-        size: tuple[int, int],
+        size: Size,
         acceleration: float = 4.0,
         centre_fraction: float = 0.08,
         seed: int = 0,
@@ -88,7 +90,7 @@ class MaskedFourier(LinearBase):
         nearest to horizontal frequency 0, and others that are equally probable.
 
         Args:
-            size: height H and width W of the images, pixels.
+            size: height H and width W of the images, or one side of square ones, pixels.
             acceleration: how many times fewer columns than W are kept, >= 1.
             centre_fraction: share of the W columns kept around frequency 0, in
                 [0, 1 / acceleration].
@@ -102,7 +104,8 @@ class MaskedFourier(LinearBase):
             Zbontar et al. (fastMRI), arXiv 1811.08839, with a fixed number of columns where they
             draw each one by itself.
         """
-        height, width = _check_size(size)
+        height, width = check_size("size", size)
+        acceleration = check_positive("acceleration", acceleration)
         if not 1 <= acceleration <= width:
             raise ValueError(f"acceleration must be in [1, {width}], got {acceleration}")
         total = max(1, round(width / acceleration))

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_count, check_finite, check_images
+from ncvsd_inverse.checks import (
+    Size,
+    check_count,
+    check_finite,
+    check_images,
+    check_share,
+    check_size,
+)
 from ncvsd_inverse.machine import Cache
 from ncvsd_inverse.numerics import working_dtype
 from ncvsd_inverse.operators.base import LinearBase, check_broadcasts, check_image_shape
@@ -49,37 +56,34 @@ class Inpaint(LinearBase):
         self._placed: Cache[Tensor] = Cache()
 
     @classmethod
-    def box(cls, size: tuple[int, int], side: int | tuple[int, int]) -> "Inpaint":
+    def box(cls, size: Size, side: Size) -> "Inpaint":
         """Hide a centred box.
 
         Args:
-            size: height and width of the images, pixels.
+            size: height and width of the images, or one side of square ones, pixels.
             side: side of the hidden square, or height and width of the hidden box, pixels.
         """
-        height, width = _check_size(size)
-        box_height, box_width = (side, side) if isinstance(side, int) else side
-        check_count("side", box_height)
-        check_count("side", box_width)
+        height, width = check_size("size", size)
+        box_height, box_width = check_size("side", side)
         if box_height > height or box_width > width:
-            raise ValueError(f"side must be at most {tuple(size)}, got {(box_height, box_width)}")
+            raise ValueError(f"side must be at most {height, width}, got {box_height, box_width}")
         top, left = (height - box_height) // 2, (width - box_width) // 2
         mask = torch.ones(height, width, dtype=torch.bool)
         mask[top : top + box_height, left : left + box_width] = False
         return cls(mask)
 
     @classmethod
-    def random(cls, size: tuple[int, int], keep: float = 0.3, seed: int = 0) -> "Inpaint":
+    def random(cls, size: Size, keep: float = 0.3, seed: int = 0) -> "Inpaint":
         """Measure each pixel (all its channels) with probability `keep`.
 
         Args:
-            size: height and width of the images, pixels.
+            size: height and width of the images, or one side of square ones, pixels.
             keep: probability of being measured, in (0, 1].
             seed: the same seed gives the same mask, >= 0.
         """
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], got {keep}")
+        keep = check_share("keep", keep)
         generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
-        draws = torch.rand(_check_size(size), generator=generator, dtype=torch.float32)
+        draws = torch.rand(check_size("size", size), generator=generator, dtype=torch.float32)
         return cls(draws < keep)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ class Inpaint(LinearBase):
 
     def repeated(self, times: int) -> "Inpaint":
         """Return the operator for a batch that is tiled `times` times along dimension 0."""
-        check_count("times", times)
+        times = check_count("times", times)
         return self if self.mask.shape[0] == 1 else Inpaint(self.mask.repeat(times, 1, 1, 1))
 
     def _solve_normal(self, rhs: Tensor, a: float, b: float) -> Tensor:
@@ -133,9 +137,3 @@ class Inpaint(LinearBase):
         check_broadcasts("mask", self.mask, name, images)
         key = images.dtype, images.device
         return self._placed.get(key, lambda: self.mask.to(images))
-
-
-def _check_size(size: tuple[int, int]) -> tuple[int, int]:
-    if len(size) != 2:
-        raise ValueError(f"size must be (height, width), got {tuple(size)}")
-    return check_count("size", size[0]), check_count("size", size[1])

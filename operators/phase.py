@@ -126,8 +126,8 @@ class PhaseRetrieval(BaseOperator):
             phase retrieval; noise, the falling coupling and `shrink` are added.
         """
         check_shape("x", check_images("x", x), self.input_shape(y.shape))
-        check_positive("sigma_y", sigma_y)
-        check_count("iterations", iterations)
+        sigma_y = check_positive("sigma_y", sigma_y)
+        iterations = check_count("iterations", iterations)
         first, last = self.SEARCH_LEVELS
         size = tuple(y.shape[-2:])
         if self.centred:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_images, check_positive
-from ncvsd_inverse.numerics import working_dtype
+from ncvsd_inverse.numerics import check_generator, working_dtype
 from ncvsd_inverse.operators.base import BaseOperator, check_image_shape
 from ncvsd_inverse.protocols import Generators
 
@@ -53,7 +53,7 @@ class Poisson(BaseOperator):
 
     def __init__(self, peak: float) -> None:
         self.peak = check_positive("peak", peak)
-        self.gain = math.sqrt(peak / 2)  # slope at mid-grey
+        self.gain = math.sqrt(self.peak / 2)  # slope at mid-grey
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return mean root counts, shape (B, C, H, W); at least sqrt(3/2) on [-1, 1]."""
@@ -88,12 +88,9 @@ class Poisson(BaseOperator):
         if sigma_y != 1:
             raise ValueError(f"sigma_y must be 1 for photon counts (see peak), got {sigma_y}")
         rate = self._rate(x).clamp(min=0)
+        check_generator(generator, rate)
         if generator is None or isinstance(generator, torch.Generator):
             counts = torch.poisson(rate, generator=generator)
-        elif len(generator) != len(rate):
-            raise ValueError(
-                f"generator must be one or one for each of {len(rate)} images, got {len(generator)}"
-            )
         else:
             pairs = zip(rate, generator, strict=True)
             counts = torch.stack([torch.poisson(image, generator=own) for image, own in pairs])

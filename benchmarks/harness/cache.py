@@ -21,7 +21,7 @@ import torch
 
 import ncvsd_inverse
 from baselines.interface import Run
-from harness.records import RECORDS, Record, read_records
+from harness.records import RECORDS, Record, check_text, read_lines, read_records
 from harness.runner import Outcome, Row, Setup
 from ncvsd_inverse import Task
 from ncvsd_inverse.files import write_whole
@@ -49,6 +49,9 @@ OWN_CODE = (
 """Modules whose code is part of the methods that use it: a change of it measures them anew."""
 
 OWN_PACKAGES = ("baselines", "ncvsd_inverse")
+
+_MOST_BYTES = 2**26
+"""Largest file of settings."""
 
 _LIBRARIES = ("torch", "numpy", "deepinv", "lpips", "piq")
 
@@ -221,7 +224,8 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                images = self._check_settings(path, settings, hashes) if path.exists() else hashes
+                held = path.exists()
+                images = self._check_settings(path, settings, hashes) if held else hashes
                 write_json(path, {**settings, "images": images})
         except OSError as error:
             raise ValueError(
@@ -232,14 +236,10 @@ class Cache:
         self, path: Path, settings: Mapping[str, object], hashes: Sequence[str]
     ) -> Sequence[str]:
         """Return the hashes of all images known; ValueError if the folder is of other settings."""
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            before = held.pop("images")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} must be the settings of a results folder: {error}") from None
+        held, before = _read_settings(path)
         wanted = json.loads(json.dumps(settings))
         differing = [
-            f"{name} is {held.get(name)} there and {wanted.get(name)} here"
+            f"{name} is {held.get(name)!a} there and {wanted.get(name)!a} here"
             for name in sorted(held.keys() | wanted.keys())
             if held.get(name) != wanted.get(name)
         ]
@@ -261,13 +261,18 @@ class Cache:
         return None
 
     def save(self, record: Record) -> None:
-        """Write a record in place of an older one of the same row and number of images."""
+        """Write a record in place of an older one of the same row and number of images.
+
+        Damaged lines stay, in front.
+        """
         with self._locked():
-            records = {each.row: each for each in read_records(self.folder)}
+            held = read_lines(self.folder)
+            records = {each.row: each for each in held.records}
             if records.get(record.row) != record:
                 records[record.row] = record
-                lines = [f"{records[row].to_json()}\n" for row in sorted(records)]
-                write_whole(self.folder / RECORDS, "".join(lines))
+                lines = [records[row].to_json().encode() for row in sorted(records)]
+                content = b"".join(line + b"\n" for line in (*held.damaged, *lines))
+                write_whole(self.folder / RECORDS, content)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -289,6 +294,20 @@ class Cache:
         path = self.folder / "pictures" / task / folder / f"{image}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def _read_settings(path: Path) -> tuple[dict[str, object], list[str]]:
+    """Return the settings of a results folder and the hashes of its images."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it must be a file of at most {_MOST_BYTES} bytes")
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict) or not isinstance(held.get("images"), list):
+            raise ValueError("it must be an object with a list of images")
+        images = [check_text("images", name) for name in held.pop("images")]
+        return {check_text("a name", name): value for name, value in held.items()}, images
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be the settings of a results folder: {error}") from None
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Restored pictures: which a run left, and grids of them."""
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.records import Record
+from harness.plots import without_mathematics
+from harness.records import NETWORKS, Record
 from harness.tables import show_calls, split_by_task, write_file
 from ncvsd_inverse.tasks import task_title
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 CELL = 128
 """Least width of a picture in a grid, pixels; smaller pictures are enlarged without smoothing."""
+
+MOST_PIXELS = 2**24
+"""Most pixels of a picture that is shown."""
 
 GAP, _TITLE = 4, 24
 """Pixels between pictures, and above all of them for the title."""
@@ -79,7 +84,8 @@ def find_pictures(records: Sequence[Record], out: Path) -> list[Shown]:
     found: list[Shown] = []
     for task, sets in split_by_task(records).items():
         folder = out / "pictures" / task
-        truth = sorted(folder.glob("truth/*.png"), key=lambda path: (len(path.stem), path.stem))
+        found_truth = (path for path in folder.glob("truth/*.png") if path.is_file())
+        truth = sorted(found_truth, key=lambda path: (len(path.stem), path.stem))
         names = [path.name for path in truth]
         rows: dict[str, Estimates] = {}
         for record in (record for of_set in sets.values() for record in of_set):
@@ -101,7 +107,7 @@ def _find(folder: Path, names: Sequence[str]) -> tuple[Path | None, ...]:
 
 
 def _order(record: Record) -> tuple[int, str, int]:
-    return ("student", "teacher", "none").index(record.network), record.method, record.nfe
+    return NETWORKS.index(record.network), record.method, record.nfe
 
 
 def write_grids(records: Sequence[Record], out: Path) -> list[Path]:
@@ -154,7 +160,8 @@ def _draw_grid(shown: Shown) -> "Figure":
 
     def write(text: str, x: float, y: float, ha: str = "center", va: str = "center") -> None:
         """Write at x pixels from the left and y from the top."""
-        figure.text(x / total[1], 1 - y / total[0], text, fontsize=9, ha=ha, va=va)
+        plain = without_mathematics(text)
+        figure.text(x / total[1], 1 - y / total[0], plain, fontsize=9, ha=ha, va=va)
 
     for column, (_, _, files) in enumerate(columns):
         left = column % _PER_BAND * (width + GAP)
@@ -190,11 +197,13 @@ def _columns(shown: Shown) -> list[tuple[str, list[str], tuple[Path | None, ...]
 
 
 def open_picture(path: Path) -> "Image":
-    """Read a picture file as RGB; ValueError if it is none."""
-    from PIL import Image, UnidentifiedImageError
+    """Read a PNG file as RGB; ValueError if it is none, or has too many pixels to be a result."""
+    from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
+            if math.prod(picture.size) > MOST_PIXELS:
+                raise ValueError(f"it has more than {MOST_PIXELS} pixels")
             return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # Pillow raises almost anything for a damaged file
         raise ValueError(f"{path} must be a readable picture: {error}") from error

@@ -7,11 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.records import METRICS, Record
+from harness.records import METRICS, NETWORKS, Record
 from harness.tables import COLUMNS, ImageSet, split_by_task, write_file
 from ncvsd_inverse.tasks import task_title
 
-__all__ = ["Point", "draw_tasks", "pareto_front", "svg_plots", "write_plots"]
+__all__ = ["Point", "draw_tasks", "pareto_front", "svg_plots", "without_mathematics", "write_plots"]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,6 +125,11 @@ def pareto_front(points: Sequence[Point], better: str) -> list[Point]:
     return front
 
 
+def without_mathematics(text: str) -> str:
+    """Return a text in which matplotlib reads no formula."""
+    return text.replace("$", r"\$")
+
+
 def draw_tasks(records: Sequence[Record]) -> "dict[str, Figure]":
     """Return a figure for each task that has rows with a plotted metric."""
     styles = _choose_styles(records)
@@ -137,10 +142,9 @@ def draw_tasks(records: Sequence[Record]) -> "dict[str, Figure]":
 
 def _choose_styles(records: Sequence[Record]) -> dict[str, _Style]:
     """Return the style of each method: colours with a network, greys without."""
-    networks = ("student", "teacher", "none")
     titles = {
-        record.method: record.title
-        for record in sorted(records, key=lambda each: (networks.index(each.network), each.method))
+        record.method: without_mathematics(record.title)
+        for record in sorted(records, key=lambda each: (NETWORKS.index(each.network), each.method))
     }
     without = {record.method for record in records if record.network == "none"}
     styles: dict[str, _Style] = {}
@@ -186,7 +190,7 @@ def _draw_task(
     for (where, rows), line in zip(sets.items(), panels, strict=True):
         for metric, axis in zip(shown, line, strict=True):
             _draw_panel(axis, rows, metric, styles, span)
-        line[0].set_title(where.title, fontsize=9, loc="left", color="0.3")
+        line[0].set_title(without_mathematics(where.title), fontsize=9, loc="left", color="0.3")
     for axis in panels[-1]:
         axis.set_xlabel("network passes an image, forward and backward")
     figure.suptitle(task_title(task), fontsize=12, fontweight="bold")

@@ -1,6 +1,7 @@
 """One self-contained HTML page with all results of a run, from the template `report.html`."""
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,9 +84,9 @@ def write_report(records: Sequence[Record], out: Path) -> list[Path]:
     """
     path = out / "report.html"
     shown = find_pictures(records, out)
-    template, content = _load_template(), _content(records)
+    template, content = _load_template(), _content(records) | _script()
     for note, pictures in _encodings(shown):
-        page = template.render(content, note=note, pictures=pictures).encode()
+        page = template.render(content, note=note, pictures=pictures).encode("utf-8")
         if len(page) <= MAX_BYTES:
             return [write_file(path, page)]
     raise ValueError(f"{path.name} must have at most {MAX_BYTES} bytes, got {len(page)}")
@@ -100,6 +101,13 @@ def _load_template() -> "Template":
         trim_blocks=True,
         undefined=StrictUndefined,
     ).get_template("report.html")
+
+
+def _script() -> _Content:
+    """Return the page's script, and the hash by which its policy lets this one alone run."""
+    text = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
+    code = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"script": text, "script_hash": f"sha256-{code}"}
 
 
 def _content(records: Sequence[Record]) -> _Content:

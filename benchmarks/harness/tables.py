@@ -18,7 +18,7 @@ from harness.published import (
     read_references,
     show_scores,
 )
-from harness.records import METRICS, Record
+from harness.records import METRICS, NETWORKS, Record
 from ncvsd_inverse import list_tasks
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.files import write_whole
@@ -206,7 +206,7 @@ def split_by_task(records: Iterable[Record]) -> dict[str, dict[ImageSet, list[Re
     Raises:
         ValueError: if a task is unknown.
     """
-    tasks, networks = list_tasks(), ("student", "teacher", "none")
+    tasks = list_tasks()
 
     def place(record: Record) -> tuple[object, ...]:
         where = ImageSet.of(record)
@@ -214,7 +214,7 @@ def split_by_task(records: Iterable[Record]) -> dict[str, dict[ImageSet, list[Re
             tasks.index(check_choice("task", record.task, tasks)),
             (where.data, -where.images, where.data_sha256, where.prior, where.size),
             (where.sigma_y, where.seed),
-            networks.index(check_choice("network", record.network, networks)),
+            NETWORKS.index(check_choice("network", record.network, NETWORKS)),
             (record.method, record.nfe, record.key),
         )
 
@@ -473,20 +473,32 @@ def csv_table(records: Sequence[Record]) -> str:
         numbers = [
             number for column in metrics for number in (column.value(record), column.error(record))
         ]
+        failed = "; ".join(f"{image}: {what}" for image, what in record.failures.items())
+        title, prior, data, reference, key, settings, failed = map(
+            _no_formula,
+            (
+                *(record.title, record.prior, record.data, record.reference, record.key),
+                *(show_settings(record), failed),
+            ),
+        )
         writer.writerow(
             [
-                *(record.task, record.method, record.title, record.network, show_kind(record)),
-                *(record.prior, record.nfe, f"{record.forward:g}", f"{record.backward:g}"),
-                *(record.data, *record.size, record.images, len(record.failures), record.draws),
+                *(record.task, record.method, title, record.network, show_kind(record)),
+                *(prior, record.nfe, f"{record.forward:g}", f"{record.backward:g}"),
+                *(data, *record.size, record.images, len(record.failures), record.draws),
                 *(f"{record.sigma_y:g}", record.seed),
                 *("" if number is None else f"{number:.6g}" for number in numbers),
                 *(f"{record.seconds:.6g}", f"{record.peak_mib:.6g}"),
-                *(show_tuned(record), show_settings(record)),
-                "; ".join(f"{image}: {what}" for image, what in record.failures.items()),
-                *(record.reference, record.data_sha256, record.key),
+                *(show_tuned(record), settings, failed),
+                *(reference, _no_formula(record.data_sha256), key),
             ]
         )
     return sheet.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "@", "+", "-", "\t", "\r")) else text
 
 
 def show_tuned(record: Record) -> str:

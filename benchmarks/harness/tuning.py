@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from baselines.interface import Ladder, Method, Settings
 from harness.cache import hash_code, write_json
 from harness.problems import KnownProblem
+from harness.records import check_number
 from harness.runner import MANY_CALLS, Row, Setup, applies, run_row
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.machine import time_now
@@ -466,19 +467,21 @@ def read_tuned(path: Path, methods: Mapping[str, Method]) -> Tuned:
     """
     chosen: dict[str, dict[str, dict[int, Settings]]] = {}
     for task, found in _read(path)["tasks"].items():
-        for name, entries in found.items():
+        for name, entries in _object(path, found).items():
             if name not in methods:
                 continue
-            for calls, entry in entries.items():
-                if not calls.isdecimal() or not isinstance(entry, dict):
+            for calls, entry in _object(path, entries).items():
+                is_count = calls.isascii() and calls.isdecimal() and len(calls) < 10
+                if not is_count or not isinstance(entry, dict) or "settings" not in entry:
                     raise ValueError(
                         f"{path} must have entries by number of calls, got {calls} for {name}: "
                         "it was written by an older tune.py"
                     )
                 if entry["settings"] is None:
                     continue
-                for setting in entry["settings"]:
+                for setting, value in _object(path, entry["settings"]).items():
                     check_choice(f"{path}: a setting of {name}", setting, methods[name].settings)
+                    check_number(f"{path}: {setting} of {name}", value)
                 by_calls = chosen.setdefault(task, {}).setdefault(name, {})
                 by_calls[int(calls)] = entry["settings"]
     return chosen
@@ -487,8 +490,14 @@ def read_tuned(path: Path, methods: Mapping[str, Method]) -> Tuned:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be the JSON file of a tuning: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise ValueError(f"{path} must be the JSON file of a tuning, got no tasks")
     return content
+
+
+def _object(path: Path, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be the JSON file of a tuning, got a {type(value).__name__}")
+    return value

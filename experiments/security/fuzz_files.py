@@ -180,10 +180,12 @@ def scratched(content: bytes, draw: random.Random) -> bytes:
             case 3 if draw.random() < 0.3:
                 del data[at:]
             case 4:
-                size, order = draw.choice((2, 4, 8)), draw.choice(("little", "big"))
+                size = draw.choice((2, 4, 8))
                 number = draw.choice((0, 1, 1 << 15, (1 << 16) - 1, 1 << 31, (1 << 63) - 1))
                 number = min(number, (1 << 8 * size) - 1)
-                data[at : at + size] = number.to_bytes(size, order)
+                data[at : at + size] = number.to_bytes(
+                    size, "little" if draw.random() < 0.5 else "big"
+                )
             case _:
                 data[at:at] = draw.randbytes(draw.choice((1, 4, 64)))
     return bytes(data)

@@ -3,8 +3,10 @@
 import io
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, TextIO
 
+import torch
 import typer
 
 from ncvsd_inverse import CheckpointError, DivergenceError, __version__
@@ -41,16 +43,55 @@ app.command("encode")(encode.encode)
 
 
 def main() -> None:
-    """Run the command; an expected error becomes one line on standard error and exit status 1."""
+    """Run the command; an expected error becomes one line on standard error.
+
+    The exit status is 2 for a command line that names no command or option, else 1.
+    """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        app()
-    except (ValueError, TypeError, ImportError, CheckpointError, DivergenceError, OSError) as error:
-        typer.echo(f"error: {printable(str(error))}", err=True)
+        status = app(standalone_mode=False)
+    except _UsageError as error:
+        if message := _describe_usage(error, sys.argv[1:]):
+            _echo_error(message)
+        sys.exit(2)
+    except typer.Abort:
+        _echo_error("stopped")
         sys.exit(1)
+    except EXPECTED as error:
+        _echo_error(str(error) or type(error).__name__)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+EXPECTED: tuple[type[Exception], ...] = (
+    *(ValueError, TypeError, ImportError, OSError, MemoryError, torch.OutOfMemoryError),
+    *(CheckpointError, DivergenceError),
+)
+"""Errors that tell a user what is wrong; others are our own and keep their traceback."""
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer exports its heirs alone
+
+
+def _echo_error(message: str) -> None:
+    typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
+
+
+def _describe_usage(error: Exception, words: Sequence[str]) -> str:
+    """Return what is wrong with the words of a command line, and which value came."""
+    message = str(error.format_message()) if hasattr(error, "format_message") else str(error)
+    if type(error).__name__ == "NoArgsIsHelpError":  # no mistake: help was asked for
+        typer.echo(message, nl=bool(message))
+        return ""
+    came = ""
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        for word, after in zip(words, [*words[1:], ""], strict=True):
+            option, has_value, value = word.partition("=")
+            if option in error.param.opts:
+                came = value if has_value else after
+    return message if not came or came in message else f"{message.rstrip('.')}, got {came!r}"
 
 
 def _show_warning(

@@ -9,6 +9,7 @@ import typer
 from torch import Tensor
 
 from ncvsd_inverse import make_task, read_image, solve, write_image
+from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.cli.inputs import fit_picture, load_named, open_folder, sides_of
 from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
 from ncvsd_inverse.evaluation.plots import GridRow, save_picture_grid
@@ -42,6 +43,9 @@ def demo(
     from rich.console import Console
     from rich.table import Table
 
+    check_count("--nfe", nfe)
+    check_count("--samples", samples)
+    check_count("--seed", seed, least=0)
     loaded, where = load_named(prior, device)
     any_size = PriorTraits.of(loaded).image_shape is None
     folder = ASSETS / "photographs" if any_size else ASSETS

@@ -13,7 +13,7 @@ import typer
 from torch import Tensor
 
 from ncvsd_inverse import CheckpointError, __version__, load_card
-from ncvsd_inverse.checks import check_count
+from ncvsd_inverse.checks import check_count, check_level
 from ncvsd_inverse.cli.inputs import load_named, open_folder, sides_of
 from ncvsd_inverse.cli.options import Device, Seed
 from ncvsd_inverse.evaluation import Evaluation, Generation, evaluate_generation
@@ -81,9 +81,17 @@ def evaluate(
     from rich.console import Console
 
     stds = _parse_levels(levels)
-    for name, value in (("samples", samples), ("teacher-samples", teacher_samples)):
+    several = {"draws": draws, "samples": samples, "teacher-samples": teacher_samples}
+    several |= {"images": images, "teacher-steps": teacher_steps}
+    for name, value in several.items():
         if value is not None:
             check_count(f"--{name}", value, least=2)
+    for name, number in (("size", size), ("batch-size", batch_size)):
+        check_count(f"--{name}", number)
+    check_count("--seed", seed, least=0)
+    for name, source in (("data", data), ("train", train)):
+        if source is not None and not source.exists():
+            raise ValueError(f"--{name} must be a folder or a zip archive, got {source}: not there")
     own_teacher = teacher or _own_teacher(prior)
     judged, where = load_named(prior, device)
     if not isinstance(judged, NCVSDPrior):
@@ -223,9 +231,12 @@ def _generation_table(generation: Generation) -> _Table:
 
 def _parse_levels(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        levels = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--levels must be numbers with commas between, got {text!r}") from None
+    for level in levels:
+        check_level("--levels", level)
+    return levels
 
 
 def _own_teacher(prior: str) -> str:

@@ -34,6 +34,9 @@ __all__ = ["ARRAYS", "TASKS", "WAYS_OUT", "Boundary", "Model", "Simulation"]
 
 Boundary: TypeAlias = Literal["replicate", "reflect", "circular", "valid"]
 
+WIDEST_BLUR = 100
+"""Largest std of a Gaussian blur, pixels."""
+
 SCALES = (2, 3, 4, 8)
 
 TASKS: Mapping[str, str] = {
@@ -165,8 +168,12 @@ class Model:
             raise ValueError(f"--task deblur must have --kernel FILE or --blur-std S, got {came}")
         if self.task == "sr" and self.scale not in SCALES:
             raise ValueError(f"--scale must be 2, 3, 4 or 8 for --task sr, got {self.scale}")
-        if self.blur_std is not None:
-            check_positive("--blur-std", self.blur_std)
+        if self.blur_std is not None and check_positive("--blur-std", self.blur_std) > WIDEST_BLUR:
+            raise ValueError(
+                f"--blur-std must be at most {WIDEST_BLUR} pixels, got {self.blur_std:g}"
+            )
+        if self.peak is not None:
+            check_positive("--peak", self.peak)
         if self.task == "poisson" and self.peak is None:
             raise ValueError("--peak must be given for --task poisson: the mean count of white")
 

@@ -10,6 +10,7 @@ import typer
 
 import ncvsd_inverse
 from ncvsd_inverse import Result, __version__, list_tasks
+from ncvsd_inverse.checks import check_count, check_falling, check_positive, check_share
 from ncvsd_inverse.cli.folder import (
     FULL,
     Job,
@@ -141,7 +142,18 @@ def solve(
     depends on --seed and NAME alone, not on which pictures there are. Under
     `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
     """
-    levels = None if schedule is None else read_levels(schedule)
+    for name, value in (("--nfe", nfe), ("--samples", samples), ("--tile", tile)):
+        check_count(name, value)
+    check_count("--seed", seed, least=0)
+    if steps is not None:
+        check_count("--steps", steps)
+    if temperature is not None:
+        check_share("--temperature", temperature)
+    if sigma_lik is not None:
+        check_positive("--sigma-lik", sigma_lik)
+    levels = None if schedule is None else check_falling("--schedule", read_levels(schedule))
+    if not any(source.exists() for source in sources):
+        raise ValueError(f"IN must be a file or folder that exists, got {sources[0]}")
     given = read_sigma_y(sigma_y)
     model: Simulation | Model
     if simulate:

@@ -62,9 +62,8 @@ def calibrate_noise_scale(
     """
     check_teacher(teacher)
     check_finite("images", check_images("images", images))
-    check_count("draws", draws)
-    check_count("rounds", rounds)
-    check_count("batch_size", batch_size)
+    draws, rounds = check_count("draws", draws), check_count("rounds", rounds)
+    batch_size = check_count("batch_size", batch_size)
     found = []
     for level in sorted(levels):
         check_level("levels", level, largest=prior.sigma_max)

@@ -65,7 +65,7 @@ def reverse_diffusion(
     teacher: Denoiser, num_steps: int, image_shape: Sequence[int]
 ) -> DiffusionPrior:
     """Return the teacher as a sampler with `num_steps` calls."""
-    check_count("num_steps", num_steps, least=2)
+    num_steps = check_count("num_steps", num_steps, least=2)
     if isinstance(teacher, DiffusionPrior):
         return teacher.with_steps(num_steps)
     return DiffusionPrior(teacher.denoise, num_steps=num_steps, image_shape=image_shape)

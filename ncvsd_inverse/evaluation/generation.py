@@ -122,10 +122,10 @@ def evaluate_generation(
         DivergenceError: if a generated image is not finite.
     """
     teacher_samples = samples if teacher_samples is None else teacher_samples
-    for name, value in (("samples", samples), ("teacher_samples", teacher_samples)):
-        check_count(name, value, least=2)
-    check_count("seed", seed, least=0)
-    check_count("batch_size", batch_size)
+    samples = check_count("samples", samples, least=2)
+    teacher_samples = check_count("teacher_samples", teacher_samples, least=2)
+    seed = check_count("seed", seed, least=0)
+    batch_size = check_count("batch_size", batch_size)
     check_teacher(teacher)
 
     shape, halves = _training_halves(training, features, seed, progress)

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_count, check_finite, check_images, check_level, check_shape
+from ncvsd_inverse.checks import (
+    as_value,
+    check_count,
+    check_finite,
+    check_images,
+    check_level,
+    check_shape,
+)
 from ncvsd_inverse.evaluation.draws import (
     DRAWS,
     LEVELS,
@@ -171,14 +178,15 @@ def evaluate(
     check_finite("images", check_images("images", images))
     if len(images) < 2:
         raise ValueError(f"images must hold at least 2, got {len(images)}")
+    levels = as_value(levels)
     if not levels:
         raise ValueError("levels must hold at least one level, got none")
     for level in levels:
         check_level("levels", level, largest=PriorTraits.of(prior).sigma_max)
-    for name, value in (("draws", draws), ("teacher_draws", teacher_draws)):
-        check_count(name, value, least=2)
-    check_count("seed", seed, least=0)
-    check_count("batch_size", batch_size)
+    draws = check_count("draws", draws, least=2)
+    teacher_draws = check_count("teacher_draws", teacher_draws, least=2)
+    seed = check_count("seed", seed, least=0)
+    batch_size = check_count("batch_size", batch_size)
     check_teacher(teacher)
     diffusion = None
     if teacher_steps is not None:

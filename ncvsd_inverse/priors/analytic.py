@@ -130,9 +130,8 @@ class GaussianPrior:
 
     def tempered(self, temperature: float) -> Self:
         """Return this prior with the std of its draws given u scaled by a factor > 0."""
-        check_positive("temperature", temperature)
         twin = copy.copy(self)
-        twin._temperature = self._temperature * float(temperature)
+        twin._temperature = self._temperature * check_positive("temperature", temperature)
         return twin
 
     @exact_arithmetic()
@@ -530,8 +529,8 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 def _draw_standard(like: Tensor, num: int, dim: int, generator: Generators) -> Tensor:
     """Draw standard normals (num, dim) on the device of `like`, in at least float32."""
-    check_count("num", num)
-    return draw_normal(like.new_empty(num, dim, dtype=_working_dtype(like)), generator)
+    shape = (check_count("num", num), dim)
+    return draw_normal(like.new_empty(shape, dtype=_working_dtype(like)), generator)
 
 
 def _draw_mixture(

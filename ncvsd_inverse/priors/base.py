@@ -8,7 +8,15 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_count, check_image_size, check_images, check_level
+from ncvsd_inverse.checks import (
+    Size,
+    check_count,
+    check_image_size,
+    check_images,
+    check_level,
+    check_size,
+    check_triple,
+)
 from ncvsd_inverse.machine import callers_autocast
 from ncvsd_inverse.numerics import draw_normal, expand_level, make_generators
 from ncvsd_inverse.priors.cache import StatisticsStore
@@ -93,7 +101,7 @@ class NetworkPrior(ABC):
         if sigma_min >= sigma_max:
             raise ValueError(f"sigma_min must be below sigma_max = {sigma_max}, got {sigma_min}")
         self.network = network
-        self.image_shape = None if image_shape is None else _image_shape(image_shape)
+        self.image_shape = None if image_shape is None else check_triple("image_shape", image_shape)
         self.sigma_min = float(sigma_min)
         self.sigma_max = float(sigma_max)
         self.card = card
@@ -170,7 +178,7 @@ class NetworkPrior(ABC):
         Raises:
             ValueError: if the network has no such class.
         """
-        check_count("label", label, least=0)
+        label = check_count("label", label, least=0)
         if label >= self.num_classes:
             raise ValueError(
                 f"label must be below the prior's number of classes, {self.num_classes}, "
@@ -228,12 +236,11 @@ class NetworkPrior(ABC):
         return labels
 
     def _start_noise(
-        self, num: int, seed: int, size: Sequence[int] | None, batch_size: int
+        self, num: int, seed: int, size: Size | None, batch_size: int
     ) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
         """Yield batches of standard normal images and each image's own generator."""
-        check_count("num", num)
-        check_count("seed", seed, least=0)
-        check_count("batch_size", batch_size)
+        num, seed = check_count("num", num), check_count("seed", seed, least=0)
+        batch_size = check_count("batch_size", batch_size)
         shape = self._generated_shape(size)
         device = self.device or torch.device("cpu")
         for first in range(0, num, batch_size):
@@ -242,15 +249,16 @@ class NetworkPrior(ABC):
             like = torch.empty(len(keys), *shape, device=device, dtype=torch.float32)
             yield draw_normal(like, generators), generators
 
-    def _generated_shape(self, size: Sequence[int] | None) -> tuple[int, int, int]:
+    def _generated_shape(self, size: Size | None) -> tuple[int, int, int]:
+        sides = None if size is None else check_size("size", size)
         if self.image_shape is not None:
-            if size is not None and tuple(size) != self.image_shape[1:]:
-                raise ValueError(f"size must be {self.image_shape[1:]}, got {tuple(size)}")
+            if sides is not None and sides != self.image_shape[1:]:
+                raise ValueError(f"size must be {self.image_shape[1:]}, got {sides}")
             return self.image_shape
-        if size is None or self.image_channels is None:
-            lacking = "size" if size is None else "image_shape"
+        if sides is None or self.image_channels is None:
+            lacking = "size" if sides is None else "image_shape"
             raise ValueError(f"{lacking} must be given to generate images: this prior fixes none")
-        return _image_shape((self.image_channels, *size), name="size")
+        return self.image_channels, *sides
 
 
 def _extend(x: Tensor, lacking: Sequence[int]) -> Tensor:
@@ -261,13 +269,3 @@ def _extend(x: Tensor, lacking: Sequence[int]) -> Tensor:
             mirrored = x.flip(dim).narrow(dim, min(1, x.shape[dim] - 1), part)
             x, more = torch.cat((x, mirrored), dim), more - part
     return x
-
-
-def _image_shape(shape: Sequence[int], name: str = "image_shape") -> tuple[int, int, int]:
-    entries = tuple(shape)
-    if len(entries) != 3:
-        wanted = "(C, H, W)" if name == "image_shape" else "(H, W)"
-        came = entries if name == "image_shape" else entries[1:]
-        raise ValueError(f"{name} must be {wanted}, got {came}")
-    channels, height, width = (check_count(name, n) for n in entries)
-    return channels, height, width

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_count, check_level, check_positive, check_shape
+from ncvsd_inverse.checks import Size, check_count, check_positive, check_shape
 from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.networks.library import Prediction
 from ncvsd_inverse.numerics import draw_normal, expand_level
@@ -103,8 +103,7 @@ class DiffusionPrior(NetworkPrior):
             card=card,
             statistics=statistics,
         )
-        check_level("exponent", exponent)
-        self.exponent = float(exponent)
+        self.exponent = check_positive("exponent", exponent)
         self.nfe_per_sample = check_count("num_steps", num_steps)
         self._temperature = 1.0
 
@@ -229,7 +228,7 @@ class DiffusionPrior(NetworkPrior):
         Raises:
             ValueError: if the temperature is not positive, or draws take several steps.
         """
-        check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
         if self.nfe_per_sample > 1:
             raise ValueError(
                 f"temperature must be 1 for draws of {self.nfe_per_sample} steps, got "
@@ -320,7 +319,7 @@ class DiffusionPrior(NetworkPrior):
         num_steps: int = GENERATION_STEPS,
         seed: int = 0,
         *,
-        size: Sequence[int] | None = None,
+        size: Size | None = None,
         batch_size: int = 16,
     ) -> Tensor:
         """Draw images from pure noise at `sigma_max`; needs no statistics.
@@ -332,7 +331,7 @@ class DiffusionPrior(NetworkPrior):
             num: number of images, >= 1.
             num_steps: denoiser calls for each image, >= 2.
             seed: >= 0; image i is a function of (seed, i), whatever `num` and `batch_size`.
-            size: (H, W); needed when the prior takes any size.
+            size: (H, W) or one side; needed when the prior takes any size.
             batch_size: images at a time, >= 1.
 
         Returns:

@@ -6,13 +6,20 @@ Source: Peng et al., arXiv 2506.09416.
 import copy
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from ncvsd_inverse.checks import check_noise_scale, check_non_negative, check_positive
+from ncvsd_inverse.checks import (
+    Size,
+    check_count,
+    check_falling,
+    check_noise_scale,
+    check_non_negative,
+    check_positive,
+    check_share,
+)
 from ncvsd_inverse.machine import exact_arithmetic
 from ncvsd_inverse.numerics import draw_normal, expand_level, interpolate
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN, NetworkPrior, check_output
@@ -153,7 +160,7 @@ class NCVSDPrior(NetworkPrior):
             temperature: the factor, > 0; below 1 draws are nearer to their mean than the law that
                 the network learned.
         """
-        check_positive("temperature", temperature)
+        temperature = check_positive("temperature", temperature)
         pairs = self.noise_scale or ((1.0, 1.0),)
         return self.with_noise_scale([(sigma, temperature * factor) for sigma, factor in pairs])
 
@@ -176,7 +183,7 @@ class NCVSDPrior(NetworkPrior):
         num_steps: Literal[1, 2, 4] = 4,
         seed: int = 0,
         *,
-        size: Sequence[int] | None = None,
+        size: Size | None = None,
         batch_size: int = 16,
     ) -> Tensor:
         """Draw images from pure noise: the multi-step draw given noise at `sigma_max`.
@@ -185,7 +192,7 @@ class NCVSDPrior(NetworkPrior):
             num: number of images, >= 1.
             num_steps: network calls for each image: 1, 2 or 4, at the published levels.
             seed: >= 0; image i is a function of (seed, i), whatever `num` and `batch_size`.
-            size: (H, W); needed when the prior takes any size.
+            size: (H, W) or one side; needed when the prior takes any size.
             batch_size: images at a time, >= 1.
 
         Returns:
@@ -194,7 +201,7 @@ class NCVSDPrior(NetworkPrior):
         Raises:
             ValueError: if an argument is out of range, or the shape is not known.
         """
-        if num_steps not in GENERATION_INDICES:
+        if check_count("num_steps", num_steps) not in GENERATION_INDICES:
             raise ValueError(f"num_steps must be 1, 2 or 4, got {num_steps}")
         table = karras(GENERATION_LEVELS, self.sigma_max, self.sigma_min)
         refined = self.refined([table[index] for index in GENERATION_INDICES[num_steps]])
@@ -252,15 +259,10 @@ class RefinedPrior:
     """
 
     def __init__(self, prior: NCVSDPrior, levels: Sequence[float], *, zeta: float = 1.0) -> None:
-        self.levels = tuple(float(level) for level in levels)
-        falls = all(above > below for above, below in pairwise(self.levels))
-        if not (self.levels and falls and self.levels[-1] > 0):
-            raise ValueError(f"levels must be positive and strictly decreasing, got {levels}")
-        if not 0 <= zeta <= 1:
-            raise ValueError(f"zeta must be in [0, 1], got {zeta}")
+        self.levels = check_falling("levels", levels, or_infinite=True)
         self.prior = prior
         self.network = prior.network
-        self.zeta = float(zeta)
+        self.zeta = check_share("zeta", zeta, or_zero=True)
         self.nfe_per_sample = len(self.levels)
         self.image_shape = prior.image_shape
         self.sigma_min = prior.sigma_min

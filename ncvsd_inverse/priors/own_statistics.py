@@ -74,7 +74,7 @@ def own_statistics(
         DivergenceError: if the prior returns NaN or infinity.
     """
     if images is not None:
-        check_count("images", images, least=2)
+        images = check_count("images", images, least=2)
     if data is not None:
         data = data[: images or num_images(data.shape[2:])]
         with _announced(prior, len(data), generates=False, shown=progress):

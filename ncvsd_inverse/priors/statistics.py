@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ncvsd_inverse.checks import (
+    as_value,
     check_count,
     check_finite,
     check_images,
@@ -215,16 +216,19 @@ def measure_statistics(
     if len(images) < 2:
         raise ValueError(f"images must hold at least 2, got {len(images)}")
     traits = PriorTraits.of(prior)
+    levels = as_value(levels)
     for level in levels:
         check_level("levels", level, largest=traits.sigma_max)
     if not levels or any(low >= high for low, high in pairwise(levels)):
         raise ValueError(f"levels must increase and be at least one, got {levels}")
-    check_count("seed", seed, least=0)
-    check_count("batch_size", batch_size)
+    seed = check_count("seed", seed, least=0)
+    batch_size = check_count("batch_size", batch_size)
     clean = images.to(working_dtype(images.dtype))
     side = 1 if traits.image_shape is None else min(MEAN_SIDE, *images.shape[2:])
     mean = nn.functional.adaptive_avg_pool2d(clean.mean(0), side)
     deviation = clean - nn.functional.interpolate(mean[None], clean.shape[2:], mode="bilinear")
+    if not bool(deviation.any()):
+        raise ValueError(f"images must differ from their mean, got {len(images)} that do not")
     # A draw differs from the truth by the deviations of both from the mean.
     share = 1.0 if isinstance(prior, Denoiser) else 0.5
     differences = [_restored_minus_truth(prior, clean, s, seed, batch_size) for s in levels]

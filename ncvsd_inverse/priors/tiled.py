@@ -47,6 +47,7 @@ def tiled(
     if prior.image_shape is not None:
         raise ValueError(f"prior must take images of any size, got one of {prior.image_shape}")
     twin = copy.copy(prior)
+    tile = check_count("tile", tile)
     twin.network = TiledNetwork(prior.network, tile, tile // 4 if overlap is None else overlap)
     return twin
 
@@ -81,8 +82,7 @@ class TiledNetwork(nn.Module):
         if overlap > tile // 2:
             raise ValueError(f"overlap must be at most tile / 2 = {tile // 2}, got {overlap}")
         self.network = network
-        self.tile = tile
-        self.overlap = overlap
+        self.tile, self.overlap = int(tile), int(overlap)
 
     def forward(self, x: Tensor, *arguments: Tensor | None) -> Tensor:
         """Return x0, shape (B, C, H, W)."""

@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal, TypeAlias, TypeGuard, get_args
+from typing import Literal, TypeAlias, TypedDict, TypeGuard, get_args
 
 import torch
 from torch import nn
 
-from ncvsd_inverse.checks import check_choice, check_count, check_image_size, check_positive
+from ncvsd_inverse.checks import (
+    check_count,
+    check_falling,
+    check_image_size,
+    check_positive,
+    check_share,
+    describe_type,
+)
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, PriorHandle, load_prior
 from ncvsd_inverse.priors.grey import GreyPrior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, LatentPrior
@@ -29,12 +35,15 @@ from ncvsd_inverse.sampling.settings import (
 from ncvsd_inverse.schedules import karras
 
 __all__ = [
+    "Asked",
     "Preset",
+    "check_asked",
     "check_prior_fits",
     "choose_estimate",
     "choose_method",
     "choose_plan",
     "choose_point_plan",
+    "count_sweeps",
     "describe_far_sweep",
     "draws_by_statistics",
     "find_prior",
@@ -54,16 +63,40 @@ FAR = 10
 """How many times sigma_y a single sweep may be at without a warning."""
 
 
+class Asked(TypedDict):
+    """What a user may ask of a plan; see `solve`."""
+
+    nfe: int
+    schedule: tuple[float, ...] | None
+    sigma_lik: float | None
+    temperature: float | None
+
+
+def check_asked(
+    *,
+    nfe: int,
+    schedule: Sequence[float] | None,
+    sigma_lik: float | None,
+    temperature: float | None,
+) -> Asked:
+    """Return what was asked as plain numbers; errors as for `solve`."""
+    return {
+        "nfe": check_count("nfe", nfe),
+        "schedule": None if schedule is None else check_falling("schedule", schedule),
+        "sigma_lik": None if sigma_lik is None else check_positive("sigma_lik", sigma_lik),
+        "temperature": None if temperature is None else check_share("temperature", temperature),
+    }
+
+
 def find_prior(prior: Prior | str, device: torch.device | None) -> Prior:
     """Return the prior that a name or a handle means, on a device; TypeError if there is none."""
     if isinstance(prior, str):
         return load_prior(prior, device)
     if isinstance(prior, PriorHandle):
         return prior.load(device)
-    if not hasattr(prior, "sample"):
-        raise TypeError(
-            f"prior must have a sample method, got {type(prior).__name__}{_how_to_wrap(prior)}"
-        )
+    if isinstance(prior, type) or not hasattr(prior, "sample"):
+        hint = "" if isinstance(prior, type) else _how_to_wrap(prior)
+        raise TypeError(f"prior must have a sample method, got {describe_type(prior)}{hint}")
     return prior
 
 
@@ -141,8 +174,6 @@ def choose_estimate(
     estimate: Estimate | None, prior: Prior, method: Method, num_samples: int
 ) -> Estimate:
     """Return what the estimate is; ValueError for a point where chains cannot make one."""
-    if estimate is not None:
-        check_choice("estimate", estimate, get_args(Estimate))
     is_possible = method == "conditioning" and can_be_tempered(prior)
     if estimate == "point" and not is_possible:
         others = ", ".join(repr(other) for other in get_args(Estimate) if other != "point")
@@ -157,8 +188,6 @@ def choose_estimate(
 
 def temper(prior: Prior, temperature: float) -> Prior:
     """Return the prior whose draws vary by `temperature`, in (0, 1], times as much."""
-    if not 0 < temperature <= 1:
-        raise ValueError(f"temperature must be in (0, 1], got {temperature}")
     if temperature == 1:
         return prior
     if not isinstance(prior, Temperable):
@@ -174,8 +203,6 @@ def choose_method(
     A prior that has no statistics and cannot make its own gets "gibbs"; a denoiser, whose draws
     of one call need them too, gets draws of several calls.
     """
-    if method is not None:
-        check_choice("method", method, get_args(Method))
     if method == "conditioning" and preset is not None:
         raise ValueError(f"method must be 'gibbs' with preset={preset!r}, got {method!r}")
     published = method == "gibbs" or preset is not None
@@ -224,10 +251,9 @@ def choose_plan(
     if temperature != 1 and method != "conditioning":
         raise ValueError(f"temperature must be 1 with method {method!r}, got {temperature}")
     traits = PriorTraits.of(prior)
-    sweeps = _count_sweeps(traits, nfe)
+    sweeps = count_sweeps(traits, nfe)
     family = problem.traits.family
     if preset is not None:
-        check_choice("preset", preset, get_args(Preset))
         if schedule is not None or sigma_lik is not None:
             raise ValueError(
                 "preset must be None when schedule or sigma_lik is given: it sets both, "
@@ -237,9 +263,9 @@ def choose_plan(
     elif schedule is None:
         levels = default_schedule(method, family, sweeps, traits.sigma_max)
     else:
-        levels = _check_schedule(schedule, sweeps)
+        levels = tuple(schedule)
     _check_highest(levels, traits)
-    level = problem.sigma_y if sigma_lik is None else check_positive("sigma_lik", sigma_lik)
+    level = problem.sigma_y if sigma_lik is None else sigma_lik
     # Draws of the last level would miss y by rho, many times its noise.
     ends_on_y = schedule is None and preset is None and level < levels[-1]
     return Plan(method, levels, level, temperature, ends_on_y=ends_on_y)
@@ -256,7 +282,7 @@ def choose_point_plan(
 ) -> Plan:
     """Return how the chain of a point estimate runs; arguments and errors as for `solve`."""
     traits = PriorTraits.of(prior)
-    sweeps = _count_sweeps(traits, nfe)
+    sweeps = count_sweeps(traits, nfe)
     points = POINTS if traits.points is None else traits.points
     noise = problem.sigma_y / problem.traits.gain
     point = point_settings(problem.traits.family, sweeps, noise, points)
@@ -268,7 +294,7 @@ def choose_point_plan(
         cooler = DIRECT_TEMPERATURE if traits.has_mean else 1.0
         return Plan("conditioning", levels, problem.sigma_y, cooler, last, direct=True)
     if schedule is not None:
-        levels = _check_schedule(schedule, sweeps)
+        levels = tuple(schedule)
         levels, last = (levels[:-1], levels[-1]) if gives_mean else (levels, None)
     else:
         last = point.last if gives_mean and point.last else None
@@ -278,9 +304,7 @@ def choose_point_plan(
     plan = Plan(
         "conditioning",
         levels,
-        point.noise * problem.sigma_y
-        if sigma_lik is None
-        else check_positive("sigma_lik", sigma_lik),
+        point.noise * problem.sigma_y if sigma_lik is None else sigma_lik,
         point.temperature if temperature is None else temperature,
         last,
     )
@@ -288,13 +312,17 @@ def choose_point_plan(
     return plan
 
 
-def _count_sweeps(traits: PriorTraits, nfe: int) -> int:
-    """Return how many draws of the prior `nfe` calls are."""
+def count_sweeps(traits: PriorTraits, nfe: int, schedule: Sequence[float] | None = None) -> int:
+    """Return how many draws of the prior `nfe` calls are; ValueError if a schedule has others."""
     calls = check_count("prior.nfe_per_sample", traits.nfe_per_sample)
-    sweeps, rest = divmod(check_count("nfe", nfe), calls)
+    sweeps, rest = divmod(nfe, calls)
     if rest:
         raise ValueError(
             f"nfe must be a multiple of the prior's nfe_per_sample = {calls}, got {nfe}"
+        )
+    if schedule is not None and len(schedule) != sweeps:
+        raise ValueError(
+            f"schedule must have nfe / nfe_per_sample = {sweeps} levels, got {len(schedule)}"
         )
     return sweeps
 
@@ -304,18 +332,6 @@ def _check_highest(levels: Sequence[float], traits: PriorTraits) -> None:
         raise ValueError(
             f"schedule must not exceed the prior's sigma_max = {traits.sigma_max}, got {levels[0]}"
         )
-
-
-def _check_schedule(schedule: Sequence[float], sweeps: int) -> tuple[float, ...]:
-    levels = tuple(float(rho) for rho in schedule)
-    if len(levels) != sweeps:
-        raise ValueError(
-            f"schedule must have nfe / nfe_per_sample = {sweeps} levels, got {len(levels)}"
-        )
-    falls = all(before > after for before, after in pairwise(levels))
-    if not (falls and levels[-1] > 0 and math.isfinite(levels[0])):
-        raise ValueError(f"schedule must be finite, positive and decreasing, got {levels}")
-    return levels
 
 
 def describe_far_sweep(plan: Plan, nfe: int, sigma_y: float) -> str:

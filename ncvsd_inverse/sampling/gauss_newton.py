@@ -101,7 +101,7 @@ class GaussNewton:
     ) -> None:
         self.operator = operator
         self.sigma_lik = check_positive("sigma_lik", sigma_lik)
-        self._sigma_y = sigma_lik if sigma_y is None else check_positive("sigma_y", sigma_y)
+        self._sigma_y = self.sigma_lik if sigma_y is None else check_positive("sigma_y", sigma_y)
         self.steps = check_count("steps", steps)
         self.iterations = check_count("iterations", iterations)
         self._y = check_finite("y", check_floating("y", y)).to(working_dtype(y.dtype))

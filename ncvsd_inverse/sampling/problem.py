@@ -9,7 +9,14 @@ from typing import Self, TypeAlias
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_finite, check_floating, check_positive, check_shape
+from ncvsd_inverse.checks import (
+    as_value,
+    check_finite,
+    check_floating,
+    check_positive,
+    check_shape,
+    describe_type,
+)
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.protocols import SIGMA_Y, HasNoiseLevel, Operator, OperatorTraits
 
@@ -51,9 +58,9 @@ class Problem:
             TypeError: if an argument is of the wrong type or y of another dtype.
             ValueError: if y is no measurement of the operator, or an argument is out of range.
         """
-        if not isinstance(operator, Operator):
+        if isinstance(operator, type) or not isinstance(operator, Operator):
             raise TypeError(
-                f"operator must be callable and have input_shape, got {type(operator).__name__}"
+                f"operator must be callable and have input_shape, got {describe_type(operator)}"
             )
         traits = OperatorTraits.of(operator)
         if traits.takes_complex and isinstance(y, Tensor) and y.is_complex():
@@ -167,14 +174,15 @@ class Problem:
 
 def _read_keys(seed: Seed, images: int) -> tuple[tuple[int, ...], ...]:
     """Return the random key of every image."""
+    seed = as_value(seed)
     try:
         if isinstance(seed, Sequence):
             keys = tuple(
-                tuple(map(index, entry)) if isinstance(entry, Sequence) else (index(entry),)
+                tuple(map(_part, entry)) if isinstance(entry, Sequence) else (_part(entry),)
                 for entry in seed
             )
         else:
-            keys = tuple((index(seed), image) for image in range(images))
+            keys = tuple((_part(seed), image) for image in range(images))
     except TypeError:
         raise TypeError(
             f"seed must be an integer, or one integer or tuple an image, got {seed!r}"
@@ -184,3 +192,10 @@ def _read_keys(seed: Seed, images: int) -> tuple[tuple[int, ...], ...]:
     if any(part < 0 for key in keys for part in key):
         raise ValueError(f"seed must be non-negative, got {seed}")
     return keys
+
+
+def _part(value: int) -> int:
+    """Return an integer; TypeError for anything else, a boolean too."""
+    if isinstance(value, bool | str):
+        raise TypeError
+    return index(value)

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ncvsd_inverse.machine import (
 )
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
-from ncvsd_inverse.protocols import Operator, Prior, Statistics
+from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics
 from ncvsd_inverse.sampling.chains import (
     Method,
     Plan,
@@ -30,11 +30,13 @@ from ncvsd_inverse.sampling.chains import (
 )
 from ncvsd_inverse.sampling.choices import (
     Preset,
+    check_asked,
     check_prior_fits,
     choose_estimate,
     choose_method,
     choose_plan,
     choose_point_plan,
+    count_sweeps,
     describe_far_sweep,
     draws_by_statistics,
     find_prior,
@@ -169,8 +171,20 @@ def solve(
         Peng et al., arXiv 2506.09416, Alg. 1, for "gibbs", with two deviations: nfe counts every
         forward pass, and the likelihood assumes the true noise level unless told otherwise.
     """
-    check_count("num_samples", num_samples)
-    check_count("restarts", restarts)
+    num_samples = check_count("num_samples", num_samples)
+    restarts = check_count("restarts", restarts)
+    if batch_size is not None:
+        batch_size = check_count("batch_size", batch_size)
+    asked = check_asked(nfe=nfe, schedule=schedule, sigma_lik=sigma_lik, temperature=temperature)
+    nfe = asked["nfe"]
+    choices = (("method", method, Method), ("estimate", estimate, Estimate))
+    for name, choice, known_choices in (*choices, ("preset", preset, Preset)):
+        if choice is not None:
+            check_choice(name, choice, get_args(known_choices))
+    if isinstance(sigma_y, str) and sigma_y != "auto":
+        raise ValueError(f"sigma_y must be a number, 'auto' or None, got {sigma_y!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable, got {type(callback).__name__}")
     operator, y = adapt(out_of_inference(operator), out_of_inference(y))
     if preset is not None and isinstance(operator, PhysicsOperator):
         raise ValueError(
@@ -178,8 +192,6 @@ def solve(
             "in [-1, 1]"
         )
     prior = find_prior(prior, y.device if isinstance(y, Tensor) else None)
-    if isinstance(sigma_y, str):
-        check_choice("sigma_y", sigma_y, ("auto",))
     known = None if isinstance(sigma_y, str) else sigma_y
     problem = Problem.checked(y, operator, sigma_y=known, seed=seed)
     if isinstance(sigma_y, str) and len(problem.y) > 1:
@@ -190,20 +202,17 @@ def solve(
                     problem.y[place : place + 1],
                     operator=operator,
                     prior=prior,
-                    nfe=nfe,
                     sigma_y=sigma_y,
                     num_samples=num_samples,
                     method=method,
                     estimate=estimate,
-                    schedule=schedule,
                     restarts=restarts,
                     preset=preset,
                     seed=[key],
-                    sigma_lik=sigma_lik,
-                    temperature=temperature,
                     batch_size=batch_size,
                     progress=progress,
                     callback=callback,
+                    **asked,
                 )
                 for place, key in enumerate(problem.keys)
             ]
@@ -211,19 +220,14 @@ def solve(
     prior = fit_prior(prior, problem.shape[1:])
     check_prior_fits(prior, problem)
     method, prior, warning = choose_method(method, prior, nfe, preset)
+    estimate = choose_estimate(estimate, prior, method, num_samples)
+    count_sweeps(PriorTraits.of(prior), nfe, asked["schedule"])  # before anything takes long
     statistics = None
     if method == "conditioning" or draws_by_statistics(prior):
         statistics = with_own_statistics(prior, problem.shape[1:])
     noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
     if noise is not None:
         problem = replace(problem, sigma_y=noise.sigma)
-    estimate = choose_estimate(estimate, prior, method, num_samples)
-    asked: _Asked = {
-        "nfe": nfe,
-        "schedule": schedule,
-        "sigma_lik": sigma_lik,
-        "temperature": temperature,
-    }
     plans: list[tuple[Plan, int]] = []  # each with its number of chains an image
     if estimate != "point" or num_samples > 1:
         plans.append((choose_plan(problem, prior, method, preset=preset, **asked), num_samples))
@@ -234,7 +238,6 @@ def solve(
     plan, _ = plans[-1]  # that of the estimate
     if batch_size is None:
         batch_size = max(1, PIXELS_AT_ONCE // math.prod(problem.shape[2:]))
-    check_count("batch_size", batch_size)
     runs = {"restarts": restarts, "batch_size": batch_size}
     jobs = [
         _Job(each_plan, count, restarts, problem.chains(num_samples=count, **runs))
@@ -292,15 +295,6 @@ def solve(
         converged=converged,
         y=problem.y,
     )
-
-
-class _Asked(TypedDict):
-    """What a user may ask of a plan; see `solve`."""
-
-    nfe: int
-    schedule: Sequence[float] | None
-    sigma_lik: float | None
-    temperature: float | None
 
 
 class _Ran(NamedTuple):

@@ -23,7 +23,7 @@ from harness import cache, cli
 from harness.problems import find_test_set, find_validation_set, load_images
 from harness.records import RECORDS, read_records
 from harness.runner import choose_calls, measure_call, nearest_calls
-from harness.tuning import Cost, Search, fit_plan
+from harness.tuning import Cost, Search, fit_plan, read_tuned
 from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.metrics import psnr
@@ -393,7 +393,7 @@ def test_another_folder_of_results_is_refused(run, place, tmp_path):
     for arguments, message in (
         (("--seed", 1), "seed is 0 there and 1 here"),
         (("--data", tmp_path / "others"), "the images of --data are others"),
-        (("--prior", place / "any", "--size", 16), "prior is tiny there and any here"),
+        (("--prior", place / "any", "--size", 16), "prior is 'tiny' there and 'any' here"),
         (("--prior", place / "any", "--size", 8), "size is [16, 16] there and [8, 8] here"),
     ):
         status, _, err = run("--methods", "adjoint", *arguments)
@@ -1042,9 +1042,54 @@ def test_a_record_survives_its_file(run, tmp_path):
     path = tmp_path / "out" / RECORDS
     records = read_records(tmp_path / "out")
     assert "".join(f"{record.to_json()}\n" for record in records) == path.read_text()
-    path.write_text(f"{{\n{path.read_text()}")
-    with pytest.raises(ValueError, match="line 1 is damaged, delete it to measure it anew"):
-        run("--methods", "noise")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b'{"images": 3}', b'{"images": [3]}', b"[" * 100_000, b"\xff", b""]
+)
+def test_damaged_settings_are_named(run, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_bytes(content)
+    status, _, err = run("--methods", "adjoint")
+    assert status == 2
+    assert "settings.json must be the settings of a results folder: " in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "out" / "settings.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"sr4x": []},
+        {"sr4x": {"scaled": []}},
+        {"sr4x": {"scaled": {"4": {}}}},
+        {"sr4x": {"scaled": {"9" * 5000: {"settings": None}}}},
+        {"sr4x": {"scaled": {"4": {"settings": ["weight"]}}}},
+        {"sr4x": {"scaled": {"4": {"settings": {"weight": "1"}}}}},
+        {"sr4x": {"scaled": {"4": {"settings": {"weight": 10**400}}}}},
+    ],
+)
+def test_damaged_tunings_are_named(tmp_path, tasks):
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"tasks": tasks}))
+    method = stub("scaled", chain, settings={"weight": 1.0})
+    with pytest.raises(ValueError, match=r"tuned\.json(: weight of scaled)? must "):
+        read_tuned(path, {"scaled": method})
+
+
+def test_a_damaged_line_is_named_and_kept(run, tmp_path):
+    run("--methods", "noise", "adjoint")
+    path = tmp_path / "out" / RECORDS
+    first, second = path.read_text().splitlines()
+    damaged = first.replace('"nfe": 0', '"nfe": -1').replace('"nfe": 4', '"nfe": -1')
+    path.write_text(f"{damaged}\n{second}\n")
+    CALLS.clear()
+    with pytest.warns(UserWarning, match="line 1 is damaged and left out: nfe must be at least 0"):
+        run("--methods", "noise", "adjoint")
+    assert len(CALLS) == 1
+    assert path.read_text().splitlines()[0] == damaged
+    with pytest.warns(UserWarning, match="line 1 is damaged"):
+        assert len(read_records(tmp_path / "out")) == 2
 
 
 def test_a_last_line_that_was_cut_off_is_measured_anew(run, tmp_path):

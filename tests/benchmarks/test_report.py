@@ -1,12 +1,15 @@
 import base64
 import csv
+import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image
 
 from harness import pictures, plots, report, tables
 from harness.published import ABSENT, PUBLISHED, published_rows, read_references
-from harness.records import METRICS, Record
+from harness.records import METRICS, RECORDS, Record, read_records
 from ncvsd_inverse.tasks import list_tasks
 
 HOSTILE = '<script>alert("1")</script> & 50%_$x$ | **b**'
@@ -110,7 +113,125 @@ def written(paths, out):
     return sorted(str(path.relative_to(out)) for path in paths)
 
 
+# Records
+
+
+WRONG = {
+    "key": [None, 3, "a\x00b", "x" * 2000, "\ud800"],
+    "task": [None, "../sr4x", "poisson", ["sr4x"]],
+    "prior": [[], "\x1b[31m"],
+    "prior_sha256": [[], {"student": 3}, {"a\nb": "c"}, None],
+    "method": ["../x", "", ".hidden", "a/b", "a b", 1],
+    "title": ["a\nb", 1.0, {}],
+    "network": ["students", None, 0],
+    "samples": [0, 1, "false", None],
+    "reference": [None, 2],
+    "nfe": [-1, 1.5, True, "10", 10**400, None],
+    "settings": [[], {"weight": "1"}, {"weight": None}, {"weight": True}, {"weight": 1e31}],
+    "tuned": ["no", 1],
+    "data": [None, "a\u009bb"],
+    "data_sha256": [1],
+    "size": [16, [16], [16, 16, 16], [16, 0], [16, 16.0], "16", [True, 16], None],
+    "images": [0, 5, 3, "4", 2**70],
+    "draws": [0, None],
+    "sigma_y": [-1.0, "0.05", None, 10**400],
+    "seed": [-1, 0.0],
+    "forward": [-1, "1"],
+    "backward": [None, []],
+    "seconds": [-0.1, 1e300],
+    "peak_mib": ["much"],
+    "values": [[], {"psnr": 3}, {"psnr": [1, 2, 3]}, {"psnr": ["a"] * 4}, {"psnr": [True] * 4}],
+    "failures": [[], {"0": 3}, {"first": "a"}, {"-1": "a"}, {"9" * 20: "a"}, {"\u0663": "a"}],
+    "environment": [None, {"commit": 3}],
+    "tuned_calls": [-1, "4", 4.0],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_field_of_a_record_is_typed(name):
+    entries = json.loads(record().to_json())
+    assert Record.from_json(json.dumps(entries)) == record()
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match="must ") as caught:
+            Record.from_json(json.dumps({**entries, name: value}))
+        assert len(str(caught.value)) < 400
+        assert name in str(caught.value)
+    del entries[name]
+    if name != "tuned_calls":
+        with pytest.raises(ValueError, match=f"all its fields, got none of .'{name}'"):
+            Record.from_json(json.dumps(entries))
+
+
+def test_wrong_fields_are_all_fields():
+    assert set(WRONG) == set(Record.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "must be JSON"),
+        (b"\xff\xfe{}", "must be JSON"),
+        (b"[" * 100_000, "must be JSON"),
+        (b"1" * 10_000, "must be JSON"),
+        (b"[]", "must be an object, got list"),
+        (b"{}", "must have all its fields"),
+        (b'{"psnr": NaN}', "numbers must be finite, got NaN"),
+        (b'{"psnr": -Infinity}', "numbers must be finite, got -Infinity"),
+    ],
+)
+def test_what_is_no_record(line, message):
+    with pytest.raises(ValueError, match=message):
+        Record.from_json(line)
+
+
+def test_an_unknown_field_is_named():
+    entries = json.loads(record().to_json()) | {"__class__": "os.system"}
+    with pytest.raises(ValueError, match=r"a field must be one of .*, got '__class__'"):
+        Record.from_json(json.dumps(entries))
+
+
+def test_damaged_records_are_named_and_skipped(records, tmp_path):
+    good = [each.to_json().encode() for each in records]
+    (tmp_path / RECORDS).write_bytes(b"\n".join([good[0], b'{"key": 1}', b"\0", *good[1:], b""]))
+    with pytest.warns(UserWarning, match="is damaged and left out") as caught:
+        found = read_records(tmp_path)
+    assert [each.key for each in found] == [each.key for each in records]
+    notes = [str(each.message) for each in caught]
+    assert len(notes) == 2
+    assert "line 2 is damaged and left out: a record must have all its fields" in notes[0]
+    assert "line 3 is damaged and left out: a record must be JSON" in notes[1]
+    assert not any("\n" in note for note in notes)
+
+
+@pytest.mark.parametrize("folder", ["faces64", "faces64_draws", "natural"])
+def test_the_results_of_this_repository_can_be_read(folder):
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / folder
+    lines = (path / RECORDS).read_text(encoding="utf-8").splitlines()
+    for found, line in zip(read_records(path), lines, strict=True):
+        assert json.loads(found.to_json()) == {"tuned_calls": None, **json.loads(line)}
+
+
+def test_a_file_that_is_no_file_of_records(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / RECORDS)
+    assert read_records(tmp_path) == []
+    (tmp_path / RECORDS).unlink()
+    (tmp_path / RECORDS).write_bytes(b"x" * 101)
+    monkeypatch.setattr("harness.records.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="must have at most 100 bytes, got 101"):
+        read_records(tmp_path)
+
+
 # Tables
+
+
+def test_no_cell_of_a_sheet_is_a_formula():
+    text = "=HYPERLINK(1)"
+    hostile = record(title=text, data=text, prior="@x", reference="+1", settings={"-a": 1.0})
+    (line,) = csv.DictReader(io.StringIO(tables.csv_table([hostile, record()][:1])))
+    assert [line[name] for name in ("title", "data")] == [f"'{text}"] * 2
+    assert not any(cell.startswith(("=", "@", "+")) for cell in line.values())
+    assert line["settings"] == "'-a=1"
+    assert next(csv.DictReader(io.StringIO(tables.csv_table([record(psnr=-3.0)]))))["psnr"] == "-3"
 
 
 def markdown_rows(text, head="| method | kind"):
@@ -382,6 +503,12 @@ def test_plots_are_written(records, out):
         assert picture.width == 1500
 
 
+def test_titles_are_no_mathematics(records, out):
+    hostile = [replace(each, title=r"_$\frac$ \$", data="$$.zip") for each in records]
+    assert written(plots.write_plots(hostile, out), out)
+    assert written(pictures.write_grids(hostile, out), out)
+
+
 # Picture grids
 
 
@@ -451,6 +578,19 @@ class Page(HTMLParser):
             self.texts[tag] = self.texts.get(tag, "") + data
 
 
+def test_only_small_png_files_are_opened(out, monkeypatch):
+    path = out / "0.png"
+    for kind in ("EPS", "PPM", "GIF"):
+        Image.new("RGB", (4, 4)).save(path, kind)
+        with pytest.raises(ValueError, match=r"0\.png must be a readable picture"):
+            pictures.open_picture(path)
+    Image.new("RGB", (4, 4)).save(path)
+    assert pictures.open_picture(path).size == (4, 4)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 15)
+    with pytest.raises(ValueError, match="it has more than 15 pixels"):
+        pictures.open_picture(path)
+
+
 @pytest.fixture
 def no_plots(monkeypatch):
     """A report without plots, which take most of its time."""
@@ -505,6 +645,20 @@ def test_report_escapes_what_records_say(records, out):
     assert [tag for tag, _ in page.elements].count("script") == 2
     titles = [column["title"] for column in viewer_data(text)[0]["columns"]]
     assert f"{HOSTILE}, 50 calls" in titles
+
+
+def test_report_runs_its_own_script_alone(records, out, no_plots):
+    text, page = read_report(records, out)
+    policies = [each for tag, each in page.elements if each.get("http-equiv")]
+    assert [each["http-equiv"] for each in policies] == ["Content-Security-Policy"]
+    rules = dict(rule.split(" ", 1) for rule in policies[0]["content"].split("; "))
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert rules["img-src"] == "data:"
+    assert not any(name.startswith("on") for _, each in page.elements for name in each)
 
 
 def test_report_says_what_was_run(records, out):
@@ -616,6 +770,8 @@ document.title = said.join(";");
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_report_works_in_a_browser(records, out, no_plots):
     text, _ = read_report(records, out)
+    digest = base64.b64encode(hashlib.sha256(PROBE[9:-10].encode()).digest()).decode()
+    text = text.replace("script-src '", f"script-src 'sha256-{digest}' '")
     (out / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={out / 'profile'}", (out / "probed.html").as_uri()]

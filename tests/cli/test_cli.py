@@ -487,7 +487,7 @@ REAL = {"simulate": None, "sigma_y": 0.05}
         ({"sigma_y": 0}, "--sigma-y must be positive"),
         ({"sigma_y": "much"}, "--sigma-y must be a number or auto, got 'much'"),
         ({"device": "warp_drive"}, "--device must be usable here, got 'warp_drive'"),
-        ({"samples": 0}, "num_samples must be at least 1"),
+        ({"samples": 0}, "--samples must be at least 1"),
         ({"simulate": None}, "--task sr4x must come with --simulate"),
         ({"simulate": None}, "take --task sr with --scale 4"),
         ({**REAL, "task": "deblur_motion"}, "take --task deblur with --kernel FILE"),

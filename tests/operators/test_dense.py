@@ -108,7 +108,7 @@ def test_operators_print_what_they_are_on_a_line(case):
 def test_what_operators_print():
     mask = torch.tensor([[True, False], [False, False]])
     assert repr(ops.Inpaint(mask)) == "Inpaint(mask=<2 x 2, 75% hidden>)"
-    blur = "GaussianBlur(std=2, kernel_size=9, boundary='reflect')"
+    blur = "GaussianBlur(std=2.0, kernel_size=9, boundary='reflect')"
     assert repr(ops.GaussianBlur(2, 9, boundary="reflect")) == blur
     assert repr(ops.Blur(torch.ones(3, 5))) == "Blur(kernel=<3 x 5>, boundary='circular')"
     shown = repr(ops.Compose(ops.SuperResolution(2), ops.GaussianBlur(2, 9, boundary="reflect")))

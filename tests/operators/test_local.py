@@ -370,7 +370,7 @@ NAN = torch.tensor([[1.0, math.nan]])
         (lambda: ops.GaussianBlur(0.0, 5), ValueError, "std must be positive"),
         (lambda: ops.GaussianBlur(1.0, 0), ValueError, "kernel_size must be at least 1"),
         (lambda: ops.MotionBlur(5, 1.5), ValueError, r"intensity must be in \[0, 1\]"),
-        (lambda: ops.MotionBlur(5, -0.1), ValueError, "intensity must be non-negative"),
+        (lambda: ops.MotionBlur(5, -0.1), ValueError, "intensity must be in"),
         (lambda: ops.MotionBlur(5, 0.5, seed=-1), ValueError, "seed must be at least 0"),
         (lambda: ops.PhaseRetrieval(-1), ValueError, "pad must be at least 0"),
     ],

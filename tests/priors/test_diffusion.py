@@ -303,7 +303,9 @@ def test_generate_needs_a_shape():
     with pytest.raises(ValueError, match="image_shape must be given"):
         DiffusionPrior(gaussian().denoise).generate(2, size=(4, 6))
     assert DiffusionPrior(Recorder()).generate(2, size=(4, 5)).shape == (2, 1, 4, 5)
-    with pytest.raises(ValueError, match=r"size must be \(H, W\), got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"size must be one integer or \(height, width\), got \(4,\)"
+    ):
         DiffusionPrior(Recorder()).generate(2, size=(4,))
     with pytest.raises(ValueError, match=r"size must be \(2, 2\), got \(4, 4\)"):
         DiffusionPrior(Recorder(), image_shape=SHAPE).generate(2, size=(4, 4))

@@ -133,7 +133,7 @@ def test_draws_that_hold_the_noise_of_y_tell_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sigma_y": "automatic"}, "sigma_y must be one of auto, got 'automatic'"),
+        ({"sigma_y": "automatic"}, "sigma_y must be a number, 'auto' or None, got 'automatic'"),
         ({"operator": ops.HDR()}, "sigma_y must be a number for an operator that is not linear"),
         (
             {"operator": ops.Inpaint(torch.ones(2, 1, 32, 32))},
