@@ -5,6 +5,7 @@ ever unpacked to disk, so names inside an archive are only names, and no file ru
 """
 
 import io
+import itertools
 import json
 import warnings
 import zipfile
@@ -74,17 +75,32 @@ class ImageFiles(ABC):
 
 
 class _NamedFiles(ImageFiles):
-    """Files that have paths, as a folder and a zip do: labels come from dataset.json or paths."""
+    """Files that have paths, as a folder and a zip do: labels come from dataset.json or paths.
+
+    A folder around all files, dataset.json too, does not count.
+    """
 
     @abstractmethod
-    def _read_labels_file(self) -> bytes | None:
-        """Return the content of dataset.json, None if there is none."""
+    def _read_labels_file(self, name: str) -> bytes | None:
+        """Return the content of dataset.json, by its path, None if there is none."""
 
     def read_labels(self) -> tuple[list[int], int]:
         """Return what dataset.json says, else the numbers of the first folders, by their names."""
-        content = self._read_labels_file()
-        if content is None:
-            return self._label_by_folder()
+        parts = [PurePosixPath(name).parts for name in self.names]
+        folders = [path[:-1] for path in parts]
+        first, last = min(folders), max(folders)
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+        around = [part for part, _ in pairs]  # what the first and the last share, all share
+        for depth in range(len(around) + 1):
+            content = self._read_labels_file("/".join((*around[:depth], LABELS_FILE)))
+            if content is not None:
+                return self._label_by_file(content, ["/".join(path[depth:]) for path in parts])
+        # What holds files alone may be the one class that there is.
+        depth = max(0, min(len(around), min(map(len, parts)) - 2))
+        return self._label_by_folder([path[depth:] for path in parts])
+
+    def _label_by_file(self, content: bytes, names: list[str]) -> tuple[list[int], int]:
+        """Return the labels that dataset.json gives to files by their names from its folder on."""
         try:
             described = dict(json.loads(content)["labels"])
         except (ValueError, KeyError, TypeError) as error:
@@ -92,25 +108,24 @@ class _NamedFiles(ImageFiles):
                 f'{LABELS_FILE} in {self.source} must hold {{"labels": [[name, label], ...]}}: '
                 f"{error}"
             ) from error
-        if missing := [name for name in self.names if name not in described]:
+        if missing := [name for name in names if name not in described]:
             raise ValueError(
                 f"{LABELS_FILE} in {self.source} must label every image, "
                 f"got none for {len(missing)}, {missing[0]} among them"
             )
-        return _count_classes([described[name] for name in self.names], self)
+        return _count_classes([described[name] for name in names], self)
 
-    def _label_by_folder(self) -> tuple[list[int], int]:
-        folders = []
-        for name in self.names:
-            if len(parts := PurePosixPath(name).parts) < 2:
+    def _label_by_folder(self, paths: list[tuple[str, ...]]) -> tuple[list[int], int]:
+        """Return the numbers of the first folders of paths."""
+        for path in paths:
+            if len(path) < 2:
                 raise ValueError(
                     f"labels of {self.source} must come from {LABELS_FILE} or from sub-folders, "
-                    f"got {name} in neither"
+                    f"got {path[-1]} in neither"
                 )
-            folders.append(parts[0])
-        classes = sorted(set(folders))
+        classes = sorted({path[0] for path in paths})
         numbers = {folder: number for number, folder in enumerate(classes)}
-        return [numbers[folder] for folder in folders], len(classes)
+        return [numbers[path[0]] for path in paths], len(classes)
 
 
 class FolderImages(_NamedFiles):
@@ -126,8 +141,8 @@ class FolderImages(_NamedFiles):
         """Open a file of the folder."""
         return (self.source / self.names[index]).open("rb")
 
-    def _read_labels_file(self) -> bytes | None:
-        path = self.source / LABELS_FILE
+    def _read_labels_file(self, name: str) -> bytes | None:
+        path = self.source / name
         return path.read_bytes() if path.exists() else None
 
 
@@ -153,14 +168,14 @@ class ZipImages(_NamedFiles):
         """Open a member of the archive."""
         return cast("BinaryIO", self._archive.open(self.names[index]))
 
-    def _read_labels_file(self) -> bytes | None:
-        if LABELS_FILE not in self._archive.namelist():
+    def _read_labels_file(self, name: str) -> bytes | None:
+        if name not in self._archive.NameToInfo:
             return None
         try:
-            return self._archive.read(LABELS_FILE)
+            return self._archive.read(name)
         # zipfile says that a file is damaged, encrypted or compressed in an unknown way.
         except (zipfile.BadZipFile, RuntimeError) as error:
-            raise ValueError(f"{LABELS_FILE} in {self.source} cannot be read: {error}") from error
+            raise ValueError(f"{name} in {self.source} cannot be read: {error}") from error
 
 
 class DatasetImages(ImageFiles):
