@@ -143,7 +143,7 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path):
         TeacherTrainer(other, small_images(), tmp_path).run(seconds=0.0)
     teacher = untrained_teacher(tmp_path / "teacher")
     student = DistillationTrainer(distill_config(), small_images(), tmp_path, teacher)
-    with pytest.raises(ValueError, match="settings: run was TeacherRun and is DistillRun$"):
+    with pytest.raises(ValueError, match=r"settings: run was TeacherRun and is DistillRun$"):
         student.run(seconds=0.0)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json must be the settings of a run"):
@@ -238,8 +238,8 @@ def test_data_may_have_fewer_classes_than_the_network_and_not_more(tmp_path):
         data = ImageData(pixels, labels=torch.arange(20) % classes)
         return TeacherTrainer(teacher_config(network=network), data, tmp_path / str(classes))
 
+    seen = []
     for classes in (2, 3):
-        seen = []
         run = teacher(classes)
         run.network.unet.emb_label.register_forward_pre_hook(lambda _, x: seen.append(x[0] != 0))
         assert run.run()
