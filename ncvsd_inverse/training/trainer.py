@@ -256,7 +256,8 @@ class Trainer(ABC, Generic[Config]):
             snapshot_every: steps between stored averages.
             log_every: steps between lines of the log.
             on_log: called on the main process with each line.
-            on_checkpoint: called on the main process after each checkpoint.
+            on_checkpoint: called on the main process after each checkpoint, and for that from
+                which the run goes on: it may have been stopped in between.
 
         Returns:
             True if the run has reached its number of images.
@@ -303,6 +304,12 @@ class Trainer(ABC, Generic[Config]):
         on_log: Callable[[dict[str, float]], None] | None,
         on_checkpoint: Callable[[], None] | None,
     ) -> bool:
+        def tell() -> None:
+            if on_checkpoint and self.accelerator.is_main_process:
+                on_checkpoint()
+
+        if 0 < self.images_seen < self.config.images:
+            tell()
         started = ticked = time.monotonic()
         last = self.step
         batches = self._batches()
@@ -317,11 +324,11 @@ class Trainer(ABC, Generic[Config]):
                 ticked, last = now, self.step
             if self.step % snapshot_every == 0:
                 self._snapshot()
-            if self.step % checkpoint_every == 0:
+            if self.step % checkpoint_every == 0 and self.images_seen < self.config.images:
                 self.save()
-                if on_checkpoint and self.accelerator.is_main_process:
-                    on_checkpoint()
+                tell()
         self.save()
+        tell()
         return self.images_seen >= self.config.images
 
     def advance(self, batch: Batch) -> None:

@@ -230,6 +230,14 @@ def test_the_log_is_that_of_an_uninterrupted_run_and_says_where_it_resumed(tmp_p
     assert lines == train(tmp_path / "whole", 64)
 
 
+def test_every_checkpoint_is_told_of_and_again_where_a_run_resumes(tmp_path):
+    told = []
+    for images in (40, 64):
+        run = TeacherTrainer(teacher_config(images=images), small_images(), tmp_path)
+        assert run.run(checkpoint_every=2, on_checkpoint=lambda run=run: told.append(run.step))
+    assert told == [2, 4, 5, 5, 6, 8]
+
+
 def test_data_may_have_fewer_classes_than_the_network_and_not_more(tmp_path):
     pixels = small_images().pixels
 
