@@ -37,7 +37,7 @@ from ncvsd_inverse.priors.card import PriorCard
 from ncvsd_inverse.priors.ncvsd import GAMMA
 from ncvsd_inverse.training import DistillationTrainer, DistillConfig, ImageData, load_teacher
 from ncvsd_inverse.training.checkpoint import read_checkpoint
-from ncvsd_inverse.training.trainer import CHECKPOINT, LOG
+from ncvsd_inverse.training.trainer import CHECKPOINT, INPUTS, LOG
 
 HERE = Path(__file__).parent
 Plain: TypeAlias = "dict[str, Plain] | list[Plain] | str | float | int | bool | None"
@@ -176,7 +176,7 @@ def open_student(run: Path, name: str, about: dict[str, Any]) -> Source:
     if run.is_file():
         return open_weights(run)
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    settings.pop("run")
+    settings = {name: settings[name] for name in settings if name not in ("run", INPUTS)}
     config = DistillConfig.from_dict(DistillConfig.defaults() | settings)
     # Judging is short: compiling the networks would take longer than it saves.
     config = replace(config, compile=False)
@@ -230,6 +230,7 @@ def describe_training(folder: Path, command: str, about: dict[str, Any]) -> dict
     log = folder / LOG  # a run of a few steps has none yet
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
+    lines = [line for line in lines if "images_per_second" in line]  # not of where it resumed
     steps = [0, *(line["images"] for line in lines)]
     seconds = sum(
         (after - before) / line["images_per_second"]

@@ -376,6 +376,9 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/security/convert_memory.py --megabytes 600 --layout nvidia": Short(
         "python experiments/security/convert_memory.py --megabytes 100 --layout nvidia", slow=True
     ),
+    "python experiments/security/kill.py --kills 50": Short(
+        "python experiments/security/kill.py --kills 1 --commands statistics solve"
+    ),
     "python experiments/one_gpu/train.py teacher --init ncvsd_faces64_teacher --seconds 85 "
     "--data DIR/faces64/train.zip --val DIR/faces64/val.zip --out faces_teacher.safetensors": Short(
         "python experiments/one_gpu/train.py teacher --init ncvsd_faces64_teacher --seconds 0 "

@@ -36,6 +36,7 @@ def read_training_data(source: Path, settings: "TrainConfig") -> "TrainingData":
         channels=settings.network.image_channels,
         flip=settings.flip,
         labels=settings.network.num_classes > 0,
+        most_classes=settings.network.num_classes or None,
     )
 
 
@@ -45,19 +46,24 @@ def run_training(run: "TeacherTrainer | DistillationTrainer", source: Path, seco
     from ncvsd_inverse.training.progress import ProgressReport
 
     if not run.accelerator.is_main_process:
-        run.run(seconds=seconds)
-        run.accelerator.wait_for_everyone()
+        with run.opened():
+            run.run(seconds=seconds)
+            run.accelerator.wait_for_everyone()
         return
-    typer.echo(
-        f"{run.folder}: {run.accelerator.num_processes} process(es) on {run.device}, "
-        f"{run.config.compute_dtype}, {torch.get_num_threads()} CPU threads"
-    )
-    batch = next(run.data.batches(0, run.config.batch_size, seed=run.config.seed))
-    report = ProgressReport(run, batch.images)
-    with report.showing():
-        done = run.run(seconds=seconds, on_log=report.on_log, on_checkpoint=report.on_checkpoint)
-    stem = save_run_prior(run, source.name)
-    keep_run_statistics(run, stem)
+    with run.opened():
+        typer.echo(
+            f"{run.folder}: {run.accelerator.num_processes} process(es) on {run.device}, "
+            f"{run.config.compute_dtype}, {torch.get_num_threads()} CPU threads"
+            + (f", resumed after {run.images_seen} images" if run.images_seen else "")
+        )
+        batch = next(run.data.batches(0, run.config.batch_size, seed=run.config.seed))
+        report = ProgressReport(run, batch.images)
+        with report.showing():
+            done = run.run(
+                seconds=seconds, on_log=report.on_log, on_checkpoint=report.on_checkpoint
+            )
+        stem = save_run_prior(run, source.name)
+        keep_run_statistics(run, stem)
     state = "finished" if done else "stopped, the same command goes on"
     typer.echo(f"{state} after {run.images_seen} images; load_prior('{stem}')")
     # A process that ended before would take the others with it.

@@ -3,6 +3,7 @@
 Source: Peng et al., arXiv 2506.09416.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -109,6 +110,9 @@ class DistillationTrainer(Trainer[DistillConfig]):
             networks = _start_networks(config, teacher)
             if config.init is not None and not self.has_checkpoint:
                 _start_generator(networks[0], config)
+        self._teacher_digest: str | None = None
+        if isinstance(teacher, nn.Module) and self.accelerator.is_main_process:
+            self._teacher_digest = _digest(teacher)  # before its weights are spread
         if isinstance(teacher, Network):
             self.add_frozen(teacher)
         self.teacher = teacher
@@ -119,6 +123,11 @@ class DistillationTrainer(Trainer[DistillConfig]):
         self._discriminator = self.add("discriminator", self.discriminator, rate=rate)
         levels = karras(config.num_levels, config.sigma_max, config.sigma_min)
         self._levels = torch.tensor(levels, device=self.device, dtype=torch.float32)
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of the data and of the teacher's weights, if it is a module."""
+        teacher = {} if self._teacher_digest is None else {"teacher_sha256": self._teacher_digest}
+        return super().digests() | teacher
 
     def train_step(self, microbatches: list[Microbatch]) -> None:
         """Take a step of the generator, of the score model and of the discriminator."""
@@ -238,6 +247,15 @@ class DistillationTrainer(Trainer[DistillConfig]):
             sigma_data=self.config.sigma_data,
         )
         return self.config.tempered_weight * loss
+
+
+def _digest(module: nn.Module) -> str:
+    """Return the SHA-256 of the names and values of a module's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def temperatures(half: Tensor, place: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
@@ -24,7 +26,7 @@ from ncvsd_inverse.networks import Network, UNetShape, constrain_weights_, proje
 from ncvsd_inverse.numerics import draw_normal, local_part, make_generators
 from ncvsd_inverse.training.checkpoint import read_checkpoint, write_checkpoint
 from ncvsd_inverse.training.config import TrainConfig
-from ncvsd_inverse.training.data import Batch, TrainingData
+from ncvsd_inverse.training.data import Batch, DigestedData, TrainingData
 from ncvsd_inverse.training.ema import PowerEMA, combination_weights
 from ncvsd_inverse.training.sharding import (
     average_whole_gradients_,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT",
+    "INPUTS",
     "LOG",
     "Config",
     "Microbatch",
@@ -56,8 +59,12 @@ Config = TypeVar("Config", bound=TrainConfig)
 CHECKPOINT = "state.safetensors"
 LOG = "log.jsonl"
 SNAPSHOTS = "snapshots"
+SETTINGS = "config.json"
 MOST_SKIPS = 20
 """Steps in a row without a finite loss after which a run stops."""
+
+INPUTS = "inputs"
+"""Key, in a run's settings, of the digests of what it was given."""
 
 _NOISE_STREAM = 2
 
@@ -103,19 +110,24 @@ def log_variance(module: nn.Module, sigma: Tensor) -> Tensor:
 class Trainer(ABC, Generic[Config]):
     """One training run in one folder, on one process or many.
 
-    The folder holds `config.json`, `log.jsonl` (a line of statistics every so often),
+    The folder holds `config.json` (settings, and digests of what the run was given), `log.jsonl`
+    (a line of statistics every so often, and one wherever the run was resumed),
     `state.safetensors` (everything needed to go on) and `snapshots/` (averages of the weights,
     from which averages of other lengths are made afterwards).
 
     Args:
         config: the settings.
-        data: the training images.
+        data: the training images; of fewer classes than the network takes, or as many.
         folder: where the run lives; an existing run there is resumed.
         accelerator: the processes and device to run on; None: one made with its defaults, which
             follow `accelerate launch` or `torchrun`.
         shard: whether weights, gradients, averages and optimiser states are spread over the
             processes (FSDP) instead of repeated in each (DDP); `accelerate launch --use_fsdp`
             asks for it too. Files are the same either way.
+
+    Raises:
+        ValueError: if the batch cannot be shared among the processes, or the data have more
+            classes than the network.
     """
 
     saved_as: ClassVar[str]
@@ -150,6 +162,13 @@ class Trainer(ABC, Generic[Config]):
         self._skips_in_row: dict[str, int] = {}
         self._sums: dict[str, list[float]] = {}
         self._hollow: dict[str, nn.Module] = {}
+        self._is_open = False
+        classes = config.network.num_classes
+        if classes and data.num_classes > classes:
+            raise ValueError(
+                f"data must have at most {classes} classes (network.num_classes), "
+                f"got {data.num_classes}"
+            )
         processes = self.accelerator.num_processes
         if config.batch_size % processes:
             raise ValueError(
@@ -237,18 +256,62 @@ class Trainer(ABC, Generic[Config]):
             snapshot_every: steps between stored averages.
             log_every: steps between lines of the log.
             on_log: called on the main process with each line.
-            on_checkpoint: called on the main process after each checkpoint.
+            on_checkpoint: called on the main process after each checkpoint, and for that from
+                which the run goes on: it may have been stopped in between.
 
         Returns:
             True if the run has reached its number of images.
 
         Raises:
-            ValueError: if the folder holds a run with other settings.
+            ValueError: as `opened` does.
             DivergenceError: after `MOST_SKIPS` steps in a row without a finite loss; the last
                 checkpoint stays.
         """
-        self._open_folder()
+        with self.opened():
+            return self._run(
+                seconds, checkpoint_every, snapshot_every, log_every, on_log, on_checkpoint
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the folder against other processes, and go on from its checkpoint if it has one.
+
+        `run` does so by itself. What is done with the folder before or after it, such as writing
+        a prior, can be done within the same context.
+
+        Raises:
+            ValueError: if another process holds the folder, or it holds a run on other data, of
+                another teacher or with other settings; the message says what differs.
+            CheckpointError: if its checkpoint is damaged.
+        """
+        if self._is_open:
+            yield
+            return
+        with self._alone():
+            self._open_folder()
+            self._is_open = True
+            try:
+                yield
+            finally:
+                self._is_open = False
+
+    def _run(
+        self,
+        seconds: float,
+        checkpoint_every: int,
+        snapshot_every: int,
+        log_every: int,
+        on_log: Callable[[dict[str, float]], None] | None,
+        on_checkpoint: Callable[[], None] | None,
+    ) -> bool:
+        def tell() -> None:
+            if on_checkpoint and self.accelerator.is_main_process:
+                on_checkpoint()
+
+        if 0 < self.images_seen < self.config.images:
+            tell()
         started = ticked = time.monotonic()
+        last = self.step
         batches = self._batches()
         while self.images_seen < self.config.images:
             if self._agree(time.monotonic() - started >= seconds):
@@ -256,15 +319,16 @@ class Trainer(ABC, Generic[Config]):
             self.advance(next(batches))
             if self.step % log_every == 0:
                 now = time.monotonic()
-                self._log(log_every * self.config.batch_size / (now - ticked), on_log)
-                ticked = now
+                seen = (self.step - last) * self.config.batch_size
+                self._log(seen / (now - ticked), on_log)
+                ticked, last = now, self.step
             if self.step % snapshot_every == 0:
                 self._snapshot()
-            if self.step % checkpoint_every == 0:
+            if self.step % checkpoint_every == 0 and self.images_seen < self.config.images:
                 self.save()
-                if on_checkpoint and self.accelerator.is_main_process:
-                    on_checkpoint()
+                tell()
         self.save()
+        tell()
         return self.images_seen >= self.config.images
 
     def advance(self, batch: Batch) -> None:
@@ -368,6 +432,7 @@ class Trainer(ABC, Generic[Config]):
         state = self._whole(state)
         if self.accelerator.is_main_process:
             header = {"step": self.step, "skipped": self.skipped, "config": self.describe()}
+            header["losses"] = self._sums  # of the steps since the last line of the log
             write_checkpoint(self.folder / CHECKPOINT, state, header)
         self.accelerator.wait_for_everyone()
 
@@ -385,12 +450,17 @@ class Trainer(ABC, Generic[Config]):
                 average.load_state_dict(split_like(stored, average.state_dict()))
             self.step = int(header["step"])
             self.skipped = {name: int(header["skipped"][name]) for name in self.modules}
+            self._sums = {k: list(map(float, v)) for k, v in header.get("losses", {}).items()}
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} does not fit the run: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as saved with the run."""
         return {"run": self.saved_as, **self.config.to_dict()}
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of what the run is given, by name, as far as it is known."""
+        return {"data_sha256": self.data.digest} if isinstance(self.data, DigestedData) else {}
 
     def _batches(self) -> Iterator[Batch]:
         """Return this process's rows of every batch from the current step on."""
@@ -412,7 +482,11 @@ class Trainer(ABC, Generic[Config]):
         for start in range(0, share, most):
             rows = slice(start, min(start + most, share))
             places = range(first + rows.start, first + rows.stop)
-            labels = None if batch.labels is None else batch.labels[rows].to(self.device)
+            labels = None
+            if batch.labels is not None:
+                # Data of fewer classes than the network takes use the first ones.
+                room = max(config.network.num_classes - batch.labels.shape[1], 0)
+                labels = torch.nn.functional.pad(batch.labels[rows], (0, room)).to(self.device)
             part = Batch(batch.images[rows].to(self.device), labels)
             microbatches.append(Microbatch(part, Noise(config.seed, places, self.device)))
         return microbatches
@@ -434,29 +508,59 @@ class Trainer(ABC, Generic[Config]):
                 "is kept"
             )
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out; the system lets go of the lock of a process that ends."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"folder must be one that no other process trains in, got {self.folder}"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def _open_folder(self) -> None:
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / "config.json"
-            mine = json.loads(json.dumps(self.describe()))
-            if path.exists():
-                theirs = self.config.defaults() | json.loads(path.read_text(encoding="utf-8"))
-                theirs["network"] = _network_as_built(theirs.get("network"))
-                # How long and in what pieces a run computes may change; what it computes may not.
-                free = {"images", "microbatch", "compile"}
-                changed = {k for k in mine | theirs if mine.get(k) != theirs.get(k)} - free
-                if changed:
-                    raise ValueError(
-                        f"folder {self.folder} holds a run with other settings: {sorted(changed)}"
-                    )
-            write_whole(path, json.dumps(mine, indent=1) + "\n")
+            self._check_settings()
         self.accelerator.wait_for_everyone()
-        if self.step == 0 and self.has_checkpoint:
+        resumes = self.step == 0 and self.has_checkpoint
+        if resumes:
             self.load()
         if self.accelerator.is_main_process:
             for torn in self.folder.rglob(".*.part"):  # of a run that was killed as it wrote
                 torn.unlink()
             self._forget_lines_after_checkpoint()
+            if resumes and 0 < self.images_seen < self.config.images:
+                self._write_line({"step": self.step, "images": self.images_seen, "resumed": True})
+
+    def _check_settings(self) -> None:
+        """Write settings and digests; ValueError if the folder is of a run with others."""
+        path = self.folder / SETTINGS
+        mine = json.loads(json.dumps({**self.describe(), INPUTS: self.digests()}))
+        if path.exists():
+            theirs = self.config.defaults() | _read_settings(path)
+            theirs["network"] = _network_as_built(theirs.get("network"))
+            # Of runs from before there were digests, and of data that have none, nothing is known.
+            mine[INPUTS] = theirs.setdefault(INPUTS, {}) | mine[INPUTS]
+            theirs[INPUTS] = mine[INPUTS] | theirs[INPUTS]
+            if changed := _differences(theirs, mine):
+                raise ValueError(
+                    f"folder {self.folder} holds a run with other settings: {'; '.join(changed)}"
+                    + (
+                        f"; to go on all the same, remove {INPUTS!r} from {path}"
+                        if theirs[INPUTS] != mine[INPUTS]
+                        else ""
+                    )
+                )
+        write_whole(path, json.dumps(mine, indent=1) + "\n")
 
     def _forget_lines_after_checkpoint(self) -> None:
         """Drop log lines of steps that will be taken again."""
@@ -479,10 +583,13 @@ class Trainer(ABC, Generic[Config]):
         line |= {"learning_rate": self.learning_rate(), "images_per_second": round(speed, 2)}
         self._sums.clear()
         if self.accelerator.is_main_process:
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            self._write_line(line)
             if on_log:
                 on_log(line)
+
+    def _write_line(self, line: Mapping[str, object]) -> None:
+        with (self.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     def _snapshot(self) -> None:
         averages = {name: average.state_dict() for name, average in self.averages.items()}
@@ -527,6 +634,44 @@ class Trainer(ABC, Generic[Config]):
             parts = torch.stack([state[key].float() for _, _, state in stored])
             combined[key] = torch.tensordot(parts.new_tensor(weights), parts, dims=1)
         return combined
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings that a run wrote; ValueError if the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be the settings of a run: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get(INPUTS, {}), dict):
+        raise ValueError(f"{path} must be the settings of a run, got other JSON")
+    return found
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """Return what differs between the settings of a run before and now, each in a few words."""
+    if theirs.get("run") != mine["run"]:
+        return [f"run was {theirs.get('run')} and is {mine['run']}"]
+    # How long and in what pieces a run computes may change; what it computes may not.
+    before, now = (
+        {k: v for k, v in _flat(settings).items() if k not in ("images", "microbatch", "compile")}
+        for settings in (theirs, mine)
+    )
+    return [
+        f"{name.removeprefix(INPUTS + '.')} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings with those within others named OUTER.INNER."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _network_as_built(entries: object) -> object:

@@ -50,12 +50,32 @@ def test_two_commands_make_a_prior(tmp_path, pictures):
     assert "stopped, the same command goes on" in out
     out = run("distill", tmp_path / "distill.toml", *words)
     assert "finished after 16 images" in out
+    assert "resumed" not in out
+    out = run("distill", tmp_path / "distill.toml", *words, "--images", 24)
+    assert "resumed after 16 images" in out
+    assert '{"step": 4, "images": 16, "resumed": true}' in (student / "log.jsonl").read_text()
 
     assert load_prior(teacher / "prior").statistics is not None
     prior = load_prior(student / "prior")
     assert prior.card.statistics is not None
     assert prior.generate(2, num_steps=2, seed=0).shape == (2, 3, 8, 8)
     assert list((student / "tensorboard").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_run_is_refused_other_pictures_and_another_teacher(tmp_path, pictures):
+    for name, stage in (("teacher", "train"), ("distill", "distill")):
+        (tmp_path / f"{name}.toml").write_text("images = 4\nbatch_size = 4\n" + NETWORK)
+        teacher = ["--teacher", tmp_path / "teacher"] if stage == "distill" else []
+        words = [stage, tmp_path / f"{name}.toml", *teacher, "--data", pictures]
+        run(*words, "-o", tmp_path / name)
+    run("train", tmp_path / "teacher.toml", "--images", 8, "--data", pictures, "-o", teacher[1])
+    result = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / name)])
+    assert "other settings: teacher_sha256 was" in str(result.exception)
+    Image.new("RGB", (8, 8)).save(pictures / "0.png")
+    for place, expected in ((name, "data_sha256 was"), ("other", "")):
+        result = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / place)])
+        assert expected in str(result.exception or "")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -298,6 +298,67 @@ def test_labels_come_from_the_file_or_the_folders(tmp_path):
         assert read_data(source).labels is None
 
 
+def test_a_folder_around_all_is_seen_through(tmp_path):
+    files = {f"{name}/{n}.png": as_png(noise(n)) for n, name in enumerate("bab")}
+    described = json.dumps({"labels": [[name, n + 3] for n, name in enumerate(files)]}).encode()
+    for content, expected in ((files, [0, 1, 1]), (files | {"dataset.json": described}, [4, 3, 5])):
+        for depth, around in enumerate(("", "wrap/", "wrap/again/")):
+            wrapped = {around + name: data for name, data in content.items()}
+            wrapped["__MACOSX/wrap/._0.png"] = b"of a Mac"
+            place = f"{depth}_{len(content)}"
+            for source in (
+                write_folder(tmp_path / place, wrapped),
+                write_zip(tmp_path / f"{place}.zip", wrapped),
+            ):
+                assert read_data(source, labels=True).labels.tolist() == expected
+    for name in ("a/0.png", "wrap/a/0.png"):  # one class is one, not a folder around files
+        source = write_zip(tmp_path / "one.zip", {name: as_png(noise(0))})
+        assert read_data(source, labels=True).num_classes == 1
+
+
+def test_too_many_classes_are_refused_before_a_picture_is_read(tmp_path):
+    source = write_zip(tmp_path / "all.zip", {f"{n}/0.png": b"broken" for n in "abc"})
+    with pytest.raises(ValueError, match=r"all\.zip must have at most 2 classes.*got 3"):
+        read_data(source, labels=True, most_classes=2)
+    with pytest.raises(ValueError, match="may be unusable"):
+        read_data(source, labels=True, most_classes=3)
+
+
+def test_data_are_known_by_what_they_hold(tmp_path):
+    files = {f"{n % 2}/{n}.png": as_png(noise(n)) for n in range(4)}
+    folder = write_folder(tmp_path / "folder", files)
+    digest = read_data(folder).digest
+    moved = write_folder(tmp_path / "moved", {f"wrap/{k}": v for k, v in files.items()})
+    archive = write_zip(tmp_path / "all.zip", files)
+    for same in (folder, moved, archive):
+        for memory_gib in (0.0, 4.0):
+            assert read_data(same, memory_gib=memory_gib).digest == digest
+    others = {
+        read_data(folder, labels=True).digest,
+        read_data(folder, flip=False).digest,
+        read_data(folder, crop=4).digest,
+        digest,
+    }
+    for changed in (
+        {"0/0.png": as_png(noise(9))},
+        {"1/3.png": as_png(noise(9))},
+        {"1/4.png": as_png(noise(9))},
+    ):
+        others.add(read_data(write_zip(archive, files | changed)).digest)
+    assert len(others) == 7
+
+
+def test_of_many_files_the_beginnings_are_digested(tmp_path, monkeypatch):
+    content = as_png(noise(0, 200, 200))
+    first, second = (
+        read_data(write_zip(tmp_path / name, {"0.png": content + name.encode()})).digest
+        for name in ("a.zip", "b.zip")
+    )
+    assert first != second
+    monkeypatch.setattr(decoding, "_DIGESTED_BYTES", 0)
+    assert len({read_data(tmp_path / name).digest for name in ("a.zip", "b.zip")}) == 1
+
+
 @pytest.mark.parametrize(
     ("described", "message"),
     [

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -136,8 +137,123 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path):
     TeacherTrainer(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
-    with pytest.raises(ValueError, match=r"other settings.*batch_size"):
-        TeacherTrainer(teacher_config(batch_size=4), small_images(), tmp_path).run(seconds=0.0)
+    other = teacher_config(batch_size=4, network=replace(TINY, channels=(16, 32)))
+    differing = re.escape("batch_size was 8 and is 4; network.channels was [16, 16] and is [16, 32")
+    with pytest.raises(ValueError, match=f"other settings: {differing}]$"):
+        TeacherTrainer(other, small_images(), tmp_path).run(seconds=0.0)
+    teacher = untrained_teacher(tmp_path / "teacher")
+    student = DistillationTrainer(distill_config(), small_images(), tmp_path, teacher)
+    with pytest.raises(ValueError, match=r"settings: run was TeacherRun and is DistillRun$"):
+        student.run(seconds=0.0)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json must be the settings of a run"):
+        TeacherTrainer(teacher_config(), small_images(), tmp_path).run(seconds=0.0)
+
+
+def without_digests(folder):
+    """Make a run one of before there were digests."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("inputs")
+    path.write_text(json.dumps(settings))
+
+
+def test_a_run_goes_on_with_its_data_and_its_teacher_alone(tmp_path):
+    def student(seed, data):
+        torch.manual_seed(seed)
+        return DistillationTrainer(distill_config(), data, tmp_path, Denoiser(TINY))
+
+    student(0, small_images()).run(seconds=0.0)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    one_pixel = small_images()
+    one_pixel.pixels[7, 0, 0, 0] ^= 1
+    labelled = ImageData(small_images().pixels, labels=torch.arange(20))
+    mirrored = ImageData(small_images().pixels, flip=False)
+    for seed, data, differing in [
+        (0, one_pixel, "data_sha256"),
+        (0, labelled, "data_sha256"),
+        (0, mirrored, "data_sha256"),
+        (1, small_images(), "teacher_sha256"),
+    ]:
+        with pytest.raises(
+            ValueError, match=rf"settings: {differing} was \w{{64}} and is \w{{64}};"
+        ):
+            student(seed, data).run(seconds=0.0)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    student(0, small_images()).run(seconds=0.0)
+    without_digests(tmp_path)
+    student(1, small_images()).run(seconds=0.0)
+    with pytest.raises(ValueError, match="teacher_sha256 was"):
+        student(0, small_images()).run(seconds=0.0)
+
+
+def test_data_without_a_digest_are_taken_as_they_come(tmp_path):
+    class Plain:
+        image_shape, num_classes = (3, 8, 8), 0
+
+        def batches(self, start, size, *, seed, rows=None):
+            return small_images().batches(start, size, seed=seed, rows=rows)
+
+    assert TeacherTrainer(teacher_config(), Plain(), tmp_path).run()
+    TeacherTrainer(teacher_config(), small_images(), tmp_path).run()
+    TeacherTrainer(teacher_config(), Plain(), tmp_path).run()
+    with pytest.raises(ValueError, match="data_sha256 was"):
+        TeacherTrainer(teacher_config(), small_images(seed=1), tmp_path).run()
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path):
+    first, second = (
+        TeacherTrainer(teacher_config(images=images), small_images(), tmp_path)
+        for images in (16, 24)
+    )
+
+    def meanwhile():
+        with pytest.raises(ValueError, match="one that no other process trains in, got"):
+            second.run()
+
+    assert first.run(checkpoint_every=1, on_checkpoint=meanwhile)
+    assert second.run()
+    assert second.step == 3
+
+
+def test_the_log_is_that_of_an_uninterrupted_run_and_says_where_it_resumed(tmp_path):
+    def train(folder, images):
+        TeacherTrainer(teacher_config(images=images), small_images(), folder).run(log_every=4)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+    torch.set_num_threads(1)
+    train(tmp_path / "stopped", 40)
+    assert train(tmp_path / "stopped", 40) == train(tmp_path / "once", 40)
+    lines = train(tmp_path / "stopped", 64)
+    assert lines.pop(1) == {"step": 5, "images": 40, "resumed": True}
+    assert lines == train(tmp_path / "whole", 64)
+
+
+def test_every_checkpoint_is_told_of_and_again_where_a_run_resumes(tmp_path):
+    told = []
+    for images in (40, 64):
+        run = TeacherTrainer(teacher_config(images=images), small_images(), tmp_path)
+        assert run.run(checkpoint_every=2, on_checkpoint=lambda run=run: told.append(run.step))
+    assert told == [2, 4, 5, 5, 6, 8]
+
+
+def test_data_may_have_fewer_classes_than_the_network_and_not_more(tmp_path):
+    pixels = small_images().pixels
+
+    def teacher(classes):
+        network = replace(TINY, num_classes=3)
+        data = ImageData(pixels, labels=torch.arange(20) % classes)
+        return TeacherTrainer(teacher_config(network=network), data, tmp_path / str(classes))
+
+    seen = []
+    for classes in (2, 3):
+        run = teacher(classes)
+        run.network.unet.emb_label.register_forward_pre_hook(lambda _, x: seen.append(x[0] != 0))
+        assert run.run()
+        assert torch.cat(seen).any(0).tolist() == [True, True, classes == 3]
+    with pytest.raises(ValueError, match=r"most 3 classes \(network\.num_classes\), got 4"):
+        teacher(4)
 
 
 def test_a_teacher_starts_from_the_weights_of_a_prior(tmp_path):
@@ -643,7 +759,7 @@ def test_a_run_of_before_there_was_dropout_goes_on_without(tmp_path):
     settings = json.loads(path.read_text())
     del settings["dropout"]
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"other settings: \['dropout'\]"):
+    with pytest.raises(ValueError, match=r"other settings: dropout was 0\.0 and is 0\.2"):
         TeacherTrainer(config(), images(), tmp_path).run(seconds=0.0)
     TeacherTrainer(config(dropout=0.0), images(), tmp_path).run(seconds=0.0)
 

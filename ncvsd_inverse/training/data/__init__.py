@@ -2,7 +2,15 @@
 
 from ncvsd_inverse.training.data.in_memory import ImageData, LatentData
 from ncvsd_inverse.training.data.reading import read_data
-from ncvsd_inverse.training.data.sampler import Batch, TrainingData
+from ncvsd_inverse.training.data.sampler import Batch, DigestedData, TrainingData
 from ncvsd_inverse.training.data.streamed import StreamedData
 
-__all__ = ["Batch", "ImageData", "LatentData", "StreamedData", "TrainingData", "read_data"]
+__all__ = [
+    "Batch",
+    "DigestedData",
+    "ImageData",
+    "LatentData",
+    "StreamedData",
+    "TrainingData",
+    "read_data",
+]

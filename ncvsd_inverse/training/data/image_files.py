@@ -5,6 +5,7 @@ code, and no source names files elsewhere.
 """
 
 import io
+import itertools
 import json
 import reprlib
 from abc import ABC, abstractmethod
@@ -87,7 +88,8 @@ class ImageFiles(ABC):
 class NamedImages(ImageFiles):
     """Every image file, or file of a latent, below a folder or in a zip of any layout (EDM's).
 
-    Labels come from dataset.json or paths.
+    Labels come from dataset.json or paths. A folder around all files, dataset.json too, does not
+    count.
 
     Args:
         source: the folder or archive.
@@ -109,10 +111,23 @@ class NamedImages(ImageFiles):
 
     def read_labels(self) -> tuple[list[int], int]:
         """Return what dataset.json says, else the numbers of the first folders, by their names."""
-        if not self._files.has(LABELS_FILE):
-            return self._label_by_folder()
         most = _LABELS_BYTES + _BYTES_PER_LABEL * len(self.names)
-        content = read_file(self._files, LABELS_FILE, most)
+        parts = [PurePosixPath(name).parts for name in self.names]
+        folders = [path[:-1] for path in parts]
+        first, last = min(folders), max(folders)
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+        around = [part for part, _ in pairs]  # what the first and the last share, all share
+        for depth in range(len(around) + 1):
+            labels_file = "/".join((*around[:depth], LABELS_FILE))
+            if self._files.has(labels_file):
+                content = read_file(self._files, labels_file, most)
+                return self._label_by_file(content, ["/".join(path[depth:]) for path in parts])
+        # What holds files alone may be the one class that there is.
+        depth = max(0, min(len(around), min(map(len, parts)) - 2))
+        return self._label_by_folder([path[depth:] for path in parts])
+
+    def _label_by_file(self, content: bytes, names: list[str]) -> tuple[list[int], int]:
+        """Return the labels that dataset.json gives to files by their names from its folder on."""
         try:
             described = dict(json.loads(content)["labels"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -120,25 +135,24 @@ class NamedImages(ImageFiles):
                 f'{LABELS_FILE} in {self.source} must hold {{"labels": [[name, label], ...]}}: '
                 f"{error}"
             ) from error
-        if missing := [name for name in self.names if name not in described]:
+        if missing := [name for name in names if name not in described]:
             raise ValueError(
                 f"{LABELS_FILE} in {self.source} must label every image, "
                 f"got none for {len(missing)}, {missing[0]} among them"
             )
-        return _count_classes([described[name] for name in self.names], self)
+        return _count_classes([described[name] for name in names], self)
 
-    def _label_by_folder(self) -> tuple[list[int], int]:
-        folders = []
-        for name in self.names:
-            if len(parts := PurePosixPath(name).parts) < 2:
+    def _label_by_folder(self, paths: list[tuple[str, ...]]) -> tuple[list[int], int]:
+        """Return the numbers of the first folders of paths."""
+        for path in paths:
+            if len(path) < 2:
                 raise ValueError(
                     f"labels of {self.source} must come from {LABELS_FILE} or from sub-folders, "
-                    f"got {name} in neither"
+                    f"got {path[-1]} in neither"
                 )
-            folders.append(parts[0])
-        classes = sorted(set(folders))
+        classes = sorted({path[0] for path in paths})
         numbers = {folder: number for number, folder in enumerate(classes)}
-        return [numbers[folder] for folder in folders], len(classes)
+        return [numbers[path[0]] for path in paths], len(classes)
 
 
 class DatasetImages(ImageFiles):

@@ -1,7 +1,7 @@
 """Training images and latents in memory."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -88,6 +88,9 @@ class ImageData(ShuffledImages):
             raise ValueError("images must have one size to be returned whole")
         return to_floats(self.pixels[indices])
 
+    def _given(self) -> Iterable[Tensor]:
+        return self.pixels
+
     def _load(self, order: Sampler, start: int) -> Iterator[tuple[Tensor, list[int]]]:
         for number in itertools.count(start):
             draws = order.draw(number)
@@ -132,6 +135,9 @@ class LatentData(ShuffledImages):
             num_classes=_check_labels(labels, len(moments), num_classes),
         )
         self.moments = moments
+
+    def _given(self) -> Iterable[Tensor]:
+        return self.moments
 
     def _load(self, order: Sampler, start: int) -> Iterator[tuple[Tensor, list[int]]]:
         for number in itertools.count(start):

@@ -29,6 +29,7 @@ def read_data(
     resolution: int | None = None,
     channels: int | None = None,
     labels: bool = False,
+    most_classes: int | None = None,
     memory_gib: float = 4.0,
     workers: int = 2,
 ) -> ImageData | LatentData | StreamedData:
@@ -53,7 +54,8 @@ def read_data(
         resolution: side that images must have (with `crop`: that squares must have); None: any.
         channels: what the network takes: 3 for pictures, 4 for latents; None: any.
         labels: whether classes are read: from dataset.json or the first sub-folder's name, or
-            from the column `label`.
+            from the column `label`. A folder around all of them does not count.
+        most_classes: how many classes there may be; None: any number.
         memory_gib: memory for decoded images in each training process, GiB, >= 0.
         workers: processes that decode streamed images; 0 decodes in the training process. They
             are spawned, so a script must guard its start by `if __name__ == "__main__"`.
@@ -61,17 +63,24 @@ def read_data(
     Raises:
         ImportError: if a Hugging Face dataset is given and the package datasets is missing.
         ValueError: if there are no images, more than 1% of them cannot be used, sizes are not as
-            they must be, a label is missing (the message names images), or an option does not fit
-            what there is.
+            they must be, a label is missing (the message names images), there are too many
+            classes, or an option does not fit what there is.
     """
     for name, side in (("crop", crop), ("resolution", resolution)):
         if side is not None:
             check_count(name, side)
     check_non_negative("memory_gib", memory_gib)
     check_count("workers", workers, least=0)
+    if most_classes is not None:
+        check_count("most_classes", most_classes)
     files = open_images(source)
     _check_kind(files, crop, flip, channels)
     numbers, num_classes = files.read_labels() if labels else (None, 0)
+    if most_classes is not None and num_classes > most_classes:
+        raise ValueError(
+            f"{files.source} must have at most {most_classes} classes (network.num_classes), "
+            f"got {num_classes}"
+        )
     classes = None if numbers is None else torch.tensor(numbers)
     faults = Faults(files)
     sizes = measure_sizes(files, crop, faults)
@@ -103,7 +112,7 @@ def read_data(
         data = LatentData(images, labels=classes, num_classes=num_classes)
     else:
         data = ImageData(images, crop=crop, flip=flip, labels=classes, num_classes=num_classes)
-    data.skipped = faults.names()
+    data.files, data.skipped = files, faults.names()
     return data
 
 

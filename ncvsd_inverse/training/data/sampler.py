@@ -1,17 +1,21 @@
 """Which images make batch number n, and what happens to them; the same for all kinds of data."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.training.data.decoding import digest_files
+from ncvsd_inverse.training.data.image_files import ImageFiles
 from ncvsd_inverse.training.data.latents import draw_latents
 
-__all__ = ["Batch", "Draws", "Sampler", "ShuffledImages", "TrainingData"]
+__all__ = ["Batch", "DigestedData", "Draws", "Sampler", "ShuffledImages", "TrainingData"]
 
 _ORDER_STREAM = 1
 _LATENT_STREAM = 3
@@ -51,6 +55,16 @@ class TrainingData(Protocol):
             seed: seed of the order of the images and of what happens to them, >= 0.
             rows: the rows of each batch that are wanted, this process's share; None: all.
         """
+        ...
+
+
+@runtime_checkable
+class DigestedData(TrainingData, Protocol):
+    """Data that can be told from others, so that a run goes on with those that it started with."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that batches follow from, but for their size and seed."""
         ...
 
 
@@ -133,6 +147,9 @@ class ShuffledImages(ABC):
         flip: whether images are mirrored left to right with probability 1/2.
         labels: class numbers, int64 (N,); None without labels.
         num_classes: number of classes; 0 without labels.
+
+    Attributes:
+        files: where the images were read from; None: they were given.
     """
 
     def __init__(
@@ -149,11 +166,34 @@ class ShuffledImages(ABC):
         self.labels = labels
         self.num_classes = num_classes
         self.skipped: list[str] = []
+        self.files: ImageFiles | None = None
         self._num = num
 
     def __len__(self) -> int:
         """Return the number of images; those that were skipped count, another stands for each."""
         return self._num
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the images in their order, their labels, and what is done to them.
+
+        Images that were read count as the files that they came from, be it a folder or a zip; see
+        `digest_files`.
+        """
+        digest = hashlib.sha256(f"{self.image_shape} {self.flip} {self._num}\n".encode())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        if self.files is None:
+            for values in self._given():
+                digest.update(f"{tuple(values.shape)}\n".encode())
+                digest.update(values.numpy().tobytes())
+        else:
+            digest.update(digest_files(self.files))
+        return digest.hexdigest()
+
+    def _given(self) -> Iterable[Tensor]:
+        """Return the values of each image, of images that were given."""
+        return ()
 
     def batches(
         self, start: int, size: int, *, seed: int, rows: slice | None = None

@@ -46,13 +46,13 @@ class StreamedData(ShuffledImages):
         self.skipped = faults.names()
         self.crop = crop
         self.workers = workers
-        self._files = files
+        self.files: ImageFiles = files
         self._sizes = sizes
         self._faults = faults
 
     def _load(self, order: Sampler, start: int) -> Iterator[tuple[Tensor, list[int]]]:
         loader = DataLoader(
-            _Decoder(self._files, self._sizes, self.crop, self._faults.allowed, order),
+            _Decoder(self.files, self._sizes, self.crop, self._faults.allowed, order),
             sampler=itertools.count(start),
             batch_size=None,
             num_workers=self.workers,
