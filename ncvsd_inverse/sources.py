@@ -164,7 +164,7 @@ class ZipFiles:
             {
                 entry.filename
                 for entry in self._archive.infolist()
-                if not entry.is_dir() and wanted(Path(entry.filename).name)
+                if not entry.filename.endswith("/") and wanted(Path(entry.filename).name)
             }
         )
 

@@ -89,11 +89,14 @@ def test_folders_that_cannot_be_searched_are_named(folder, monkeypatch):
 
 @pytest.fixture
 def archive(tmp_path):
-    """A zip of two texts, a folder and another file."""
+    """A zip of two texts, a folder, another file, and one without a name."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("b.txt", bytes(10_000))
         made.writestr("../deep/a.txt", b"text")
         made.writestr("folder.txt/", b"")
+        nameless = zipfile.ZipInfo("d")
+        nameless.filename = ""
+        made.writestr(nameless, b"text")
         made.writestr("c.md", b"text")
     return tmp_path / "a.zip"
 

@@ -24,7 +24,7 @@ from baselines.interface import Run
 from harness.records import RECORDS, Record, check_text, read_lines, read_records
 from harness.runner import Outcome, Row, Setup
 from ncvsd_inverse import Task
-from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.files import clear_parts, write_whole
 
 __all__ = [
     "Cache",
@@ -224,6 +224,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
+                clear_parts(self.folder, (path.name, RECORDS))
                 held = path.exists()
                 images = self._check_settings(path, settings, hashes) if held else hashes
                 write_json(path, {**settings, "images": images})

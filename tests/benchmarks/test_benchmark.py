@@ -1092,6 +1092,19 @@ def test_a_damaged_line_is_named_and_kept(run, tmp_path):
         assert len(read_records(tmp_path / "out")) == 2
 
 
+def test_leftovers_of_a_kill_are_cleared(run, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    left = [out / f".{name}.{int(ended.stdout)}.7.part" for name in (RECORDS, "settings.json")]
+    for path in left:
+        path.write_bytes(b"half")
+    run("--methods", "adjoint")
+    assert not any(path.exists() for path in left)
+
+
 def test_a_last_line_that_was_cut_off_is_measured_anew(run, tmp_path):
     run("--methods", "noise", "adjoint")
     path = tmp_path / "out" / RECORDS
