@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, their digests, and the folder for what is kept."""
 
+import errno
 import hashlib
 import os
 import re
@@ -32,6 +33,9 @@ def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
         OSError: if a file cannot be written.
     """
     targets = [Path(path) for path in paths]
+    for target in targets:
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "There is no such folder", str(target.parent))
     # Processes and threads that write one file do not share what they have written so far.
     writer = f"{os.getpid()}.{threading.get_ident()}"
     temporary = [path.with_name(f".{path.name}.{writer}.part") for path in targets]

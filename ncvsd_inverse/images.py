@@ -70,7 +70,18 @@ ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)
 """The EXIF entry that says how a picture is turned, and its values that swap the sides."""
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_KINDS = {
+    ".bmp": "BMP",
+    ".jpeg": "JPEG",
+    ".jpg": "JPEG",
+    ".png": "PNG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+"""What is written, by what the name ends in."""
+
+SUFFIXES = tuple(_KINDS)
 """What the names of pictures end in, where a folder or archive is searched for them."""
 
 
@@ -332,14 +343,14 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV
 
 
 def write_image(path: str | Path, x: Tensor) -> None:
-    """Write a picture of 8 bits, whole or not at all: a PNG, or a JPEG if the name ends in .jpg.
+    """Write a picture of 8 bits, whole or not at all, of the kind that the name ends in.
 
     Args:
         path: the file; an older one is replaced.
         x: the picture, shape (1, 3, H, W) or (1, 1, H, W), clamped to [-1, 1].
 
     Raises:
-        ValueError: if x has another shape or is not finite.
+        ValueError: if x has another shape or is not finite, or the name says no kind of picture.
         OSError: if the file cannot be written.
     """
     write_picture(path, Picture(x))
@@ -348,17 +359,19 @@ def write_image(path: str | Path, x: Tensor) -> None:
 def write_picture(path: str | Path, picture: Picture) -> None:
     """Write a picture with its depth and opacity, whole or not at all.
 
-    The name says the kind: .jpg, .webp, .bmp, .tif; any other a PNG. JPEG and BMP have no opacity
-    and 8 bits, as WebP has; floats (32 bits) are for TIFF; 16 bits for PNG, of grey for TIFF too.
+    The name says the kind, as those of `SUFFIXES` do; without a suffix it is a PNG. JPEG and BMP
+    have no opacity and 8 bits, as WebP has; floats (32 bits) are for TIFF; 16 bits for PNG, of grey
+    for TIFF too.
 
     Raises:
-        ValueError: if the picture has another shape, is not finite, or the kind cannot hold it.
+        ValueError: if the name says no kind that is written, the picture has another shape or is
+            not finite, or the kind cannot hold it.
         OSError: if the file cannot be written.
     """
     suffix = Path(path).suffix.lower()
-    kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-    kind = kinds.get(suffix, "TIFF" if suffix in (".tif", ".tiff") else "PNG")
-    write_whole(path, _encode(picture, kind))
+    if suffix and suffix not in _KINDS:
+        raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {path}")
+    write_whole(path, _encode(picture, _KINDS.get(suffix, "PNG")))
 
 
 def encode_image(x: Tensor, kind: str = "PNG") -> bytes:

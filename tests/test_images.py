@@ -402,3 +402,9 @@ def test_marks_that_are_not_there_once_each_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match="must hold the marks <a> and <b> once each"):
         write_between(path, ("<a>", "<b>"), "new")
     assert path.read_text() == content
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_image(tmp_path / "none" / "x.png", torch.zeros(1, 3, 8, 8))
+    assert caught.value.filename == str(tmp_path / "none")

@@ -209,6 +209,10 @@ CALLS = {
         lambda: nv.write_image("x.png", Y),
         r"x must have shape \(1, 1 or 3, H, W\), got \(2, 3, 8, 8\)",
     ),
+    "a picture of no kind": (
+        lambda: nv.write_image("x.xyz", Y[:1]),
+        r"path must end in one of \.bmp, .* got x.xyz",
+    ),
     "a truth of other channels": (
         lambda: metrics.psnr(Y, Y[:, :1]),
         r"reference must have shape \(2, 3, 8, 8\), got \(2, 1, 8, 8\)",
@@ -268,6 +272,7 @@ WORDS = {
     "evaluate ncvsd_faces64 --data pics --images 0": "--images must be at least 2, got 0",
     "train faces64 --data pics -o r --images 0": "images must be at least 1, got 0",
     "train faces64 --data pics -o r --batch-size 0": "batch_size must be at least 1, got 0",
+    "train faces64 --data pics -o r --seconds -1": "Invalid value for '--seconds': .* got '-1'",
     "encode pics out.zip --size 0": "size must be at least 1, got 0",
     # names
     "solve p.png --task denois": "--task must be one of .* got 'denois'; did you mean denoise",
@@ -293,6 +298,7 @@ WORDS = {
     "convert p.png out": "p.png cannot be read: ",
     "train none.toml --data pics -o r": "config must be a file that exists, got none.toml",
     "train faces64 --data none -o r": "data must be an existing zip or folder, got none",
+    "train faces64 --data pics -o p.png": "Invalid value for '--out'.*'p.png' is a file",
     "encode none out.zip": "data must be an existing zip or folder, got none",
     "encode pics out.txt": "target must be a zip that does not exist yet, got out.txt",
 }  # fmt: skip
@@ -337,12 +343,19 @@ def test_without_words_there_is_help(monkeypatch, capfd):
     assert "error" not in out + err
 
 
-def test_too_little_memory_is_a_line(monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory.\nTried to allocate 20 GiB."),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+    ],
+)
+def test_too_little_memory_is_a_line(monkeypatch, capfd, kind, message):
     def full():
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+        raise kind(message)
 
     monkeypatch.setattr(cli.priors, "list_priors", full)
     monkeypatch.setattr(sys, "argv", ["ncvsd", "priors"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capfd.readouterr().err == "error: CUDA out of memory. Tried to allocate 20 GiB.\n"
+    assert capfd.readouterr().err == f"error: {' '.join(message.split())}\n"

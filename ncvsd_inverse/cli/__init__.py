@@ -60,6 +60,11 @@ def main() -> None:
     except typer.Abort:
         _echo_error("stopped")
         sys.exit(1)
+    except RuntimeError as error:
+        if not isinstance(error, EXPECTED) and "can't allocate memory" not in str(error):
+            raise
+        _echo_error(str(error))
+        sys.exit(1)
     except EXPECTED as error:
         _echo_error(str(error) or type(error).__name__)
         sys.exit(1)

@@ -31,13 +31,18 @@ Device = Annotated[
 ]
 Config = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]
 Data = Annotated[Path, typer.Option("--data", help="Zip, folder or dataset folder of images.")]
-RunFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run, resumed if any.")]
+RunFolder = Annotated[
+    Path,
+    typer.Option("--out", "-o", file_okay=False, help="Folder of the run, resumed if any."),
+]
 Images = Annotated[int | None, typer.Option("--images", help="Images to train on in all.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Images in a step.")]
 Microbatch = Annotated[
     int | None, typer.Option("--microbatch", help="Most images of a process in one pass.")
 ]
-Seconds = Annotated[float, typer.Option("--seconds", help="Stop at a checkpoint after this.")]
+Seconds = Annotated[
+    float, typer.Option("--seconds", min=0, help="Stop at a checkpoint after this.")
+]
 Init = Annotated[
     str | None,
     typer.Option("--init", help="A prior whose weights the run starts from, optimiser fresh."),
