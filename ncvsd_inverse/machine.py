@@ -22,8 +22,10 @@ __all__ = [
     "PeakMemory",
     "Signal",
     "callers_autocast",
+    "check_device",
     "count_passes",
     "exact_arithmetic",
+    "extra",
     "find_device",
     "out_of_inference",
     "progress_bar",
@@ -97,13 +99,40 @@ class Cache(Generic[Item]):
         return type(self), (self.size, self.most_bytes)
 
 
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import within what an extra of this package installs.
+
+    Raises:
+        ImportError: if it is not installed; it names the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs the package {error.name}: pip install 'ncvsd-inverse[{name}]'"
+        ) from error
+
+
+def check_device(name: str, device: torch.device) -> torch.device:
+    """Return `device`; ValueError if it is one of Apple's GPUs, which have no float64."""
+    if device.type == "mps":
+        raise ValueError(
+            f"{name} must be on the CPU or a CUDA GPU, got mps: Apple's GPUs have no float64, "
+            "which linear solves and statistics need"
+        )
+    return device
+
+
 def find_device(name: str | None = None) -> torch.device:
-    """Return the device that was asked for, else this process's own: its GPU or the CPU.
+    """Return the device that was asked for, else this process's own: its CUDA GPU or the CPU.
 
     Raises:
         ValueError: if the device cannot be used here.
     """
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if name is not None and name.partition(":")[0] == "mps":
+        check_device("--device", torch.device("mps"))
     try:
         return torch.empty(0, device=name or own).device
     except (RuntimeError, AssertionError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.errors import CheckpointError
 from ncvsd_inverse.files import file_sha256
-from ncvsd_inverse.machine import exact_arithmetic
+from ncvsd_inverse.machine import check_device, exact_arithmetic
 from ncvsd_inverse.networks import inference_dtype
 from ncvsd_inverse.networks.library import LibraryDenoiser
 from ncvsd_inverse.priors.cache import StatisticsStore
@@ -90,12 +90,14 @@ def load_prior(
         each call.
 
     Raises:
-        ValueError: if the name is unknown; the known ones are listed.
+        ValueError: if the name is unknown (the known ones are listed), or `device` is mps.
         TypeError: if `name_or_path` is neither, or `dtype` is no floating-point dtype.
         CheckpointError: if a file is missing, damaged, or not what its card says.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    where = torch.get_default_device() if device is None else torch.device(device)
+    check_device("device", where)
     place = locate(name_or_path)
     if not card_path(place).exists():
         foreign = load_foreign(place, device, dtype)
@@ -103,7 +105,6 @@ def load_prior(
         foreign.statistics = foreign.statistics_store.read()
         return foreign
     card = read_card(place)
-    where = torch.get_default_device() if device is None else torch.device(device)
     dtype = dtype or inference_dtype(where)
     network = read_network(place, card, where, dtype).to_inference(dtype)
     store = _statistics_store(name_or_path, place, card)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.images import MAX_PIXELS, SUFFIXES, read_image
+from ncvsd_inverse.machine import extra
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 
 __all__ = [
@@ -176,12 +177,8 @@ class DatasetImages(ImageFiles):
     """
 
     def __init__(self, source: Path) -> None:
-        try:
+        with extra("data"):
             import datasets
-        except ImportError as error:
-            raise ImportError(
-                f"{source} is a Hugging Face dataset; to read it: pip install datasets"
-            ) from error
         try:
             if _is_saved_dataset(source):
                 dataset = datasets.load_from_disk(str(source))
