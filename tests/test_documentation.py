@@ -1,7 +1,8 @@
 """Every documented command and Python block runs, in its shortest form and from a clean folder.
 
-Each command in README.md, in the Markdown files under benchmarks/ and experiments/ and in the
-docstrings of the scripts there has a row in `COMMANDS`: as it is documented, and as it is run here.
+Each command in README.md, in the Markdown files under benchmarks/ and experiments/, in the
+docstrings of the scripts there and in the help of `ncvsd` has a row in `COMMANDS`: as it is
+documented, and as it is run here.
 To document a command, add its row. Those marked documented take more than ten seconds, and
 `pytest -m documented` runs them, about 6 minutes on two idle cores.
 """
@@ -23,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from ncvsd_inverse.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"python", "ncvsd", "pip", "torchrun", "accelerate", "..."}
@@ -74,6 +77,21 @@ COMMANDS: dict[str, Short | Skipped] = {
     'pip install ".[latents]"': INSTALLS,
     "python -m pytest": Skipped("this test is among those"),
     "ncvsd demo": Short("ncvsd demo --nfe 1 --samples 2", makes=("ncvsd_demo/demo.png",)),
+    "ncvsd demo --prior ncvsd_natural -o photographs": Short(
+        "ncvsd demo --prior ncvsd_natural -o photographs --nfe 1 --samples 1",
+        makes=("photographs/demo.png",),
+    ),
+    "ncvsd priors": Short("ncvsd priors"),
+    "ncvsd doctor": Short("ncvsd doctor"),
+    "ncvsd doctor -o report.txt": Short("ncvsd doctor -o report.txt", makes=("report.txt",)),
+    "ncvsd convert checkpoint.pt mine": Short(
+        "ncvsd convert checkpoint.pt mine --no-check --no-statistics",
+        makes=("mine.safetensors", "mine.json"),
+        needs=("checkpoint.pt",),
+    ),
+    "ncvsd statistics PRIOR --data val.zip --images 256": Short(
+        "ncvsd statistics measured/ncvsd_faces64 --data DIR/faces64/val.zip --images 2"
+    ),
     **{
         f"ncvsd solve {words}": Short(
             f"ncvsd solve {words} --nfe 2" + ("" if "-o" in words else f" -o {place}"),
@@ -427,7 +445,7 @@ def documented_commands(text):
 def all_documented_commands():
     texts = [path.read_text() for path in PAGES]
     texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in SCRIPTS]
-    return set().union(*map(documented_commands, texts))
+    return set().union(*map(documented_commands, texts), *EXAMPLES.values())
 
 
 def python_blocks():
@@ -710,6 +728,8 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("commands run in forks of one process, which this system does not have")
     folder = tmp_path_factory.mktemp("documented") / "checkout"
     (folder / "home").mkdir(parents=True)
     for name in ("benchmarks", "experiments", "ncvsd_inverse", "operators"):
