@@ -1,8 +1,8 @@
 """Every documented command and Python block runs, in its shortest form and from a clean folder.
 
-Each command in README.md, in the Markdown files under benchmarks/ and experiments/, in the
-docstrings of the scripts there and in the help of `ncvsd` has a row in `COMMANDS`: as it is
-documented, and as it is run here.
+Each command in README.md and CONTRIBUTING.md, in the Markdown files under benchmarks/ and
+experiments/, in the docstrings of the scripts there and in the help of `ncvsd` has a row in
+`COMMANDS`: as it is documented, and as it is run here.
 To document a command, add its row. Those marked documented take more than ten seconds, and
 `pytest -m documented` runs them, about 6 minutes on two idle cores.
 """
@@ -29,7 +29,12 @@ from ncvsd_inverse.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"python", "ncvsd", "pip", "torchrun", "accelerate", "..."}
-PAGES = [ROOT / "README.md", *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("experiments/**/*.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *ROOT.glob("benchmarks/**/*.md"),
+    *ROOT.glob("experiments/**/*.md"),
+]
 SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")]
 SECONDS = 600
 
@@ -76,6 +81,11 @@ COMMANDS: dict[str, Short | Skipped] = {
     'pip install -e ".[test]"': INSTALLS,
     'pip install ".[latents]"': INSTALLS,
     "python -m pytest": Skipped("this test is among those"),
+    # CONTRIBUTING.md
+    'pip install -c .ci/locked.txt -e ".[test,release]"': INSTALLS,
+    "python -m pytest tests/operators": Skipped("they run beside this one"),
+    "python -m pytest -n auto": Skipped("this test is among those"),
+    "python -m pytest -m documented": Skipped("these are"),
     "ncvsd demo": Short("ncvsd demo --nfe 1 --samples 2", makes=("ncvsd_demo/demo.png",)),
     "ncvsd demo --prior ncvsd_natural -o photographs": Short(
         "ncvsd demo --prior ncvsd_natural -o photographs --nfe 1 --samples 1",
@@ -733,6 +743,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documented") / "checkout"
     (folder / "home").mkdir(parents=True)
     for name in ("benchmarks", "experiments", "ncvsd_inverse", "operators"):
+        if not (ROOT / name).exists():
+            continue  # a source distribution has the operators within the package
         unwanted = shutil.ignore_patterns("results", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=unwanted)
     write_inputs(folder)

@@ -21,6 +21,8 @@ def test_every_package_of_the_tree_ships():
 
 def test_operators_are_one_folder_and_one_copy():
     link = ROOT / "ncvsd_inverse" / "operators"
+    if (ROOT / "PKG-INFO").exists():
+        pytest.skip("a source distribution has one folder, where the link is")
     assert link.is_symlink()
     assert link.readlink() == Path("../operators")
     assert ncvsd_inverse.operators is operators

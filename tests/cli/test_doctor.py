@@ -14,7 +14,7 @@ from ncvsd_inverse.cli.doctor import EXTRAS, REQUIRED, VARIABLES
 from ncvsd_inverse.cli.examples import EXAMPLES
 from ncvsd_inverse.priors.files import PACKAGE_WEIGHTS
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = vars(typer.main.get_command(cli.app))["commands"]
 
 
 @pytest.fixture
