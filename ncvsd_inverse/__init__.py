@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ncvsd_inverse.schedules import karras
     from ncvsd_inverse.tasks import Task, list_tasks, make_task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if not (Path(__file__).parent / "operators").is_dir():
     raise ImportError(

@@ -25,6 +25,7 @@ __all__ = [
     "check_device",
     "count_passes",
     "exact_arithmetic",
+    "extra",
     "find_device",
     "out_of_inference",
     "progress_bar",
@@ -98,8 +99,23 @@ class Cache(Generic[Item]):
         return type(self), (self.size, self.most_bytes)
 
 
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import within what an extra of this package installs.
+
+    Raises:
+        ImportError: if it is not installed; it names the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs the package {error.name}: pip install 'ncvsd-inverse[{name}]'"
+        ) from error
+
+
 def find_device(name: str | None = None) -> torch.device:
-    """Return the device that was asked for, else this process's own: its GPU or the CPU.
+    """Return the device that was asked for, else this process's own: its CUDA GPU or the CPU.
 
     Raises:
         ValueError: if the device cannot be used here.
@@ -112,7 +128,15 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def check_device(name: str, device: torch.device | str) -> torch.device:
-    """Return a device, with its number; ValueError, that calls it `name`, if it is not usable."""
+    """Return a device, with its number; ValueError, that calls it `name`, if it is not usable.
+
+    Apple's GPUs are not: linear solves and statistics need float64.
+    """
+    if str(device).partition(":")[0] == "mps":
+        raise ValueError(
+            f"{name} must be on the CPU or a CUDA GPU, got mps: Apple's GPUs have no float64, "
+            "which linear solves and statistics need"
+        )
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -1,7 +1,8 @@
 """Every documented command and Python block runs, in its shortest form and from a clean folder.
 
-Each command in README.md, in the Markdown files under benchmarks/ and experiments/ and in the
-docstrings of the scripts there has a row in `COMMANDS`: as it is documented, and as it is run here.
+Each command in README.md and CONTRIBUTING.md, in the Markdown files under benchmarks/ and
+experiments/, in the docstrings of the scripts there and in the help of `ncvsd` has a row in
+`COMMANDS`: as it is documented, and as it is run here.
 To document a command, add its row. Those marked documented take more than ten seconds, and
 `pytest -m documented` runs them, about 6 minutes on two idle cores.
 """
@@ -24,9 +25,16 @@ import pytest
 import torch
 from PIL import Image
 
+from ncvsd_inverse.cli.examples import EXAMPLES
+
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {"python", "ncvsd", "pip", "torchrun", "accelerate", "..."}
-PAGES = [ROOT / "README.md", *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("experiments/**/*.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *ROOT.glob("benchmarks/**/*.md"),
+    *ROOT.glob("experiments/**/*.md"),
+]
 SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")]
 SECONDS = 600
 
@@ -73,7 +81,27 @@ COMMANDS: dict[str, Short | Skipped] = {
     'pip install -e ".[test]"': INSTALLS,
     'pip install ".[latents]"': INSTALLS,
     "python -m pytest": Skipped("this test is among those"),
+    # CONTRIBUTING.md
+    'pip install -c .ci/locked.txt -e ".[test,release]"': INSTALLS,
+    "python -m pytest tests/operators": Skipped("they run beside this one"),
+    "python -m pytest -n auto": Skipped("this test is among those"),
+    "python -m pytest -m documented": Skipped("these are"),
     "ncvsd demo": Short("ncvsd demo --nfe 1 --samples 2", makes=("ncvsd_demo/demo.png",)),
+    "ncvsd demo --prior ncvsd_natural -o photographs": Short(
+        "ncvsd demo --prior ncvsd_natural -o photographs --nfe 1 --samples 1",
+        makes=("photographs/demo.png",),
+    ),
+    "ncvsd priors": Short("ncvsd priors"),
+    "ncvsd doctor": Short("ncvsd doctor"),
+    "ncvsd doctor -o report.txt": Short("ncvsd doctor -o report.txt", makes=("report.txt",)),
+    "ncvsd convert checkpoint.pt mine": Short(
+        "ncvsd convert checkpoint.pt mine --no-check --no-statistics",
+        makes=("mine.safetensors", "mine.json"),
+        needs=("checkpoint.pt",),
+    ),
+    "ncvsd statistics PRIOR --data val.zip --images 256": Short(
+        "ncvsd statistics measured/ncvsd_faces64 --data DIR/faces64/val.zip --images 2"
+    ),
     **{
         f"ncvsd solve {words}": Short(
             f"ncvsd solve {words} --nfe 2" + ("" if "-o" in words else f" -o {place}"),
@@ -434,7 +462,7 @@ def documented_commands(text):
 def all_documented_commands():
     texts = [path.read_text() for path in PAGES]
     texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in SCRIPTS]
-    return set().union(*map(documented_commands, texts))
+    return set().union(*map(documented_commands, texts), *EXAMPLES.values())
 
 
 def python_blocks():
@@ -717,9 +745,13 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("commands run in forks of one process, which this system does not have")
     folder = tmp_path_factory.mktemp("documented") / "checkout"
     (folder / "home").mkdir(parents=True)
     for name in ("benchmarks", "experiments", "ncvsd_inverse", "operators"):
+        if not (ROOT / name).exists():
+            continue  # a source distribution has the operators within the package
         unwanted = shutil.ignore_patterns("results", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=unwanted)
     write_inputs(folder)

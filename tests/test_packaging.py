@@ -4,6 +4,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import ncvsd_inverse
 from ncvsd_inverse import operators
@@ -21,6 +24,8 @@ def test_every_package_of_the_tree_ships():
 
 def test_operators_are_one_folder_and_one_copy():
     link = ROOT / "ncvsd_inverse" / "operators"
+    if (ROOT / "PKG-INFO").exists():
+        pytest.skip("a source distribution has one folder, where the link is")
     assert link.is_symlink()
     assert link.readlink() == Path("../operators")
     assert ncvsd_inverse.operators is operators
@@ -57,11 +62,41 @@ def test_project_facts_agree():
     assert PROJECT["project"]["version"] == ncvsd_inverse.__version__
     citation = (ROOT / "CITATION.cff").read_text()
     assert f'version: "{ncvsd_inverse.__version__}"' in citation
+    assert f"{ncvsd_inverse.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     for file in PROJECT["project"]["license-files"]:
         assert (ROOT / file).is_file(), file
     module, function = PROJECT["project"]["scripts"]["ncvsd"].split(":")
     code = f"import {module} as m; assert callable(m.{function})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def pinned(file):
+    """Return the versions of each package in a lock file."""
+    found = {}
+    for line in (ROOT / ".ci" / file).read_text().splitlines():
+        name, version = line.partition(";")[0].split("==")
+        found.setdefault(canonicalize_name(name), []).append(Version(version.strip()))
+    return found
+
+
+def test_ci_installs_versions_within_the_bounds_and_the_lowest_of_them():
+    optional = PROJECT["project"]["optional-dependencies"]
+    run = [
+        PROJECT["project"]["dependencies"],
+        *(optional[of] for of in ("train", "data", "latents")),
+    ]
+    locked, oldest = pinned("locked.txt"), pinned("oldest.txt")
+    for texts in (*run, *optional.values()):
+        for requirement in map(Requirement, texts):
+            name = canonicalize_name(requirement.name)
+            if name == "ncvsd-inverse":
+                continue
+            (bound,) = requirement.specifier  # each has a lower bound and nothing else
+            assert bound.operator == ">=", requirement
+            assert name in locked, f"{requirement}: run .ci/lock"
+            assert all(version in requirement.specifier for version in locked[name]), requirement
+            if texts in run:
+                assert oldest[name] == [Version(bound.version)], f"{requirement}: run .ci/lock"
 
 
 def test_public_names_are_there_and_load_late():

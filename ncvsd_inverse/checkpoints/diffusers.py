@@ -8,6 +8,7 @@ from torch import Tensor
 from ncvsd_inverse.checkpoints.guided_diffusion import with_noise
 from ncvsd_inverse.checkpoints.parsed import Options, ParsedCheckpoint
 from ncvsd_inverse.checkpoints.torch_files import read_checkpoint_file, read_safetensors
+from ncvsd_inverse.machine import extra
 from ncvsd_inverse.networks.library import Prediction
 from ncvsd_inverse.plain_data import read_json
 
@@ -64,7 +65,8 @@ def parse_diffusers(path: Path, told: Options) -> ParsedCheckpoint:
 
 def _alphas(schedule: dict[str, object]) -> Tensor:
     """Return the squared scales of the image at each time of a scheduler of diffusers, (T,)."""
-    from diffusers import DDPMScheduler
+    with extra("latents"):
+        from diffusers import DDPMScheduler
 
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     _check_most(schedule, "num_train_timesteps", 100_000)

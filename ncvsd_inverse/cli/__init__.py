@@ -14,6 +14,7 @@ from ncvsd_inverse.cli import (
     convert,
     demo,
     distill,
+    doctor,
     encode,
     evaluate,
     priors,
@@ -21,6 +22,7 @@ from ncvsd_inverse.cli import (
     statistics,
     train,
 )
+from ncvsd_inverse.cli.examples import examples_text
 from ncvsd_inverse.plain_data import printable
 
 __all__ = ["app", "main"]
@@ -28,18 +30,18 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Restore images with distilled generative denoisers as priors.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("solve")(solve.solve)
-app.command("priors")(priors.priors)
-app.command("convert")(convert.convert)
-app.command("statistics")(statistics.statistics)
-app.command("evaluate")(evaluate.evaluate)
-app.command("train")(train.train)
-app.command("distill")(distill.distill)
-app.command("encode")(encode.encode)
+app.command("demo", epilog=examples_text("demo"))(demo.demo)
+app.command("solve", epilog=examples_text("solve"))(solve.solve)
+app.command("priors", epilog=examples_text("priors"))(priors.priors)
+app.command("convert", epilog=examples_text("convert"))(convert.convert)
+app.command("statistics", epilog=examples_text("statistics"))(statistics.statistics)
+app.command("evaluate", epilog=examples_text("evaluate"))(evaluate.evaluate)
+app.command("train", epilog=examples_text("train"))(train.train)
+app.command("distill", epilog=examples_text("distill"))(distill.distill)
+app.command("encode", epilog=examples_text("encode"))(encode.encode)
+app.command("doctor", epilog=examples_text("doctor"))(doctor.doctor)
 
 
 def main() -> None:

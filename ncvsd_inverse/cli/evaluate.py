@@ -15,7 +15,7 @@ from torch import Tensor
 from ncvsd_inverse import CheckpointError, __version__, load_card
 from ncvsd_inverse.checks import check_count, check_level
 from ncvsd_inverse.cli.inputs import load_named, open_folder, sides_of
-from ncvsd_inverse.cli.options import Device, Seed
+from ncvsd_inverse.cli.options import Device, Seed, complete_prior
 from ncvsd_inverse.evaluation import Evaluation, Generation, evaluate_generation
 from ncvsd_inverse.evaluation import evaluate as evaluation_of
 from ncvsd_inverse.evaluation.generation import BLOCK
@@ -35,7 +35,10 @@ __all__ = [
 
 
 def evaluate(
-    prior: Annotated[str, typer.Argument(help="A name of `ncvsd priors`, or a path.")],
+    prior: Annotated[
+        str,
+        typer.Argument(help="A name of `ncvsd priors`, or a path.", autocompletion=complete_prior),
+    ],
     data: Annotated[Path, typer.Option("--data", help="Folder or zip of images to judge by.")],
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="A name or path; PRIOR_teacher where there is.")

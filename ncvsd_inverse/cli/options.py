@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ncvsd_inverse import list_priors
+
 __all__ = [
     "Batch",
     "Config",
@@ -20,16 +22,41 @@ __all__ = [
     "Seconds",
     "Seed",
     "Shard",
+    "complete_preset",
+    "complete_prior",
 ]
 
-PriorName = Annotated[str, typer.Option("--prior", help="A name of `ncvsd priors`, or a path.")]
+
+def complete_prior(incomplete: str) -> list[str]:
+    """Return the names of priors that begin so, for a shell."""
+    return [name for name in list_priors() if name.startswith(incomplete)]
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Return the names of presets that begin so, for a shell."""
+    from ncvsd_inverse.training.presets import list_presets
+
+    return [name for name in list_presets("teacher") if name.startswith(incomplete)]
+
+
+PriorName = Annotated[
+    str,
+    typer.Option(
+        "--prior", help="A name of `ncvsd priors`, or a path.", autocompletion=complete_prior
+    ),
+]
 Nfe = Annotated[int, typer.Option("--nfe", help="Network forward passes a sample.")]
 Samples = Annotated[int, typer.Option("--samples", help="Posterior samples for each image.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, ...; cuda where there is one.")
 ]
-Config = Annotated[str, typer.Argument(help="A preset's name or the path of a TOML file.")]
+Config = Annotated[
+    str,
+    typer.Argument(
+        help="A preset's name or the path of a TOML file.", autocompletion=complete_preset
+    ),
+]
 Data = Annotated[Path, typer.Option("--data", help="Zip, folder or dataset folder of images.")]
 RunFolder = Annotated[
     Path,

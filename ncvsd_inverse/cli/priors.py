@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from ncvsd_inverse import CheckpointError, list_priors
+from ncvsd_inverse.cli.options import complete_prior
 from ncvsd_inverse.plain_data import printable
 from ncvsd_inverse.priors import PriorCard, PublishedPrior, describe_prior
 from ncvsd_inverse.priors.files import search_folders
@@ -16,7 +17,10 @@ __all__ = [
 
 
 def priors(
-    name: Annotated[str | None, typer.Argument(help="Print the card of this prior.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Print the card of this prior.", autocompletion=complete_prior),
+    ] = None,
 ) -> None:
     """List the priors that there are, or print the card of one; no network is asked."""
     if name is not None:

@@ -49,6 +49,15 @@ PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
 
 
+def _complete_task(incomplete: str) -> list[str]:
+    """Return the names of tasks that begin so, for a shell."""
+    return [
+        name
+        for name in {**TASKS, **dict.fromkeys(list_tasks(all=True))}
+        if name.startswith(incomplete)
+    ]
+
+
 def solve(
     sources: Annotated[
         list[Path], typer.Argument(metavar="IN...", help="Picture files, and folders of them.")
@@ -58,6 +67,7 @@ def solve(
         typer.Option(
             "--task",
             help=f"{', '.join(TASKS)}; with --simulate {', '.join(list_tasks(all=True))}",
+            autocompletion=_complete_task,
         ),
     ],
     prior: PriorName = "ncvsd_natural",

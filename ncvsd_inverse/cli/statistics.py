@@ -8,7 +8,7 @@ import torch
 import typer
 
 from ncvsd_inverse.cli.inputs import load_named
-from ncvsd_inverse.cli.options import Device
+from ncvsd_inverse.cli.options import Device, complete_prior
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
@@ -20,7 +20,10 @@ __all__ = [
 
 
 def statistics(
-    prior: Annotated[str, typer.Argument(help="A name of `ncvsd priors`, or a path.")],
+    prior: Annotated[
+        str,
+        typer.Argument(help="A name of `ncvsd priors`, or a path.", autocompletion=complete_prior),
+    ],
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Folder or zip of clean images; else the prior generates."),

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ncvsd_inverse.machine import extra
 from ncvsd_inverse.networks import Network, build_network
 from ncvsd_inverse.networks.adm import ADMUNet
 from ncvsd_inverse.networks.unet import MAX_BLOCKS, MAX_LEVELS
@@ -160,7 +161,8 @@ class DiffusersDenoiser(VPDenoiser):
     def __init__(
         self, arguments: Mapping[str, Any], *, prediction: Prediction, num_levels: int
     ) -> None:
-        from diffusers import UNet2DModel
+        with extra("latents"):
+            from diffusers import UNet2DModel
 
         network = UNet2DModel(**arguments)
         super().__init__(network, prediction=prediction, num_levels=num_levels)

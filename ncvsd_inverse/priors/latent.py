@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import torch
 from torch import Tensor
 
+from ncvsd_inverse.machine import extra
 from ncvsd_inverse.priors.ncvsd import NCVSDPrior
 from ncvsd_inverse.protocols import Generators, NetworkTraits
 
@@ -123,12 +124,8 @@ def load_vae(
         ImportError: if the package diffusers is not installed.
         ValueError: if there is no such VAE, or it is not one from 3 channels to 4 and back.
     """
-    try:
+    with extra("latents"):
         from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError(
-            "latents need the package diffusers: pip install 'ncvsd-inverse[latents]'"
-        ) from error
     try:
         loaded = AutoencoderKL.from_pretrained(
             str(vae), local_files_only=not download, use_safetensors=True

@@ -90,14 +90,14 @@ def load_prior(
         each call.
 
     Raises:
-        ValueError: if the name is unknown; the known ones are listed. Or the device is not usable.
+        ValueError: if the name is unknown (the known ones are listed), or the device is not
+            usable, as mps is.
         TypeError: if `name_or_path` is neither, or `dtype` is no floating-point dtype.
         CheckpointError: if a file is missing, damaged, or not what its card says.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    if device is not None:
-        device = check_device("device", device)
+    where = check_device("device", torch.get_default_device() if device is None else device)
     place = locate(name_or_path)
     if not card_path(place).exists():
         foreign = load_foreign(place, device, dtype)
@@ -105,7 +105,6 @@ def load_prior(
         foreign.statistics = foreign.statistics_store.read()
         return foreign
     card = read_card(place)
-    where = torch.get_default_device() if device is None else device
     dtype = dtype or inference_dtype(where)
     network = read_network(place, card, where, dtype).to_inference(dtype)
     store = _statistics_store(name_or_path, place, card)

@@ -17,6 +17,7 @@ from ncvsd_inverse.checks import (
     check_shape,
     describe_type,
 )
+from ncvsd_inverse.machine import check_device
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.protocols import SIGMA_Y, HasNoiseLevel, Operator, OperatorTraits
 
@@ -66,6 +67,7 @@ class Problem:
         if traits.takes_complex and isinstance(y, Tensor) and y.is_complex():
             y = torch.view_as_real(y.resolve_conj())
         check_floating("y", y)
+        check_device("y", y.device)
         if y.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"y must be float32 or float64, got {y.dtype}")
         if y.ndim < 2 or 0 in y.shape:

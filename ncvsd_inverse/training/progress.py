@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse.images import write_image
-from ncvsd_inverse.machine import progress_bar
+from ncvsd_inverse.machine import extra, progress_bar
 from ncvsd_inverse.numerics import draw_normal, make_generators
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS, decode_latents, load_vae
 from ncvsd_inverse.training.distillation import DistillationTrainer
 from ncvsd_inverse.training.teacher import TeacherTrainer
+
+with extra("train"):  # at once, in every process: one that failed later would leave others waiting
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["COLUMNS", "LATENT_SIDE", "PICTURES", "SIGMAS", "ProgressReport", "picture_grid"]
 
@@ -37,8 +40,6 @@ class ProgressReport:
     """
 
     def __init__(self, run: TeacherTrainer | DistillationTrainer, images: Tensor) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run = run
         self.images = images[:COLUMNS]
         self._decode: Callable[[Tensor], Tensor] | None = _keep

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.errors import CheckpointError, DivergenceError
 from ncvsd_inverse.files import write_whole
+from ncvsd_inverse.machine import extra
 from ncvsd_inverse.networks import Network, UNetShape, constrain_weights_, project_gradients_
 from ncvsd_inverse.numerics import draw_normal, local_part, make_generators
 from ncvsd_inverse.training.checkpoint import read_checkpoint, write_checkpoint
@@ -142,8 +143,9 @@ class Trainer(ABC, Generic[Config]):
         accelerator: "Accelerator | None" = None,
         shard: bool = False,
     ) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import parse_flag_from_env
+        with extra("train"):
+            from accelerate import Accelerator
+            from accelerate.utils import parse_flag_from_env
 
         self.config = config
         self.data = data

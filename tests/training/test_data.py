@@ -537,7 +537,7 @@ def test_images_of_several_sizes_are_not_returned_whole():
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "train.parquet").write_bytes(b"")
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ImportError, match=r"datasets: pip install 'ncvsd-inverse\[data\]'"):
         read_data(tmp_path)
 
 

@@ -24,6 +24,7 @@ from ncvsd_inverse.images import (
     is_picture_name,
     measure_picture,
 )
+from ncvsd_inverse.machine import extra
 from ncvsd_inverse.priors.latent import LATENT_CHANNELS
 from ncvsd_inverse.sources import SourceFiles, open_source, read_file
 
@@ -169,12 +170,8 @@ class DatasetImages(ImageFiles):
     """
 
     def __init__(self, source: Path) -> None:
-        try:
+        with extra("data"):
             import datasets
-        except ImportError as error:
-            raise ImportError(
-                f"{source} is a Hugging Face dataset; to read it: pip install datasets"
-            ) from error
         try:
             if _is_saved_dataset(source):
                 dataset = datasets.load_from_disk(str(source))
