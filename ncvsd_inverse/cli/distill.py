@@ -1,7 +1,7 @@
 """`ncvsd distill`: a generative denoiser from a teacher."""
 
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,11 +16,25 @@ from ncvsd_inverse.cli.options import (
     Seconds,
     Shard,
 )
-from ncvsd_inverse.cli.training_run import given_options, read_training_data, run_training
+from ncvsd_inverse.cli.training_run import (
+    given_options,
+    read_training_data,
+    run_training,
+    show_config,
+)
+
+if TYPE_CHECKING:
+    from ncvsd_inverse.training.config import DistillConfig
 
 __all__ = [
     "distill",
 ]
+
+
+def _load(config: str) -> "DistillConfig":
+    from ncvsd_inverse.training.presets import load_distill_config
+
+    return load_distill_config(config)
 
 
 def distill(
@@ -36,6 +50,7 @@ def distill(
     init: Init = None,
     seconds: Seconds = float("inf"),
     shard: Shard = False,
+    preset: Annotated[str | None, show_config(_load)] = None,
 ) -> None:
     """Distil a teacher into a generative denoiser; the same command goes on after a stop.
 
@@ -43,10 +58,9 @@ def distill(
     `accelerate launch --use_fsdp`, shards the networks over them.
     """
     from ncvsd_inverse.training import DistillationTrainer, load_teacher
-    from ncvsd_inverse.training.presets import load_distill_config
 
     changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch, "init": init}
-    settings = replace(load_distill_config(config), **given_options(changes))
+    settings = replace(_load(config), **given_options(changes))
     pictures = read_training_data(data, settings)
     run = DistillationTrainer(settings, pictures, out, load_teacher(teacher), shard=shard)
     run_training(run, data, seconds)

@@ -1,9 +1,7 @@
 """`ncvsd train`: a diffusion teacher."""
 
 from dataclasses import replace
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from ncvsd_inverse.cli.options import (
     Batch,
@@ -16,20 +14,25 @@ from ncvsd_inverse.cli.options import (
     Seconds,
     Shard,
 )
-from ncvsd_inverse.cli.training_run import given_options, read_training_data, run_training
+from ncvsd_inverse.cli.training_run import (
+    given_options,
+    read_training_data,
+    run_training,
+    show_config,
+)
+
+if TYPE_CHECKING:
+    from ncvsd_inverse.training.config import TeacherConfig
 
 __all__ = [
     "train",
 ]
 
 
-def _show_config(preset: str | None) -> None:
-    """Print the settings of a preset, or of a file, and end."""
-    if preset is not None:
-        from ncvsd_inverse.training.presets import load_teacher_config
+def _load(config: str) -> "TeacherConfig":
+    from ncvsd_inverse.training.presets import load_teacher_config
 
-        typer.echo(load_teacher_config(preset).to_toml(), nl=False)
-        raise typer.Exit
+    return load_teacher_config(config)
 
 
 def train(
@@ -42,16 +45,7 @@ def train(
     init: Init = None,
     seconds: Seconds = float("inf"),
     shard: Shard = False,
-    show_config: Annotated[
-        str | None,
-        typer.Option(
-            "--show-config",
-            metavar="PRESET",
-            callback=_show_config,
-            is_eager=True,
-            help="Print the settings of a preset as TOML, and end: a start for one's own.",
-        ),
-    ] = None,
+    preset: Annotated[str | None, show_config(_load)] = None,
 ) -> None:
     """Train a diffusion teacher; the same command goes on after a stop.
 
@@ -59,9 +53,8 @@ def train(
     `accelerate launch --use_fsdp`, shards the networks over them.
     """
     from ncvsd_inverse.training import TeacherTrainer
-    from ncvsd_inverse.training.presets import load_teacher_config
 
     changes = {"images": images, "batch_size": batch_size, "microbatch": microbatch, "init": init}
-    settings = replace(load_teacher_config(config), **given_options(changes))
+    settings = replace(_load(config), **given_options(changes))
     pictures = read_training_data(data, settings)
     run_training(TeacherTrainer(settings, pictures, out, shard=shard), data, seconds)

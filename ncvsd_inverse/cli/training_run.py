@@ -1,6 +1,6 @@
 """Steps that `ncvsd train` and `ncvsd distill` share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,29 @@ __all__ = [
     "given_options",
     "read_training_data",
     "run_training",
+    "show_config",
 ]
+
+
+def show_config(load: Callable[[str], "TrainConfig"]) -> Any:  # noqa: ANN401
+    """Return the option that prints the settings of a preset, or of a file, and ends.
+
+    Args:
+        load: reads settings by the name of a preset or the path of a file.
+    """
+
+    def show(preset: str | None) -> None:
+        if preset is not None:
+            typer.echo(load(preset).to_toml(), nl=False)
+            raise typer.Exit
+
+    return typer.Option(
+        "--show-config",
+        metavar="PRESET",
+        callback=show,
+        is_eager=True,
+        help="Print the settings of a preset as TOML, and end: a start for one's own.",
+    )
 
 
 def given_options(changes: Mapping[str, object]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from ncvsd_inverse import load_prior
 from ncvsd_inverse.cli import app
-from ncvsd_inverse.training.presets import load_teacher_config
+from ncvsd_inverse.training.presets import load_distill_config, load_teacher_config
 
 NETWORK = """
 precision = "float32"
@@ -97,9 +97,12 @@ def test_wrong_pictures_and_settings_are_named(tmp_path, pictures):
     assert "odd.png" in str(result.exception)
 
 
-def test_the_settings_of_a_preset_are_shown_as_a_file(tmp_path):
-    shown = run("train", "--show-config", "faces64")
+@pytest.mark.parametrize(
+    ("command", "load"), [("train", load_teacher_config), ("distill", load_distill_config)]
+)
+def test_the_settings_of_a_preset_are_shown_as_a_file(tmp_path, command, load):
+    shown = run(command, "--show-config", "faces64")
     (tmp_path / "own.toml").write_text(shown)
-    assert load_teacher_config(tmp_path / "own.toml") == load_teacher_config("faces64")
-    result = CliRunner().invoke(app, ["train", "--show-config", "face64"])
+    assert load(tmp_path / "own.toml") == load("faces64")
+    result = CliRunner().invoke(app, [command, "--show-config", "face64"])
     assert "did you mean faces64" in str(result.exception)

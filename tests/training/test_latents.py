@@ -273,10 +273,13 @@ OPTIONS = {"size": 16, "batch_size": 5, "workers": 0}
 @pytest.mark.parametrize("half", [False, True])
 def test_pictures_are_encoded_to_what_the_vae_says(tmp_path, pictures, vae, half):
     target = tmp_path / "latents.zip"
+    left = tmp_path / f".latents.zip.{2**22 + 1}.7.part"  # of a process that cannot be there
+    left.write_bytes(b"half")
     state = torch.get_rng_state()
     encoded = encode_images(pictures, target, vae=vae, half=half, **OPTIONS)
     assert torch.equal(torch.get_rng_state(), state)
     assert encoded == (12, 2, [])
+    assert not left.exists()
     data = read_data(target, flip=False, labels=True, resolution=8)
     assert data.num_classes == 2
     assert data.labels.tolist() == [0] * 6 + [1] * 6

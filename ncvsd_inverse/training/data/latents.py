@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ncvsd_inverse.checks import check_count, check_finite
-from ncvsd_inverse.files import whole_files
+from ncvsd_inverse.files import clear_parts, whole_files
 from ncvsd_inverse.images import resize_cover
 from ncvsd_inverse.machine import track
 from ncvsd_inverse.numerics import draw_normal
@@ -141,6 +141,7 @@ def encode_images(
     dtype = torch.float16 if half else torch.float32
 
     described = []
+    clear_parts(target.parent, (target.name,))
     with whole_files(target) as (part,), zipfile.ZipFile(part, "w") as archive:
         for items in track(loader, "batches encoded", shown=progress):
             faults.add({index: x for index, x in items if isinstance(x, str)})
