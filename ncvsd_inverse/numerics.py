@@ -256,6 +256,8 @@ def white_probe(like: Tensor) -> Tensor:
 
 def filter_periodic(x: Tensor, gains: Tensor) -> Tensor:
     """Return images (..., H, W) convolved periodically, by the gains (..., H, W // 2 + 1)."""
+    if 0 in x.stride():
+        x = x.contiguous()  # the FFTs of torch 2.6 refuse what is expanded
     filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(x) * gains, s=x.shape[-2:])
     return filtered
 

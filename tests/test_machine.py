@@ -10,6 +10,7 @@ from ncvsd_inverse import load_prior, solve
 from ncvsd_inverse.machine import check_device, extra, find_device
 from ncvsd_inverse.operators import Denoise
 from ncvsd_inverse.priors import GaussianPrior
+from ncvsd_inverse.training.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 REFUSED = "must be on the CPU or a CUDA GPU, got mps: Apple's GPUs have no float64"
@@ -32,6 +33,13 @@ def test_mps_is_refused_wherever_it_is_asked_for():
         with pytest.raises(ValueError, match=f"^--device {REFUSED}"):
             find_device(device)
     assert check_device("y", torch.device("cpu")) == torch.device("cpu")
+
+
+def test_sharding_needs_a_torch_that_can(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0"))
+    with pytest.raises(ImportError, match=r"--fsdp needs torch 2.7 or later, got 2.6.0"):
+        make_mesh(torch.device("cpu"), 2)
+    assert torch.torch_version.TorchVersion("2.14.1") >= "2.7"
 
 
 def test_what_an_extra_installs_is_named():

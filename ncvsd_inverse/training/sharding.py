@@ -32,7 +32,9 @@ __all__ = [
 
 
 def make_mesh(device: torch.device, processes: int) -> "DeviceMesh":
-    """Return the line of all processes."""
+    """Return the line of all processes; ImportError if this torch cannot split weights over it."""
+    if torch.__version__ < "2.7":  # as torch compares versions, number by number
+        raise ImportError(f"--fsdp needs torch 2.7 or later, got {torch.__version__}")
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, (processes,))

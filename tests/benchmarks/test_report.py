@@ -518,7 +518,8 @@ def test_grid_has_a_column_a_method_and_a_row_an_image(records, out):
         grid = np.asarray(picture.convert("RGB"))
     step = pictures.CELL + pictures.GAP
     # Truth, measurement, ours with 4 and 50 calls, DAPS, DPS and total variation.
-    assert grid.shape[1] == 7 * step - pictures.GAP
+    # Old matplotlib rounds the width of the figure down.
+    assert grid.shape[1] in (7 * step - pictures.GAP - 1, 7 * step - pictures.GAP)
     assert len(pictures._columns(pictures.find_pictures(records, out)[0])) == 7
     top = grid.shape[0] - 2 * step
     folder = out / "pictures/sr4x"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, script, one):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 keeps no parameters whole")
 def test_shards_give_the_losses_of_one_process(tmp_path, script, one):
     # Sharded, resumed whole in one process, and sharded again, by the flag accelerate sets.
     sharded = launch(script, 2, tmp_path, 8, shard="shard")
