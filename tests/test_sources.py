@@ -69,7 +69,7 @@ def test_pipes_are_not_opened(folder):
     for path in (folder / "pipe.txt", "/dev/zero"):
         with pytest.raises(ValueError, match="it must be a file, got a pipe or a device"):
             open_plain(path)
-    with pytest.raises(ValueError, match=r"pipe\.txt must be a whole zip archive: it must"):
+    with pytest.raises(ValueError, match=r"pipe\.txt must be a folder or a zip archive that is whole: it must"):
         ZipFiles(folder / "pipe.txt", is_text)
 
 
@@ -141,5 +141,5 @@ def test_damaged_archives_give_one_error(archive, damage, reason):
     with pytest.raises(ValueError, match=rf"b\.txt in .*a\.zip cannot be read: .*{reason}"):
         read_file(ZipFiles(archive, is_text), "b.txt", 10**6)
     archive.write_bytes(archive.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"a\.zip must be a whole zip archive"):
+    with pytest.raises(ValueError, match=r"a\.zip must be a folder or a zip archive that is whole"):
         ZipFiles(archive, is_text)

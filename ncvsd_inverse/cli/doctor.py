@@ -43,7 +43,7 @@ REQUIRED = (
 """Packages that come with this one."""
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "train": ("accelerate", "tensorboard"),
+    "train": ("accelerate", "filelock", "tensorboard"),
     "data": ("datasets",),
     "latents": ("diffusers",),
 }

@@ -458,7 +458,7 @@ BAD_ARGUMENTS = {
     "no batch": ({"images": torch.zeros(2, SIDE, SIDE)}, ValueError, "images must have shape"),
     "whole numbers": ({"images": torch.zeros(2, 2, 4, 4, dtype=torch.uint8)}, TypeError, "images"),
     "nan": ({"images": torch.full((2, 2, SIDE, SIDE), math.nan)}, ValueError, "images must be fin"),
-    "size": ({"images": torch.zeros(2, 2, 8, 8)}, ValueError, r"shape \(2, 16, 16\)"),
+    "size": ({"images": torch.arange(256.0).view(2, 2, 8, 8)}, ValueError, r"shape \(2, 16, 16\)"),
     "level zero": ({"levels": (0.0, 1.0)}, ValueError, "levels must be positive"),
     "level infinite": ({"levels": (1.0, math.inf)}, ValueError, "levels must be positive"),
     "levels fall": ({"levels": (1.0, 0.5)}, ValueError, "levels must increase"),
