@@ -156,7 +156,9 @@ class ZipFiles:
             open_plain(source).close()
             self._archive = zipfile.ZipFile(source)
         except UNREADABLE as error:
-            raise ValueError(f"{source} must be a folder or a zip archive that is whole: {error}") from error
+            raise ValueError(
+                f"{source} must be a folder or a zip archive that is whole: {error}"
+            ) from error
         self.source = source
         self.refused: dict[str, str] = {}
         self._wanted = wanted
