@@ -70,7 +70,7 @@ def test_pipes_are_not_opened(folder):
         with pytest.raises(ValueError, match="it must be a file, got a pipe or a device"):
             open_plain(path)
     with pytest.raises(
-        ValueError, match=r"pipe\.txt must be a folder or a zip archive .*: it must"
+        ValueError, match=r"pipe\.txt must be a folder or a zip .*: it must"
     ):
         ZipFiles(folder / "pipe.txt", is_text)
 
