@@ -19,6 +19,9 @@ def karras(
 ) -> tuple[float, ...]:
     """Return `num` levels, evenly spaced after taking the `exponent`-th root.
 
+    >>> [round(level, 3) for level in karras(4, largest=3.0, smallest=0.02)]
+    [3.0, 0.811, 0.162, 0.02]
+
     Args:
         num: number of levels, >= 1; one level is `largest`.
         largest: first level, std in image units.

@@ -81,6 +81,9 @@ def task_title(name: str) -> str:
 def make_task(name: str, size: Size, *, seed: int = 0) -> Task:
     """Return a named task for images of one size, at sigma_y 0.05 (but for "poisson").
 
+    >>> make_task("sr4x", 64).operator
+    SuperResolution(factor=4, filter='bicubic')
+
     - "inpaint_box": a centred box of half the height and half the width is missing.
     - "inpaint_random": 70% of the pixels are missing.
     - "sr4x": bicubic reduction by 4.

@@ -25,8 +25,10 @@ def from_function(
 ) -> BaseOperator:
     """Return the forward model of a function; of a linear one with its adjoint, by autograd.
 
-        blurred = from_function(lambda x: avg_pool2d(x, 4), (3, 64, 64))
-        solve(y, operator=blurred, prior="ncvsd_faces64")
+    >>> reduced = from_function(lambda x: torch.nn.functional.avg_pool2d(x, 4), (3, 64, 64))
+    >>> y = reduced.measure(torch.zeros(1, 3, 64, 64), 0.05)
+    >>> y.shape, reduced.adjoint(y).shape
+    (torch.Size([1, 3, 16, 16]), torch.Size([1, 3, 64, 64]))
 
     Args:
         function: maps images (B, C, H, W) to noiseless measurements (B, ...), each by itself, with
@@ -102,6 +104,9 @@ def check_operator(operator: Operator, image_shape: Sequence[int]) -> None:
     Shapes: `input_shape` is the inverse of the call; batch: an image's measurement does not depend
     on the others; `measured` keeps what A gives; linear ones: A is additive, `adjoint` is its
     transpose, `solve_normal` solves (a A^T A + b I) x = rhs.
+
+    >>> from ncvsd_inverse.operators import SuperResolution
+    >>> check_operator(SuperResolution(4), (3, 64, 64))  # silent where all is well
 
     Args:
         operator: the forward model.

@@ -43,6 +43,10 @@ class MaskedFourier(LinearBase):
     coefficient are measured and carry noise of std sigma_y each, also the imaginary parts (of
     frequency 0, say) that are 0 for every image.
 
+    >>> operator = MaskedFourier.lines((64, 64), acceleration=4)
+    >>> operator(torch.zeros(1, 1, 64, 64)).shape
+    torch.Size([1, 1, 64, 64, 2])
+
     Args:
         mask: kept frequencies, boolean, or 0 and 1; shape (H, W), in the layout of y. It is
             copied.

@@ -26,6 +26,11 @@ class Inpaint(LinearBase):
 
     A = diag(mask): y has the shape of the image and is 0 where nothing is measured.
 
+    >>> operator = Inpaint(torch.tensor([[True, False], [True, True]]))
+    >>> operator(torch.ones(1, 1, 2, 2))
+    tensor([[[[1., 0.],
+              [1., 1.]]]])
+
     Args:
         mask: boolean, or 0 and 1; shape (H, W), (1 or C, H, W) or (1 or B, 1 or C, H, W). It is
             copied.

@@ -29,6 +29,9 @@ class SuperResolution(LinearBase):
       repeated), divided by the sum of the row.
     - "box": the mean of factor x factor blocks.
 
+    >>> SuperResolution(2, filter="box")(torch.arange(4.0).view(1, 1, 2, 2))
+    tensor([[[[1.5000]]]])
+
     The solve is exact: with the full singular bases R_n = U S V^T, A^T A is diagonal in
     V_H (x) V_W. Matrices are kept per image side, none is larger than side x side.
 

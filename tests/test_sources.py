@@ -69,9 +69,7 @@ def test_pipes_are_not_opened(folder):
     for path in (folder / "pipe.txt", "/dev/zero"):
         with pytest.raises(ValueError, match="it must be a file, got a pipe or a device"):
             open_plain(path)
-    with pytest.raises(
-        ValueError, match=r"pipe\.txt must be a folder or a zip .*: it must"
-    ):
+    with pytest.raises(ValueError, match=r"pipe\.txt must be a folder or a zip .*: it must"):
         ZipFiles(folder / "pipe.txt", is_text)
 
 

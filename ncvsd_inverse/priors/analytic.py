@@ -34,6 +34,10 @@ class GaussianPrior:
     m + C (C + sigma^2 I)^-1 (u - m) and covariance sigma^2 C (C + sigma^2 I)^-1. Parameters are
     kept in float64 and cast once for each dtype and device of `u`.
 
+    >>> prior = GaussianPrior(torch.zeros(1, 2, 2), 0.25 * torch.eye(4))
+    >>> prior.sample(torch.ones(5, 1, 2, 2), 0.5).shape
+    torch.Size([5, 1, 2, 2])
+
     Args:
         mean: the mean image m, shape (C, H, W).
         covariance: symmetric positive semi-definite, shape (D, D), D = C * H * W, pixels in the

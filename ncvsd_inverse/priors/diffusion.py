@@ -119,6 +119,12 @@ class DiffusionPrior(NetworkPrior):
     ) -> Self:
         """Return the prior of a function (x, sigma) -> E[x0 | x].
 
+        >>> def denoise(x, sigma):  # exact where pixels are independent, of mean 0 and std 0.5
+        ...     return x * (0.25 / (0.25 + sigma**2)).view(-1, 1, 1, 1)
+        >>> prior = DiffusionPrior.from_function(denoise, image_shape=(3, 8, 8))
+        >>> prior.denoise(torch.ones(1, 3, 8, 8), 0.5).mean()
+        tensor(0.5000)
+
         Args:
             function: takes noisy images (B, C, H, W) in [-1, 1] and noise stds (B,), image units.
             image_shape: the one shape (C, H, W) it takes, or None when any size works.

@@ -172,6 +172,9 @@ def load_network(name_or_path: str | Path) -> TrainedNetwork:
 def load_card(name_or_path: str | Path) -> PriorCard:
     """Read the card of a trained prior; arguments and errors as for `load_prior`.
 
+    >>> load_card("ncvsd_faces64").image_shape
+    (3, 64, 64)
+
     Its weights are not read, but fetched and converted where that is how the card comes to be;
     `describe_prior` never does.
     """
@@ -206,6 +209,9 @@ def list_priors() -> list[str]:
 
     They are the priors that ship with the package, those in the folder $NCVSD_WEIGHTS and in the
     cache folder, and those that their authors publish, whether here yet or not.
+
+    >>> "ncvsd_natural" in list_priors()
+    True
     """
     cards = (card for folder in search_folders() for card in folder.glob("*.json"))
     found = {card.stem for card in cards if card.is_file()}

@@ -45,7 +45,7 @@ def describe_measurement(problem: Problem) -> list[str]:
     notes = []
     one = torch.ones(1, *problem.shape[1:], dtype=problem.y.dtype, device=problem.y.device)
     if _treats_all_alike(problem) and problem.traits.family != "inpainting":
-        gain = float(problem.operator(one).median())
+        gain = float(problem.operator(one).median()) / problem.traits.gain
         if abs(gain - 1) > OFF_SUM:
             notes.append(
                 f"the kernel sums to {gain:.3g}: y is taken to be so many times as bright as the "

@@ -89,16 +89,17 @@ def solve(
     By default `Result.x0` is the best single image that the calls buy, a point estimate. Several
     samples are draws from the posterior p(x0 | y), whose spread says what y leaves open:
 
-        from ncvsd_inverse import make_task, read_image, solve, write_image
-
-        x0 = read_image("face.png")  # (1, 3, 64, 64), values in [-1, 1]
-        task = make_task("sr4x", x0.shape[-2:])
-        y = task.operator.measure(x0, task.sigma_y)
-        result = solve(y, operator=task.operator, prior="ncvsd_faces64", nfe=10)
-        write_image("restored.png", result.x0)
-        draws = solve(y, operator=task.operator, prior="ncvsd_faces64", num_samples=8)
-        write_image("uncertainty.png", draws.std / draws.std.max() * 2 - 1)
-        print(result)
+    >>> from importlib.resources import files
+    >>> from ncvsd_inverse import make_task, read_image, solve
+    >>> x0 = read_image(files("ncvsd_inverse") / "assets" / "grace_hopper.png")
+    >>> task = make_task("sr4x", x0.shape[-2:])
+    >>> y = task.operator.measure(x0, task.sigma_y)
+    >>> result = solve(y, operator=task.operator, prior="ncvsd_faces64", nfe=4)
+    >>> result.x0.shape, result.nfe, result.estimate
+    (torch.Size([1, 3, 64, 64]), 4, 'point')
+    >>> draws = solve(y, operator=task.operator, prior="ncvsd_faces64", nfe=4, num_samples=3)
+    >>> draws.samples.shape, draws.std.shape
+    (torch.Size([3, 1, 3, 64, 64]), torch.Size([1, 3, 64, 64]))
 
     Two loops over the levels rho of a decreasing schedule:
 

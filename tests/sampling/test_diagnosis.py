@@ -76,3 +76,11 @@ def test_nothing_is_said_of_what_is_as_it_should_be(operator, sigma_y):
     level = 0.05 if sigma_y == "auto" else sigma_y
     y = operator.measure(TRUTH, level, generator=torch.Generator().manual_seed(3))
     assert notes_of(y, operator, sigma_y) == []
+
+
+def test_nothing_is_said_of_a_physics_whose_images_have_half_our_range():
+    dp = pytest.importorskip("deepinv").physics
+    kernel = BLUR.kernel.float()
+    physics = dp.BlurFFT(TRUTH.shape[1:], filter=kernel, noise_model=dp.GaussianNoise(0.02))
+    y = BLUR((TRUTH + 1) / 2) + 0.02 * noise()
+    assert notes_of(y, physics, None) == []
