@@ -1,6 +1,6 @@
 """Every documented command and Python block runs, in its shortest form and from a clean folder.
 
-Each command in README.md and CONTRIBUTING.md, in the Markdown files under benchmarks/ and
+Each command in README.md and CONTRIBUTING.md, in the Markdown files under benchmarks/, docs/ and
 experiments/, in the docstrings of the scripts there and in the help of `ncvsd` has a row in
 `COMMANDS`: as it is documented, and as it is run here.
 To document a command, add its row. Those marked documented take more than ten seconds, and
@@ -35,6 +35,12 @@ PAGES = [
     *ROOT.glob("benchmarks/**/*.md"),
     *ROOT.glob("experiments/**/*.md"),
 ]
+SITE = [
+    path
+    for path in ROOT.glob("docs/**/*.md")
+    if not {"_build", "gallery", "generated"} & {*path.relative_to(ROOT).parts}
+]
+"""Pages of the site, whose Python tests/test_docs.py runs."""
 SCRIPTS = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")]
 SECONDS = 600
 
@@ -76,6 +82,18 @@ FOLDER = Short(
     makes=("OUT/a_restored.png", "OUT/b_restored.png"),
 )
 COMMANDS: dict[str, Short | Skipped] = {
+    # docs
+    "python -m sphinx docs docs/_build/html": Skipped("tests/test_docs.py runs it"),
+    'pip install ".[train]"': INSTALLS,
+    'pip install ".[data]"': INSTALLS,
+    'pip install -e ".[docs]"': INSTALLS,
+    "ncvsd convert ffhq_10m.pt converted": Skipped("the file is its authors'"),
+    "ncvsd solve face.png --task deblur --blur-std 3 --prior converted": Skipped("as above"),
+    "ncvsd solve FOLDER --task sr --scale 4 -o OUT": Skipped("as with --prior ncvsd_faces64"),
+    "ncvsd train --show-config faces64": Short("ncvsd train --show-config faces64"),
+    "ncvsd evaluate ncvsd_faces64 --data faces64/test.zip --train faces64/train.zip "
+    "--teacher-samples 1000": Skipped("it takes an hour"),
+    "python benchmarks/report.py results": Skipped("as for benchmarks/results/faces64"),
     # README.md
     "pip install .": INSTALLS,
     'pip install -e ".[test]"': INSTALLS,
@@ -453,14 +471,14 @@ def documented_commands(text):
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     blocks += ["\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [part.split() for line in lines for part in line.split("&&")]
+    found = [part.split() for line in lines for part in line.removeprefix("$ ").split("&&")]
     spans = [span.split() for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     found += [words for words in spans if len(words) > 2 or words[0] == "python"]
     return {" ".join(words) for words in found if len(words) > 1 and words[0] in PROGRAMS}
 
 
 def all_documented_commands():
-    texts = [path.read_text() for path in PAGES]
+    texts = [path.read_text() for path in (*PAGES, *SITE)]
     texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in SCRIPTS]
     return set().union(*map(documented_commands, texts), *EXAMPLES.values())
 

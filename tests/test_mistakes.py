@@ -221,13 +221,21 @@ CALLS = {
 }  # fmt: skip
 
 
+def quickly(call, errors):
+    """Return the error of a call; it must take little time, at one of three tries if it is busy."""
+    for _ in range(3):
+        started = time.process_time()
+        with pytest.raises(errors) as caught:
+            call()
+        if time.process_time() - started < MOST_SECONDS:
+            return caught
+    return pytest.fail(f"it took more than {MOST_SECONDS} s three times")
+
+
 @pytest.mark.parametrize("mistake", CALLS)
 def test_mistake_in_a_call(mistake):
     call, message = CALLS[mistake]
-    started = time.process_time()
-    with pytest.raises((ValueError, TypeError, CheckpointError)) as caught:
-        call()
-    assert time.process_time() - started < MOST_SECONDS
+    caught = quickly(call, (ValueError, TypeError, CheckpointError))
     line = str(caught.value)
     assert re.search(message, line), line
     assert "\n" not in line
@@ -320,10 +328,12 @@ def test_mistake_on_the_command_line(words, place, monkeypatch, capfd):
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["ncvsd", *words.split()])
     before = sorted(place.rglob("*"))
-    started = time.process_time()
-    with pytest.raises(SystemExit) as ended:
+
+    def run():
+        capfd.readouterr()  # of the try before
         cli.main()
-    assert time.process_time() - started < MOST_SECONDS
+
+    ended = quickly(run, SystemExit)
     assert ended.value.code in (1, 2)
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1), (out, err)
