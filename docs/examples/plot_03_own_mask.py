@@ -20,7 +20,7 @@ from ncvsd_inverse.priors import ncvsd_natural
 
 # %%
 # ``read_image`` takes any picture file: ``read_image("photo.jpg")``. Here it is a cat of 128x128
-# pixels. ``ncvsd_natural`` takes any size whose sides are multiples of 8.
+# pixels. ``ncvsd_natural`` takes any size.
 
 photograph = files("ncvsd_inverse") / "assets" / "photographs" / "cat.png"
 truth = read_image(photograph)

@@ -62,7 +62,9 @@ def measure(data: Path, out: Path, calls: list[int], images: int, skip: int) -> 
 
 def write_tables(out: Path) -> None:
     """Write a table for each number of calls, the best of each figure in bold, and the headline."""
-    records = [record for record in read_records(out / "results") if record.nfe in (0, *CALLS)]
+    found = read_records(out / "results")
+    most = max(record.images for record in found)  # ours have rows of fewer images too
+    records = [r for r in found if r.nfe in (0, *CALLS) and r.images == most]
     blocks = []
     for calls in CALLS:
         rows = [record for record in records if record.nfe == calls]
@@ -86,19 +88,28 @@ def headline(records: list[Record]) -> str:
     heads = [f"ours, {HEADLINE_CALLS} calls", "a draw of ours"]
     heads += [f"best other, {calls} calls" for calls in counts]
     lines = ["| task | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    ahead = {calls: dict.fromkeys(METRICS, 0) for calls in counts}
     for task in TASKS:
         of_task = [record for record in records if record.task == task]
-        cells = [
-            figures(record)
+        point, draw = (
+            next(r for r in of_task if (r.method, r.nfe) == (name, HEADLINE_CALLS))
             for name in ("ncvsd-point", "ncvsd")
-            for record in of_task
-            if (record.method, record.nfe) == (name, HEADLINE_CALLS)
-        ]
+        )
+        cells = [figures(point), figures(draw)]
         for calls in counts:
             others = [r for r in of_task if r.nfe == calls and r.method not in ours]
             best = min(others, key=score)
             cells.append(f"{figures(best)} {best.title}")
+            for name in METRICS:
+                gain = (point.mean(name) or 0) - (best.mean(name) or 0)
+                ahead[calls][name] += gain > 0 if name == "psnr" else gain < 0
         lines.append(f"| {TITLES[task]} | " + " | ".join(cells) + " |")
+    for calls, won in ahead.items():
+        tasks = ", ".join(f"in {count} by {name}" for name, count in won.items())
+        lines += [
+            "",
+            f"Of the {len(TASKS)} tasks ours is ahead of the best other at {calls}: {tasks}.",
+        ]
     return "\n".join(lines)
 
 
