@@ -106,10 +106,8 @@ def headline(records: list[Record]) -> str:
         lines.append(f"| {TITLES[task]} | " + " | ".join(cells) + " |")
     for calls, won in ahead.items():
         tasks = ", ".join(f"in {count} by {name}" for name, count in won.items())
-        lines += [
-            "",
-            f"Of the {len(TASKS)} tasks ours is ahead of the best other at {calls}: {tasks}.",
-        ]
+        start = f"Of the {len(TASKS)} tasks ours is ahead of the best other of {calls} calls"
+        lines += ["", f"{start} {tasks}."]
     return "\n".join(lines)
 
 
