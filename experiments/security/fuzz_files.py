@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fuzz_unpickle import MEMORY_LIMIT, SLOW_SECONDS, Canary
+from fuzz_unpickle import SLOW_SECONDS, Canary
 from ncvsd_inverse import CheckpointError, load_prior
 from ncvsd_inverse.images import read_image, read_images, read_picture
 from ncvsd_inverse.machine import PeakMemory
@@ -51,6 +51,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from harness.records import Record, read_lines
 
+MEMORY_LIMIT = 3 << 30
+"""Bytes of address space that reading may take beyond what the process has.
+
+Decoding threads reserve 1.1 GiB of it, of which they use little.
+"""
 HARMLESS = {
     "array.__new__",
     "object.__getattr__",
