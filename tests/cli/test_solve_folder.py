@@ -513,10 +513,12 @@ def test_large_pictures_are_seen_in_tiles(run, tmp_path, pictures, monkeypatch):
     network = Network()
     prior = NCVSDPrior(network, image_shape=None)
     monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: prior)
+    monkeypatch.setattr(sys.modules["ncvsd_inverse.cli.solve"], "LARGE", 64 * 96 - 1)
     make_picture(tmp_path / "large.png", 64, 96, 0)
-    assert (
-        run("large.png", *TASK, "-o", "out", "--nfe", 1, "--tile", 32, "--method", "gibbs")[0] == 0
-    )
+    gibbs = ("--nfe", 1, "--tile", 32, "--method", "gibbs")
+    status, out, _ = run("large.png", *TASK, "-o", "out", *gibbs)
+    assert status == 0
+    assert "large.png: 96x64 pixels in tiles of 32, about 0.8 GB of memory" in out
     assert set(network.seen) == {(32, 32)}
     assert json.loads((tmp_path / "out" / "large.json").read_text())["tile"] == 32
     assert prior.network is network
