@@ -72,6 +72,7 @@ PANEL: Mapping[str, Any] = {
     "interactive": False,
     "buttons": ["download", "fullscreen"],
     "height": 340,
+    "min_width": 240,
 }
 """How the page shows a picture."""
 
@@ -309,7 +310,7 @@ def _in_words(error: Exception, files: Mapping[str, str]) -> str:
         return (
             f"{text}. Is it the right blur? A higher noise level, under Settings, makes it easier"
         )
-    text = re.sub(r"--task \w+", "this task", text)
+    text = re.sub(r"--task \w+", "this task", text.replace("--sigma-y", "noise level"))
     return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda option: option[1].replace("-", " "), text)
 
 
@@ -497,6 +498,7 @@ def make_page(prior: Prior, name: str, where: torch.device, folder: Path) -> "Bl
                         label="Draws",
                         columns=2,
                         height=PANEL["height"],
+                        min_width=PANEL["min_width"],
                         format="png",
                         object_fit="contain",
                         interactive=False,

@@ -242,8 +242,8 @@ def test_pressing_the_button_returns_what_is_shown(page, tmp_path):
     [
         ({"path": None}, "there is no picture yet: drop one first"),
         ({"content": b"none"}, r"photo.png must be a readable picture: it is none of BMP"),
-        ({"noise": "loud"}, r"sigma y must be a number or auto, got 'loud'"),
-        ({"noise": "-1"}, r"sigma y must be positive"),
+        ({"noise": "loud"}, r"noise level must be a number or auto, got 'loud'"),
+        ({"noise": "-1"}, r"noise level must be positive"),
         ({"draws": 17}, r"draws must be at most 16, got 17"),
         ({"calls": 0}, r"network calls must be at least 1, got 0"),
         ({"seed": -1}, r"seed must be at least 0, got -1"),
@@ -519,4 +519,4 @@ def test_in_a_browser_one_drops_a_picture_paints_presses_and_sees(served, tmp_pa
     assert list((tmp_path / "tmp").glob("ncvsd-app-*"))
     server.send_signal(signal.SIGINT)
     assert server.wait(30) == 0
-    assert not list((tmp_path / "tmp").glob("ncvsd-app-*"))  # nothing is kept
+    assert not list((tmp_path / "tmp").iterdir())  # nothing is kept
