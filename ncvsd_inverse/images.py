@@ -238,7 +238,7 @@ def measure_picture(file: BinaryIO) -> tuple[int, int]:
 
 def _decode_picture(file: BinaryIO, title: str) -> Picture:
     """Read a picture as `read_picture` does; errors call it `title`."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     start = b""
     try:
@@ -256,6 +256,9 @@ def _decode_picture(file: BinaryIO, title: str) -> Picture:
             if deep or picture.mode == "F":
                 return _from_grey(np.asarray(picture), 16 if deep else 32)
             return _from_bytes(picture)
+    except UnidentifiedImageError as error:  # its text has the address of an object
+        reason = _kind_of(start) or f"it is none of {', '.join(FORMATS)}, or its start is damaged"
+        raise ValueError(f"{title} must be a readable picture: {reason}") from error
     # Pillow's decoders raise errors of many kinds on damaged files, SyntaxError among them.
     except Exception as error:
         reason = _kind_of(start) or str(error) or type(error).__name__

@@ -72,6 +72,7 @@ class Skipped:
 
 
 INSTALLS = Skipped("it installs packages")
+SERVES = Skipped("it serves for ever; tests/cli/test_app.py opens the page in a browser")
 RUN = "python benchmarks/run.py"
 ONE = "--images 1 --methods ncvsd pinv --nfe 1"
 TRAIN = "ncvsd train faces64 --data pictures.zip -o runs/teacher"
@@ -86,6 +87,7 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python -m sphinx docs docs/_build/html": Skipped("tests/test_docs.py runs it"),
     'pip install ".[train]"': INSTALLS,
     'pip install ".[data]"': INSTALLS,
+    'pip install ".[app]"': INSTALLS,
     'pip install -e ".[docs]"': INSTALLS,
     "ncvsd convert ffhq_10m.pt converted": Skipped("the file is its authors'"),
     "ncvsd solve face.png --task deblur --blur-std 3 --prior converted": Skipped("as above"),
@@ -100,7 +102,7 @@ COMMANDS: dict[str, Short | Skipped] = {
     'pip install ".[latents]"': INSTALLS,
     "python -m pytest": Skipped("this test is among those"),
     # CONTRIBUTING.md
-    'pip install -c .ci/locked.txt -e ".[test,release]"': INSTALLS,
+    'pip install -c .ci/locked.txt -e ".[test,app,release]"': INSTALLS,
     "python -m pytest tests/operators": Skipped("they run beside this one"),
     "python -m pytest -n auto": Skipped("this test is among those"),
     "python -m pytest -m documented": Skipped("these are"),
@@ -110,6 +112,8 @@ COMMANDS: dict[str, Short | Skipped] = {
         makes=("photographs/demo.png",),
     ),
     "ncvsd priors": Short("ncvsd priors"),
+    "ncvsd app": SERVES,
+    "ncvsd app --prior ncvsd_faces64 --port 8000": SERVES,
     "ncvsd doctor": Short("ncvsd doctor"),
     "ncvsd doctor -o report.txt": Short("ncvsd doctor -o report.txt", makes=("report.txt",)),
     "ncvsd convert checkpoint.pt mine": Short(

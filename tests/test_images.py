@@ -118,7 +118,7 @@ def test_animations_give_their_first_frame(tmp_path):
     [
         (b"GIF89a...", "it is a GIF, whose colours are few"),
         (b"<?xml version='1.0'?><svg width='3'></svg>", "it is an SVG, a drawing without pixels"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0", "cannot identify"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "it is none of BMP, JPEG"),
     ],
 )
 def test_other_kinds_are_refused_whatever_their_name(tmp_path, content, message):

@@ -22,6 +22,7 @@ from ncvsd_inverse.cli import (
     statistics,
     train,
 )
+from ncvsd_inverse.cli.app import app as serve_page
 from ncvsd_inverse.cli.examples import examples_text
 from ncvsd_inverse.plain_data import printable
 
@@ -41,6 +42,7 @@ app.command("evaluate", epilog=examples_text("evaluate"))(evaluate.evaluate)
 app.command("train", epilog=examples_text("train"))(train.train)
 app.command("distill", epilog=examples_text("distill"))(distill.distill)
 app.command("encode", epilog=examples_text("encode"))(encode.encode)
+app.command("app", epilog=examples_text("app"))(serve_page)
 app.command("doctor", epilog=examples_text("doctor"))(doctor.doctor)
 
 

@@ -46,6 +46,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("accelerate", "filelock", "tensorboard"),
     "data": ("datasets",),
     "latents": ("diffusers",),
+    "app": ("gradio",),
 }
 """Packages that an extra of this one installs."""
 

@@ -32,6 +32,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "ncvsd distill faces64 --teacher runs/teacher --data pictures.zip -o runs/student",
     ),
     "encode": ("ncvsd encode pictures.zip latents.zip",),
+    "app": (
+        "ncvsd app",
+        "ncvsd app --prior ncvsd_faces64 --port 8000",
+    ),
     "doctor": (
         "ncvsd doctor",
         "ncvsd doctor -o report.txt",

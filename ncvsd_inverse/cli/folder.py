@@ -33,11 +33,13 @@ __all__ = [
     "Job",
     "Measured",
     "Place",
+    "as_it_came",
     "batch_by_size",
     "card_digest",
     "check_size",
     "clear_leftovers",
     "cut_rim",
+    "describe_result",
     "file_digest",
     "find_pictures",
     "is_finished",
@@ -49,6 +51,7 @@ __all__ = [
     "read_sigma_y",
     "report_failures",
     "sha256",
+    "std_picture",
     "write_result",
 ]
 
@@ -410,11 +413,7 @@ def write_result(job: Job, result: Result) -> None:
         OSError: if a file cannot be written.
     """
     place = job.place
-    restored = _as_it_came(job, result.x0)
-    line = f"residual {float(result.residual[0]):.2f}"
-    if result.sigma_y_std is not None:
-        found, sure = float(result.sigma_y[0]), float(result.sigma_y_std[0])
-        line += f", noise std {found:.3g} found, give or take {sure:.1g}"
+    restored = as_it_came(job.measured, result.x0)
     figures: dict[str, object] = {
         "input": str(job.path),
         "estimate": result.estimate,
@@ -426,9 +425,10 @@ def write_result(job: Job, result: Result) -> None:
         "schedule": result.schedule,
         "sigma_lik": result.sigma_lik,
     }
+    quality = None
     if job.measured.truth is not None:
-        figures["psnr"] = float(psnr(result.x0.cpu(), job.measured.truth))
-        line += f", {figures['psnr']:.1f} dB"
+        quality = float(psnr(result.x0.cpu(), job.measured.truth))
+        figures["psnr"] = quality
     end = ".tif" if restored.bits == 32 and restored.x.shape[1] == 1 else ".png"
     picture = place.file or place.output("_restored", end)
     place.record.parent.mkdir(parents=True, exist_ok=True)
@@ -444,26 +444,42 @@ def write_result(job: Job, result: Result) -> None:
         written.append(place.output("_measurement"))
         write_image(written[-1], job.measured.seen)
     if place.file is None and result.std is not None:
-        spread = cut_rim(result.std.mean(1, keepdim=True), job.measured.rim)
-        figures["std_shown_white"] = float(spread.max())
-        shown = 2 * spread / spread.max().clamp(min=1e-12) - 1
+        shown, figures["std_shown_white"] = std_picture(result.std, job.measured.rim)
         written.append(place.output("_std"))
         write_image(written[-1], shown)
     write_picture(picture, restored)
     figures[WRITTEN] = {path.name: file_sha256(path) for path in written}
     write_whole(place.record, json.dumps({**job.settings, **figures}, indent=2) + "\n")
+    typer.echo(f"{picture}: {describe_result(result, quality)}")
+
+
+def describe_result(result: Result, quality: float | None = None) -> str:
+    """Return in a line how one image was restored; `quality` is its PSNR, dB, where known."""
+    line = f"residual {float(result.residual[0]):.2f}"
+    if result.sigma_y_std is not None:
+        found, sure = float(result.sigma_y[0]), float(result.sigma_y_std[0])
+        line += f", noise std {found:.3g} found, give or take {sure:.1g}"
+    if quality is not None:
+        line += f", {quality:.1f} dB"
     made = {"point": "point estimate", "mean": f"mean of {len(result.samples)} samples"}
     done = made.get(result.estimate, result.estimate)
     calls = f"{result.nfe} network calls" + (" a sample" if len(result.samples) > 1 else "")
-    typer.echo(f"{picture}: {line}, {done}, {result.method} loop, {calls}, {result.seconds:.1f} s")
+    return f"{line}, {done}, {result.method} loop, {calls}, {result.seconds:.1f} s"
 
 
-def _as_it_came(job: Job, x0: Tensor) -> Picture:
+def std_picture(std: Tensor, rim: tuple[int, int]) -> tuple[Tensor, float]:
+    """Return the mean std (1, C, H, W) of the channels as a grey picture, and what is white."""
+    spread = cut_rim(std.mean(1, keepdim=True), rim)
+    white = spread.max()
+    return 2 * spread / white.clamp(min=1e-12) - 1, float(white)
+
+
+def as_it_came(measured: Measured, x0: Tensor) -> Picture:
     """Return a restored image with the depth of the file, and its opacity in the new size."""
-    x0 = cut_rim(x0.cpu(), job.measured.rim)
-    if job.measured.picture is None:
+    x0 = cut_rim(x0.cpu(), measured.rim)
+    if measured.picture is None:
         return Picture(x0)
-    bits, alpha = job.measured.picture.bits, job.measured.picture.alpha
+    bits, alpha = measured.picture.bits, measured.picture.alpha
     if bits == 32 and x0.shape[1] == 3:
         bits = 16
     if alpha is not None and alpha.shape[2:] != x0.shape[2:]:
