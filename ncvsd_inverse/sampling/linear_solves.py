@@ -46,6 +46,13 @@ LEAST_IN_SINGLE = 1e-3
 """Least noise std, units of y, at which misfits are taken in float32."""
 
 
+FINER = (0.2, 0.04, 0.008)
+"""Shares of the first size of steps at which iterations go on while the error's bound is larger."""
+
+SMALL_BOUND = 0.05
+"""Bound of the error of a move, in stds of x given y, with which iterations end."""
+
+
 class Move(NamedTuple):
     """How far images move towards a measurement.
 
@@ -421,9 +428,18 @@ class LinearSolver:
         # Steps can be much smaller than the error, which the preconditioner bounds if there is one.
         ptol, etol = (most, 0.0) if holes.every else (0.0, most)
         rhs = -through(begin, precision)
-        filling, left = self._iterate(rhs, maps, ptol=ptol, etol=etol, meet=meet)
-        # The block of T + s^2 I is at least the inverse of the matrix, so that this is a bound.
-        energy = _energy(left, partial(through, spectrum=noisy))
+        filling, left, energy = torch.zeros_like(rhs), rhs, rhs.new_zeros(len(rhs))
+        waiting = torch.ones_like(energy, dtype=torch.bool)
+        for finer in (1.0, *FINER):
+            more, left = self._iterate(left, maps, ptol=ptol, etol=finer * etol, meet=meet)
+            filling = filling + more
+            # The block of T + s^2 I is at least the inverse of the matrix, so that this is a bound.
+            bound = _energy(left, partial(through, spectrum=noisy))
+            energy = torch.where(waiting, bound, energy)
+            waiting = (energy / covariance.dimension).sqrt() > SMALL_BOUND
+            if self.rough or holes.every or not bool(waiting.any()):
+                break
+            left = torch.where(waiting[:, None, None, None], left, 0.0)
         filled = begin + filling
         return _enter(filled, form, covariance) if meet else filled, energy
 

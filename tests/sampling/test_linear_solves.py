@@ -311,3 +311,22 @@ def test_holes_are_solved_whatever_the_range_of_the_spectrum(power, monkeypatch)
     exact = LinearSolver(operator, 1e-3).move(misfit, covariance, like)
     # Errors are in stds given y, which in the holes are far above the noise.
     assert float((rough.images - exact.images).square().mean().sqrt()) < 0.01
+
+
+@pytest.mark.parametrize("noise", [1e-3, 5e-3])
+def test_writing_is_filled_in_until_the_bound_of_the_error_is_small(noise, monkeypatch):
+    """Steps get small before it does; the images of a batch go on each by itself."""
+    monkeypatch.setattr(LinearSolver, "_find_dense", lambda *_: None)
+    known = torch.ones(48, 48, dtype=torch.bool)
+    for place in range(4, 48, 8):
+        known[place : place + 2, 4:44] = False
+        known[4:44, place : place + 2] = False
+    covariance = make_covariance(3, 48, 48, 5.0)
+    like = torch.zeros(2, 3, 48, 48, dtype=torch.float64)
+    operator = ops.Inpaint(known)
+    scale = torch.tensor([1.0, 1e-3], dtype=torch.float64).view(2, 1, 1, 1)
+    misfit = scale * operator(covariance.colour(normal(*like.shape, seed=1)))
+    move = LinearSolver(operator, noise).move(misfit, covariance, like)
+    assert 0 < float(move.error.max()) < 0.05
+    alone = LinearSolver(operator, noise).move(misfit[1:], covariance, like[1:])
+    torch.testing.assert_close(move.images[1:], alone.images, rtol=0, atol=1e-12)
