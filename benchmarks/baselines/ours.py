@@ -136,27 +136,20 @@ _TEMPERED = Method(
     },
 )
 
+_DRAW = Method(
+    name="ncvsd",
+    title="NCVSD (ours)",
+    run=_run,
+    network="student",
+    samples=True,
+    linear_only=False,
+    calls=(4, 10, 20, 50),
+    reference="peng2025ncvsd",
+)
+
 OURS = (
-    Method(
-        name="ncvsd",
-        title="NCVSD (ours)",
-        run=_run,
-        network="student",
-        samples=True,
-        linear_only=False,
-        calls=(4, 10, 20, 50),
-        reference="peng2025ncvsd",
-    ),
-    Method(
-        name="ncvsd-point",
-        title="NCVSD (ours), point",
-        run=_run_point,
-        network="student",
-        samples=False,
-        linear_only=False,
-        calls=(4, 10, 20, 50),
-        reference="peng2025ncvsd",
-    ),
+    _DRAW,
+    replace(_DRAW, name="ncvsd-point", title="NCVSD (ours), point", run=_run_point, samples=False),
     _TEMPERED,
     replace(
         _TEMPERED,

@@ -19,8 +19,15 @@ from torch import Tensor
 import ncvsd_inverse
 from ncvsd_inverse import DivergenceError
 from ncvsd_inverse.checks import check_count
-from ncvsd_inverse.cli.folder import as_it_came, cut_rim, describe_result, read_sigma_y, std_picture
-from ncvsd_inverse.cli.inputs import load_named, sides_of
+from ncvsd_inverse.cli.folder import (
+    as_it_came,
+    cut_rim,
+    describe_result,
+    read_sigma_y,
+    std_picture,
+    suffix_for,
+)
+from ncvsd_inverse.cli.inputs import in_tiles, load_named, sides_of
 from ncvsd_inverse.cli.models import SCALES, Model
 from ncvsd_inverse.cli.options import Device, PriorName
 from ncvsd_inverse.images import (
@@ -33,8 +40,7 @@ from ncvsd_inverse.images import (
     write_picture,
 )
 from ncvsd_inverse.machine import extra
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
-from ncvsd_inverse.priors.tiled import TILE, tiled
+from ncvsd_inverse.priors.tiled import TILE
 from ncvsd_inverse.protocols import Prior, PriorTraits
 
 if TYPE_CHECKING:
@@ -188,8 +194,8 @@ def restore(
     restored = as_it_came(measured, result.x0)
     if max(sides_of(result.x0)) > TILE:
         notes.append(f"the network saw it in tiles of {TILE} pixels")
-    end = ".tif" if restored.bits == 32 and restored.x.shape[1] == 1 else ".png"
-    file = Path(tempfile.mkdtemp(dir=folder)) / f"{asked.picture.stem}_restored{end}"
+    name = f"{asked.picture.stem}_restored{suffix_for(restored)}"
+    file = Path(tempfile.mkdtemp(dir=folder)) / name
     write_picture(file, restored)
     std, white = (None, 0.0) if result.std is None else std_picture(result.std, measured.rim)
     given = "" if noise == "auto" else f"noise std {noise:g} as given, "
@@ -566,9 +572,7 @@ def app(
         with extra("app"):
             import gradio as gr
         loaded, where = load_named(prior, device)
-        if isinstance(loaded, NCVSDPrior | DiffusionPrior) and loaded.image_shape is None:
-            loaded = tiled(loaded, TILE)
-        page = make_page(loaded, prior, where, Path(folder))
+        page = make_page(in_tiles(loaded, TILE), prior, where, Path(folder))
         fonts = ["ui-sans-serif", "system-ui", "sans-serif"]  # by name: others would be fetched
         try:
             _, url, _ = page.launch(

@@ -52,6 +52,7 @@ __all__ = [
     "report_failures",
     "sha256",
     "std_picture",
+    "suffix_for",
     "write_result",
 ]
 
@@ -429,8 +430,7 @@ def write_result(job: Job, result: Result) -> None:
     if job.measured.truth is not None:
         quality = float(psnr(result.x0.cpu(), job.measured.truth))
         figures["psnr"] = quality
-    end = ".tif" if restored.bits == 32 and restored.x.shape[1] == 1 else ".png"
-    picture = place.file or place.output("_restored", end)
+    picture = place.file or place.output("_restored", suffix_for(restored))
     place.record.parent.mkdir(parents=True, exist_ok=True)
     place.check_own()
     figures[RECORD] = picture.name
@@ -487,6 +487,11 @@ def as_it_came(measured: Measured, x0: Tensor) -> Picture:
             alpha, x0.shape[2:], mode="bicubic", antialias=True
         ).clamp(0, 1)
     return Picture(x0, bits, alpha)
+
+
+def suffix_for(picture: Picture) -> str:
+    """Return what the name of a restored picture ends in: floats of grey are for TIFF."""
+    return ".tif" if picture.bits == 32 and picture.x.shape[1] == 1 else ".png"
 
 
 def cut_rim(x: Tensor, rim: tuple[int, int]) -> Tensor:

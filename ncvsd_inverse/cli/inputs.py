@@ -10,10 +10,13 @@ from torch import Tensor
 from ncvsd_inverse import load_prior
 from ncvsd_inverse.images import centre_crop_to_multiple, resize_cover
 from ncvsd_inverse.machine import find_device
+from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
+from ncvsd_inverse.priors.tiled import tiled
 from ncvsd_inverse.protocols import NetworkBacked, NetworkTraits, Prior, PriorTraits
 
 __all__ = [
     "fit_picture",
+    "in_tiles",
     "load_named",
     "open_folder",
     "sides_of",
@@ -30,6 +33,13 @@ def load_named(name: str, device: str | None) -> tuple[Prior, torch.device]:
     precision = " and ".join(sorted(dtypes)).replace("torch.", "") or "the dtype of y"
     typer.echo(f"{name} computes on {where} in {precision}, {torch.get_num_threads()} CPU threads")
     return prior, where
+
+
+def in_tiles(prior: Prior, tile: int) -> Prior:
+    """Return a prior of any size as one that sees large images in tiles; another as it is."""
+    if isinstance(prior, NCVSDPrior | DiffusionPrior) and prior.image_shape is None:
+        return tiled(prior, tile)
+    return prior
 
 
 def open_folder(folder: Path) -> None:

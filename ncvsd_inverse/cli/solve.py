@@ -30,15 +30,16 @@ from ncvsd_inverse.cli.folder import (
     sha256,
     write_result,
 )
-from ncvsd_inverse.cli.inputs import load_named, open_folder
+from ncvsd_inverse.cli.inputs import in_tiles, load_named, open_folder
 from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model, Simulation
 from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
 from ncvsd_inverse.images import SUFFIXES
 from ncvsd_inverse.machine import progress_bar
-from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
+from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own_statistics
-from ncvsd_inverse.priors.tiled import TILE, tiled
+from ncvsd_inverse.priors.tiled import TILE
 from ncvsd_inverse.protocols import LinearOperator
+from ncvsd_inverse.sampling.choices import LARGE
 from ncvsd_inverse.sampling.solve import Estimate, Method
 
 __all__ = [
@@ -49,15 +50,12 @@ PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
 
 
-LARGE = 2**20
-"""Pixels of a picture from which the command says how much memory it will take."""
-
 BASE_BYTES, BYTES_A_PIXEL = 0.8e9, 310
 """What a CPU needs: 0.86 GB at the peak for SR x4 to 500x375, 1.74 GB to 2000x1500 in 10 calls."""
 
 
 def say_memory(path: Path, shape: Sequence[int], tile: int | None) -> None:
-    """Print how a large picture will be restored, and about how much memory that takes."""
+    """Print how a `LARGE` picture will be restored, and about how much memory that takes."""
     height, width = shape[-2:]
     size = (BASE_BYTES + BYTES_A_PIXEL * height * width) / 1e9
     parts = "" if tile is None else f" in tiles of {tile}"
@@ -204,9 +202,7 @@ def solve(
     if method != "gibbs" and not lacks_statistics(whole):
         # Before pictures are looked at: settings that tell finished ones hold the statistics.
         with_own_statistics(whole, (3, SIDE, SIDE))
-    loaded = whole
-    if isinstance(whole, NCVSDPrior | DiffusionPrior) and whole.image_shape is None:
-        loaded = tiled(whole, tile)
+    loaded = in_tiles(whole, tile)
     read_measured = model.reader(loaded)
     open_folder(out if file is None else file.parent)
 

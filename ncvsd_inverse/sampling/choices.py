@@ -54,7 +54,7 @@ __all__ = [
 Preset: TypeAlias = Literal["ncvsd"]
 
 LARGE = 1024 * 1024
-"""Pixels above which a network of any size sees an image in tiles."""
+"""Pixels above which an image is large: a network of any size sees it in tiles."""
 
 DIRECT_TEMPERATURE = 0.35
 """Temperature of the draws whose mean denoises, of a prior that knows the mean."""

@@ -60,20 +60,6 @@ def prior(monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command as a shell would; return exit status, standard output and error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ncvsd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
 def photo(tmp_path):
     """A smooth picture of 80 x 72 pixels."""
     rows, columns = torch.linspace(-1, 1, 72)[:, None], torch.linspace(-1, 1, 80)

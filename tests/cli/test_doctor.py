@@ -18,16 +18,8 @@ COMMANDS = vars(typer.main.get_command(cli.app))["commands"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run the command with a home of its own; return exit status, standard output and error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ncvsd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
+def run(run, monkeypatch, tmp_path):
+    """Run the command as `run` does, with a home of its own."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("NCVSD_WEIGHTS", raising=False)

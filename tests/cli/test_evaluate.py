@@ -1,13 +1,13 @@
 """`ncvsd evaluate`: files, tables, options."""
 
 import json
-import sys
 import zipfile
+from functools import partial
 
 import pytest
 import torch
 
-from ncvsd_inverse import cli, metrics
+from ncvsd_inverse import metrics
 from ncvsd_inverse.images import read_image, write_image
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
 from ncvsd_inverse.priors import (
@@ -61,17 +61,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command as a shell would; return exit status, standard output and error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ncvsd", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+def run(run):
+    """Run `ncvsd evaluate` as `run` does."""
+    return partial(run, "evaluate")
 
 
 def small(place, *more):
