@@ -8,7 +8,8 @@ r"""Write the networks of finished runs as the package's priors, with their card
         --out ncvsd_inverse/priors/weights
 
 The first command writes ncvsd_NAME and ncvsd_NAME_teacher in half precision. A run is the folder of
-`ncvsd train` or `ncvsd distill`, or a file of `experiments/one_gpu/train.py`. Of the averaged
+`ncvsd train` or `ncvsd distill`, or a file of `experiments/one_gpu/train.py`; without
+--teacher-run the teacher that ships stays as it is. Of the averaged
 weights that a folder keeps it takes those with the least CRPS on validation images, summed over
 noise levels in units of the teacher's error. Then it calibrates the spread of the draws on the same
 images and draws `draws.jpg`. The second command, which the teacher needs too, puts statistics
@@ -34,7 +35,9 @@ from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, build_network
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.card import PriorCard
+from ncvsd_inverse.priors.files import card_path, read_card
 from ncvsd_inverse.priors.ncvsd import GAMMA
+from ncvsd_inverse.priors.registry import load_card, load_network
 from ncvsd_inverse.training import DistillationTrainer, DistillConfig, ImageData, load_teacher
 from ncvsd_inverse.training.checkpoint import read_checkpoint
 from ncvsd_inverse.training.trainer import CHECKPOINT, INPUTS, LOG
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("name", help="the experiment, as `faces64`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the priors")
     parser.add_argument("--run", type=Path, help="the distillation")
-    parser.add_argument("--teacher-run", type=Path, help="the teacher's run")
+    parser.add_argument("--teacher-run", type=Path, help="the teacher's run, if it is new")
     parser.add_argument("--val", type=Path, help="zip or folder of validation images")
     parser.add_argument("--images", type=int, default=64, help="validation images to choose by")
     parser.add_argument("--judged", type=Path, help="evaluation.json of `ncvsd evaluate`")
@@ -65,8 +68,8 @@ def main() -> None:
     if args.judged:
         put_into_cards(args.out, args.name, json.loads(args.judged.read_text(encoding="utf-8")))
         return
-    if not (args.run and args.teacher_run and args.val):
-        parser.error("--run, --teacher-run and --val are needed unless --judged is given")
+    if not (args.run and args.val):
+        parser.error("--run and --val are needed unless --judged is given")
     about = tomllib.loads((HERE / args.name / "card.toml").read_text(encoding="utf-8"))
     ship(args.name, about, args.run, args.teacher_run, args.val, args.images, args.out)
 
@@ -87,7 +90,7 @@ def ship(
     name: str,
     about: dict[str, Any],
     run: Path,
-    teacher_run: Path,
+    teacher_run: Path | None,
     val: Path,
     num_images: int,
     out: Path,
@@ -127,20 +130,23 @@ def ship(
         "evaluation": {},
     }
     shipped = f"ncvsd_{name}"
-    save_prior(
-        out / f"{shipped}_teacher",
-        halved(teacher),
-        {
-            **shared,
-            "name": f"{shipped}_teacher",
-            "kind": "diffusion",
-            "gamma": None,
-            "sigma_min": old.sigma_min,
-            "sigma_max": old.sigma_max,
-            "training": old.training,
-            "weaknesses": about["teacher_weaknesses"],
-        },
-    )
+    place = card_path(out / shipped)
+    points = read_card(out / shipped).points if place.exists() else None
+    if teacher_run is not None:
+        save_prior(
+            out / f"{shipped}_teacher",
+            halved(teacher),
+            {
+                **shared,
+                "name": f"{shipped}_teacher",
+                "kind": "diffusion",
+                "gamma": None,
+                "sigma_min": old.sigma_min,
+                "sigma_max": old.sigma_max,
+                "training": old.training,
+                "weaknesses": about["teacher_weaknesses"],
+            },
+        )
     save_prior(
         out / shipped,
         halved(new.networks[best]),
@@ -157,15 +163,21 @@ def ship(
             "weaknesses": about["weaknesses"],
         },
     )
+    if points is not None:  # until experiments/few_step/point.py has been run
+        write_whole(place, replace(read_card(out / shipped), points=points).to_json())
     student = load_prior(out / shipped, dtype=torch.float32)
-    slow = load_prior(out / f"{shipped}_teacher", dtype=torch.float32)
     assert isinstance(student, NCVSDPrior)
-    assert isinstance(slow, DiffusionPrior)
-    write_picture(HERE / name / "draws.jpg", student, slow, images[:PICTURES, :, :side, :side])
+    write_picture(HERE / name / "draws.jpg", student, judge, images[:PICTURES, :, :side, :side])
 
 
-def open_teacher(run: Path, name: str, about: dict[str, Any]) -> Source:
-    """Return what a teacher's run left; of several averages that with the shortest memory."""
+def open_teacher(run: Path | None, name: str, about: dict[str, Any]) -> Source:
+    """Return what a teacher's run left, or the teacher that ships where there is none.
+
+    Of several averages it is the one with the shortest memory.
+    """
+    if run is None:
+        shipped = f"ncvsd_{name}_teacher"
+        return Source({0.0: light(load_network(shipped))}, dict(load_card(shipped).training))
     if run.is_file():
         return open_weights(run)
     return Source({0.0: load_teacher(run)}, describe_training(run, f"ncvsd train {name}", about))

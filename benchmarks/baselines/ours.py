@@ -1,15 +1,14 @@
 """NCVSD: the toolkit's own solver with the distilled student, and the paper's settings of it.
 
 `ncvsd` returns one draw of `solve`, `ncvsd-point` what it returns by default, with the settings of
-the prior's card. `ncvsd-tempered` is a draw at a temperature below 1, from a first level of its
-own, and with less noise than `sigma_y` in the likelihood, as covariances that are the same
-everywhere move edges too little: no draw of the posterior, but nearer to the truth than one.
-`ncvsd-published` is the split Gibbs loop of the paper with its schedule, its tuned noise level of
-the likelihood and its average along the chain, which is no draw of the posterior either.
+the prior's card. `ncvsd-published` is the split Gibbs loop of the paper with its schedule, its
+tuned noise level of the likelihood and its average along the chain, which is no draw of the
+posterior either.
 
-`teacher-gaussian` is `ncvsd-tempered` with the teacher alone: a draw is its mean plus Gaussian
-noise of the covariance that was measured for the level, in one call, also known as Jacobian-free
-posterior sampling.
+`teacher-gaussian` is the same loop with the teacher alone: a draw is its mean plus Gaussian noise
+of the covariance that was measured for the level, in one call, also known as Jacobian-free
+posterior sampling. Its temperature is below 1, and the likelihood has less noise than `sigma_y`, as
+covariances that are the same everywhere move edges too little.
 
 Where the operator is not linear a chain can end in a wrong mode, so calls that suffice are spent on
 several chains of `ncvsd`; the one that fits the measurement best is kept and the calls of all are
@@ -30,10 +29,10 @@ from ncvsd_inverse import karras, solve
 from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.protocols import LinearOperator, Prior
 
-__all__ = ["OURS", "TEMPERED_LAST"]
+__all__ = ["OURS", "TEACHER_LAST"]
 
-TEMPERED_LAST = 0.05
-"""Last level of `ncvsd-tempered` where its first is set."""
+TEACHER_LAST = 0.05
+"""Last level of `teacher-gaussian` where its first is set."""
 
 _CHAINS, _LEAST_CALLS = (5, 4), 4
 """How many chains are run if the operator is not linear, the first that leaves each at least so
@@ -50,27 +49,18 @@ def _run_point(problem: Problem, models: Models, nfe: int, settings: Settings) -
     return _solve(problem, models.student, nfe, estimate="point")
 
 
-def _run_tempered(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
-    """Estimate an image at a temperature below 1; exactly `nfe` calls of the student.
+def _run_teacher(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
+    """Estimate an image at a temperature below 1; exactly `nfe` calls of the teacher.
 
     The settings are the temperature, the `noise` that the likelihood assumes over sigma_y, and the
     `first` level; 0 takes the schedule of `solve`.
     """
-    return _temper(problem, models.student, nfe, settings)
-
-
-def _run_teacher(problem: Problem, models: Models, nfe: int, settings: Settings) -> Tensor:
-    """Estimate an image like `_run_tempered`; exactly `nfe` calls of the teacher."""
     teacher = models.teacher
     if not isinstance(teacher, Prior):
         teacher = DiffusionPrior(teacher.denoise, image_shape=problem.shape[1:])
-    return _temper(problem, teacher, nfe, settings)
-
-
-def _temper(problem: Problem, prior: Prior, nfe: int, settings: Settings) -> Tensor:
     return _solve(
         problem,
-        prior,
+        teacher,
         nfe,
         temperature=settings["temperature"],
         sigma_lik=settings["noise"] * problem.sigma_y,
@@ -102,7 +92,7 @@ def _solve(
         prior=prior,
         nfe=calls,
         sigma_y=problem.sigma_y,
-        schedule=karras(calls, first, TEMPERED_LAST, 7.0) if first else None,
+        schedule=karras(calls, first, TEACHER_LAST, 7.0) if first else None,
         preset=preset,
         estimate="ema" if preset else estimate,
         temperature=temperature,
@@ -119,23 +109,6 @@ def _chains(problem: Problem, nfe: int) -> int:
     return next(fits, 1)
 
 
-_TEMPERED = Method(
-    name="ncvsd-tempered",
-    title="NCVSD (ours), tempered",
-    run=_run_tempered,
-    network="student",
-    samples=False,
-    linear_only=False,
-    calls=(4, 10, 20, 50),
-    reference="peng2025ncvsd",
-    settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
-    search={
-        "temperature": Ladder(math.sqrt(2), most=1.0),
-        "noise": Ladder(math.sqrt(2)),
-        "first": Ladder(values=(0.0, 0.2, 0.4, 0.8, 1.6)),
-    },
-)
-
 _DRAW = Method(
     name="ncvsd",
     title="NCVSD (ours)",
@@ -150,13 +123,21 @@ _DRAW = Method(
 OURS = (
     _DRAW,
     replace(_DRAW, name="ncvsd-point", title="NCVSD (ours), point", run=_run_point, samples=False),
-    _TEMPERED,
-    replace(
-        _TEMPERED,
+    Method(
         name="teacher-gaussian",
         title="Teacher + Gaussian, our loop",
         run=_run_teacher,
         network="teacher",
+        samples=False,
+        linear_only=False,
+        calls=(4, 10, 20, 50),
+        reference="peng2025ncvsd",
+        settings={"temperature": 0.7, "noise": 0.7, "first": 0.0},
+        search={
+            "temperature": Ladder(math.sqrt(2), most=1.0),
+            "noise": Ladder(math.sqrt(2)),
+            "first": Ladder(values=(0.0, 0.2, 0.4, 0.8, 1.6)),
+        },
     ),
     Method(
         name="ncvsd-published",

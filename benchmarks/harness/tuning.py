@@ -35,6 +35,10 @@ __all__ = [
     "tune",
 ]
 
+_FEW_CALLS = 20
+"""Most network calls of a trial that has all images; above, a search has half of the images and
+three quarters of the trials, and starts from what fewer calls found."""
+
 _SLOW_IMAGES = 8
 """Images of the trials at more than 100 network calls."""
 
@@ -130,10 +134,10 @@ class Plan:
     """How many images and trials a tuning has, the same for all methods.
 
     Attributes:
-        images: of each trial at up to 100 network calls.
-        trials: of each search at up to 100 network calls.
-        slow_images: of each trial at more.
-        slow_trials: of each search at more, which starts from what 100 calls or fewer found.
+        images: of each trial at up to 20 network calls; half as many up to 100.
+        trials: of each search at up to 20 network calls; three quarters as many up to 100.
+        slow_images: of each trial at more than 100.
+        slow_trials: of each search at more than 100.
         hours: estimated time on this machine.
         cut: what was left out, and why; "" if nothing was.
     """
@@ -149,13 +153,20 @@ class Plan:
         """Return images and trials of a search at so many network calls."""
         if calls > MANY_CALLS:
             return self.slow_images, self.slow_trials
+        if calls > _FEW_CALLS:
+            return max((self.images + 1) // 2, self.slow_images), (3 * self.trials + 3) // 4
         return self.images, self.trials
 
     def describe(self) -> str:
         """Return a line on the plan."""
         return (
-            f"{self.images} images and {self.trials} trials, above {MANY_CALLS} calls "
-            f"{self.slow_images} and {self.slow_trials}; estimated {self.hours:.3g} hours"
+            f"{self.images} images and {self.trials} trials, "
+            + "".join(
+                f"above {calls} calls {images} and {trials}, "
+                for calls in (_FEW_CALLS, MANY_CALLS)
+                for images, trials in [self.effort(calls + 1)]
+            )
+            + f"estimated {self.hours:.3g} hours"
             + (f"; cut: {self.cut}" if self.cut else "")
         )
 
@@ -432,10 +443,10 @@ class _Entry:
 
 
 def _start(method: Method, nfe: int, entries: Mapping[str, Any]) -> Settings:
-    """Return where a search starts: above 100 calls with what the most calls below found."""
+    """Return where a search starts: above 20 calls with what the most calls below found."""
     below = [int(calls) for calls, entry in entries.items() if entry["settings"] is not None]
-    below = [calls for calls in below if calls <= MANY_CALLS]
-    if nfe <= MANY_CALLS or not below:
+    below = [calls for calls in below if calls < nfe]
+    if nfe <= _FEW_CALLS or not below:
         return method.settings
     found: Settings = entries[str(max(below))]["settings"]
     return {**method.settings, **{name: found[name] for name in method.search if name in found}}

@@ -6,9 +6,10 @@ r"""Search the settings of point estimates on validation images, and put them in
         --out experiments/few_step/points.json
 
 The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
-each a mean over images, and over the tasks of a family. A search begins with what the next fewer
-calls found. A stopped search goes on with the same command. `--images` are taken from the
-first; `--judge` prints what the prior's present settings reach on the images after them.
+each a mean over images, and over the tasks of a family. A search begins with the settings that the
+prior has, or with the general ones. A stopped search goes on with the same command. `--images` are
+taken from the first; `--judge` prints what the prior's present settings reach on the images after
+them.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
     known = [family or "other" for family in FAMILIES]
     parser.add_argument("--families", nargs="+", choices=known, default=known)
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
-    parser.add_argument("--trials", type=int, default=16, help="of each search (%(default)s)")
+    parser.add_argument("--trials", type=int, default=8, help="of each search (%(default)s)")
     parser.add_argument("--sigma-y", type=float, default=SIGMA_Y, help="noise std (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the trials")
     parser.add_argument("--judge", action="store_true", help="judge the prior on others")
@@ -93,16 +94,15 @@ def main() -> None:
         if (family or "other") not in args.families:
             continue
         problems = [pose(name, images, args.sigma_y) for name in tasks]
-        before = None
         for calls in sorted(args.calls):
-            before = before or point_settings(family, calls, SIGMA_Y, POINTS)
+            start = point_settings(family, calls, SIGMA_Y, prior.points or POINTS)
             row = trials.setdefault(family or "other", {}).setdefault(str(calls), [])
-            for settings in search(calls, before, row, args.trials):
+            for settings in search(calls, start, row, args.trials):
                 score = score_of(prior, problems, images, Point(**settings), calls)
                 row.append({**settings, "score": score})
                 write_whole(args.out, json.dumps(found, indent=1) + "\n")
-            before = best_of(row)
-            print(family or "other", calls, f"{min(t['score'] for t in row):.4f}", before)
+            least = min(trial["score"] for trial in row)
+            print(family or "other", calls, f"{least:.4f}", best_of(row), flush=True)
 
 
 Problem = tuple[str, Any, Tensor, float]

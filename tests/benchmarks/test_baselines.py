@@ -521,11 +521,11 @@ def test_ncvsd_is_what_a_user_gets():
     restored = METHODS["ncvsd-point"].run(problem, models, 4, {})
     assert restored.equal(solve(y, nfe=4, **arguments).x0)
     cooler = {"temperature": 0.6, "sigma_lik": 0.5 * SIGMA_Y}
-    for first, levels in ((0.0, None), (0.4, karras(4, 0.4, ours.TEMPERED_LAST))):
+    of_teacher = {**draw, **cooler, "prior": models.teacher}
+    for first, levels in ((0.0, None), (0.4, karras(4, 0.4, ours.TEACHER_LAST))):
         settings = {"temperature": 0.6, "noise": 0.5, "first": first}
-        restored = METHODS["ncvsd-tempered"].run(problem, models, 4, settings)
-        expected = solve(y, nfe=4, schedule=levels, **draw, **cooler).x0
-        assert restored.equal(expected)
+        restored = METHODS["teacher-gaussian"].run(problem, models, 4, settings)
+        assert restored.equal(solve(y, nfe=4, schedule=levels, **of_teacher).x0)
     restored = METHODS["ncvsd-published"].run(problem, models, 6, {})
     assert restored.equal(solve(y, nfe=6, preset="ncvsd", estimate="ema", **arguments).x0)
 

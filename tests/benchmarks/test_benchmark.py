@@ -660,6 +660,7 @@ def test_images_are_cut_first_then_trials():
         ValueError, match=r"--hours must be at least 0.0684 .* 8 images and 4 trials"
     ):
         hours(hours=least - 1e-3)
+    assert [plan.effort(calls) for calls in (20, 100, 1000)] == [(32, 8), (16, 6), (8, 4)]
     small = hours(images=2, trials=3)
     assert (small.images, small.trials, small.slow_images, small.slow_trials) == (2, 3, 2, 2)
 
