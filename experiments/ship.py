@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ncvsd_inverse.evaluation import Evaluation, calibrate_noise_scale, evaluate
 from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images, write_image
-from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, build_network
+from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, build_network, inference_dtype
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior, load_prior, save_prior
 from ncvsd_inverse.priors.base import SIGMA_MAX, SIGMA_MIN
 from ncvsd_inverse.priors.card import PriorCard
@@ -101,6 +101,8 @@ def ship(
     new = open_student(run, name, about)
     (teacher,) = old.networks.values()
     assert isinstance(teacher, Denoiser)
+    for network in (teacher, *new.networks.values()):  # judged in the form that users run
+        network.compute_dtype = inference_dtype(torch.device("cpu"))
     side = teacher.shape.resolution
     shape = None if teacher.any_size else (teacher.image_channels, side, side)
     crop = about.get("crop", side)

@@ -15,7 +15,7 @@ from ncvsd_inverse.sampling.counting import CountedPrior
 from ncvsd_inverse.sampling.gauss_newton import GaussNewton
 from ncvsd_inverse.sampling.likelihood import ExactGaussian, likelihood_step
 from ncvsd_inverse.sampling.matheron import Matheron
-from ncvsd_inverse.sampling.noise import NoiseTracker
+from ncvsd_inverse.sampling.noise import DirectNoise, NoiseTracker
 from ncvsd_inverse.sampling.problem import Problem
 from ncvsd_inverse.sampling.settings import Average
 
@@ -35,6 +35,9 @@ Method: TypeAlias = Literal["conditioning", "gibbs"]
 
 NOISE_STEPS = 3
 """Most iterations of a fit of the noise in a sweep."""
+
+LEAST_DRAWS = 2
+"""Draws that a search for the noise leaves of the calls that denoise."""
 
 WORTHLESS = 0.5
 """Error of a linear solve, in stds of the law that is conditioned, of which nothing good comes."""
@@ -134,11 +137,24 @@ def gibbs_chain(problem: Problem, prior: Prior, plan: Plan) -> Iterator[Sweep]:
         yield Sweep(x0, drawn, likelihood.error)
 
 
-def direct_chain(problem: Problem, prior: CountedPrior, plan: Plan) -> Iterator[Sweep]:
-    """Yield after every call the mean of the draws so far, given that y = x0 + noise."""
+def direct_chain(
+    problem: Problem, prior: CountedPrior, plan: Plan, search: DirectNoise | None = None
+) -> Iterator[Sweep]:
+    """Yield after every call the mean of the draws so far, given that y = x0 + noise.
+
+    A `search` for the noise has the calls before, until it settles or `LEAST_DRAWS` are left.
+    """
     generators = problem.generators()
     total, error = torch.zeros_like(problem.y), problem.y.new_zeros(len(problem.y))
-    for number, rho in enumerate(plan.levels, start=1):
+    levels = list(plan.levels)
+    while search is not None and not search.settled and len(levels) >= LEAST_DRAWS + 2:
+        mean = prior.denoise(problem.y, search.level)
+        yield Sweep(mean, mean, error)
+        moved = prior.denoise(search.moved(), search.level)
+        yield Sweep(mean, moved, error)
+        search.update(mean, moved)
+        levels = [search.noise.sigma] * (len(levels) - 2)
+    for number, rho in enumerate(levels, start=1):
         drawn = prior.sample(problem.y, rho, generator=generators)
         total = total + drawn
         yield Sweep(total / number, drawn, error)

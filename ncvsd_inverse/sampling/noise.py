@@ -31,7 +31,15 @@ from ncvsd_inverse.sampling.linear_solves import LinearSolver
 from ncvsd_inverse.sampling.matheron import for_double
 from ncvsd_inverse.sampling.problem import Problem
 
-__all__ = ["LEAST_NOISE", "Noise", "NoiseTracker", "check_alike", "first_noise", "mean_noise"]
+__all__ = [
+    "LEAST_NOISE",
+    "DirectNoise",
+    "Noise",
+    "NoiseTracker",
+    "check_alike",
+    "first_noise",
+    "mean_noise",
+]
 
 LEAST_NOISE = 5e-4
 """Smallest noise std that is told from none, units of y: an eighth of a step of 8 bits."""
@@ -50,6 +58,9 @@ WIDEST_RIM = 8
 
 FARTHEST = 2.0
 """Largest change of log v and log k in an iteration."""
+
+PROBE_STEP = 0.3
+"""Length of the step along which a divergence is taken, in stds of the noise."""
 
 STEPS = 127.5
 """Steps of 8 bits in a unit of [-1, 1]; their rounding has a std of 1 / (127.5 sqrt(12))."""
@@ -164,21 +175,14 @@ class NoiseTracker:
         x, covariance = x.double(), _in_double(covariance)
         operator = for_double(self.operator, x)
         misfit = self._measured(self._y - operator(x))
-        place = torch.tensor(
+        start = torch.tensor(
             [2 * math.log(self.noise.sigma), math.log(factor)], dtype=torch.float64
         )
         ends = torch.tensor([(self._least**2, MOST_NOISE**2), FACTORS], dtype=torch.float64).log()
-        before: tuple[Tensor, Tensor] | None = None
+        search = _FixedPoint(start, *ends.T)
         for _ in range(iterations):
-            step = self._step(operator, x, misfit, covariance, place)
-            move = step
-            if before is not None:  # a secant step of Anderson's mixing
-                changed = step - before[1]
-                share = (step @ changed / (changed @ changed).clamp(min=1e-12)).clamp(-5, 0.9)
-                move = step - share * (place - before[0] + changed)
-            before = place, step
-            place = torch.clamp(place + move.clamp(-FARTHEST, FARTHEST), *ends.T)
-            if float(step.abs().max()) < SETTLED:
+            search.advance(self._step(operator, x, misfit, covariance, search.place))
+            if search.settled:
                 break
         return self.noise
 
@@ -214,6 +218,88 @@ class NoiseTracker:
         return torch.tensor(
             [math.log(found / variance), math.log(max(explaining, 1e-3))], dtype=torch.float64
         )
+
+
+class DirectNoise:
+    """Finds the noise std of a noisy image by the calls of a denoiser.
+
+    Args:
+        y: the image, repeated for each chain, shape (chains, C, H, W).
+        start: where the search begins.
+        most: largest noise std that is told.
+
+    Attributes:
+        noise: the latest estimate.
+    """
+
+    def __init__(self, y: Tensor, start: Noise, *, most: float = MOST_NOISE) -> None:
+        self.noise = start
+        source = torch.Generator(y.device).manual_seed(0)
+        self._y, self._probe = y, draw_normal(y[:1], source).expand_as(y)
+        self._least = _least_noise(y, torch.ones_like(y))
+        place, least, most_place = (
+            torch.tensor([2 * math.log(sigma)], dtype=torch.float64)
+            for sigma in (start.sigma, self._least, most)
+        )
+        self._search = _FixedPoint(place, least, most_place)
+
+    @property
+    def settled(self) -> bool:
+        """Whether another step would change little."""
+        return self._search.settled
+
+    @property
+    def level(self) -> float:
+        """The noise std of the next two calls."""
+        return math.exp(float(self._search.place) / 2)
+
+    def moved(self) -> Tensor:
+        """Return the image of the second call, y a little farther."""
+        return self._y + PROBE_STEP * self.level * self._probe
+
+    def update(self, mean: Tensor, moved: Tensor) -> None:
+        """Take in the denoised y and what `moved` became, both by calls at `level`."""
+        level = self.level
+        mean, moved = mean.double(), moved.double()
+        slope = float(((moved - mean) * self._probe).mean()) / (PROBE_STEP * level)
+        known = min(max(slope, 0.0), 1.0)
+        found = float((self._y - mean).square().mean()) + known * level**2
+        free = max(1 - known, 1e-3)  # of each entry, what the image does not explain
+        std = math.sqrt(2 / (self._y[0].numel() * free**2)) / 2
+        sigma = max(math.sqrt(found), self._least)
+        self.noise = Noise(sigma, sigma * std)
+        self._search.advance(torch.tensor([2 * math.log(sigma / level)], dtype=torch.float64))
+
+
+class _FixedPoint:
+    """A search for a fixed point, by secant steps of Anderson's mixing.
+
+    Args:
+        place: where it begins, float64.
+        least: bounds on the place.
+        most: bounds on the place.
+
+    Attributes:
+        place: the latest place.
+        settled: whether the last step hardly moved.
+    """
+
+    def __init__(self, place: Tensor, least: Tensor, most: Tensor) -> None:
+        self.place, self._least, self._most = place, least, most
+        self.settled = False
+        self._before: tuple[Tensor, Tensor] | None = None
+
+    def advance(self, step: Tensor) -> None:
+        """Move on, given the fixed-point step at `place`."""
+        move = step
+        if self._before is not None:
+            changed = step - self._before[1]
+            share = (step @ changed / (changed @ changed).clamp(min=1e-12)).clamp(-5, 0.9)
+            move = step - share * (self.place - self._before[0] + changed)
+        self._before = self.place, step
+        place = self.place + move.clamp(-FARTHEST, FARTHEST)
+        self.place = torch.clamp(place, self._least, self._most)
+        self.settled = float(step.abs().max()) < SETTLED
 
 
 def _least_noise(y: Tensor, entries: Tensor) -> float:

@@ -21,6 +21,7 @@ from ncvsd_inverse.priors.own_statistics import with_own_statistics
 from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics
 from ncvsd_inverse.sampling.chains import (
     Method,
+    Outcome,
     Plan,
     Progress,
     direct_chain,
@@ -45,7 +46,14 @@ from ncvsd_inverse.sampling.choices import (
 )
 from ncvsd_inverse.sampling.counting import CountedPrior
 from ncvsd_inverse.sampling.diagnosis import describe_measurement, describe_residual
-from ncvsd_inverse.sampling.noise import Noise, NoiseTracker, check_alike, first_noise, mean_noise
+from ncvsd_inverse.sampling.noise import (
+    DirectNoise,
+    Noise,
+    NoiseTracker,
+    check_alike,
+    first_noise,
+    mean_noise,
+)
 from ncvsd_inverse.sampling.problem import Problem, Seed
 from ncvsd_inverse.sampling.result import Estimate, Result
 from ncvsd_inverse.sampling.settings import Average, default_average
@@ -126,7 +134,8 @@ def solve(
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05. A y
             without noise still has its rounding: 0.002 for pictures of 8 bits in [-1, 1]. "auto"
             estimates it, of each measurement by itself, before the chain and in every sweep, for a
-            linear operator that treats all images alike; noise must be white.
+            linear operator that treats all images alike; noise must be white. For `Denoise` up to
+            nfe - 2 of the calls look for it.
         num_samples: independent samples for each measurement, >= 1.
         method: the loop; None takes "conditioning", and "gibbs" for presets and for a prior that
             has no statistics and cannot make its own, with a warning.
@@ -333,20 +342,23 @@ class _Job:
         `noise` is the first estimate of what is not known, which every part goes on from.
         """
         plan, counted = self.plan, CountedPrior(temper(prior, self.plan.temperature))
-        outcomes, found = [], []
+        traits = PriorTraits.of(prior)
+        outcomes: list[Outcome] = []
+        found: list[Noise] = []
         with counted.counting():
             for part in self.parts:
-                tracker = None
+                search, tracker = None, None
                 if plan.direct:
-                    sweeps = direct_chain(part, counted, plan)
+                    if noise is not None and traits.has_mean:
+                        search = DirectNoise(part.y, noise, most=traits.sigma_max)
+                    sweeps = direct_chain(part, counted, plan, search)
                 elif plan.method == "conditioning" and statistics is not None:
                     tracker = None if noise is None else NoiseTracker(part, noise)
                     sweeps = matheron_chain(part, counted, plan, statistics, tracker)
                 else:
                     sweeps = gibbs_chain(part, counted, plan)
                 outcomes.append(run_chain(sweeps, plan.calls, average=average, watch=watch))
-                if tracker is not None:
-                    found.append(tracker.noise)
+                found += [each.noise for each in (search, tracker) if each is not None]
         lasts = [outcome.last for outcome in outcomes]
         best = self._best_restarts(lasts)
         return _Ran(

@@ -7,9 +7,11 @@ import torch
 
 from ncvsd_inverse import load_prior, make_task, solve
 from ncvsd_inverse import operators as ops
+from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.sampling.noise import (
     LEAST_NOISE,
+    DirectNoise,
     Noise,
     NoiseTracker,
     _least_noise,
@@ -71,8 +73,6 @@ def test_the_noise_is_estimated_for_each_measurement_by_itself():
 
 
 def test_a_trained_prior_finds_the_noise_of_a_blur(data_folder):
-    from ncvsd_inverse.images import read_images
-
     x = torch.cat(list(read_images(data_folder / "faces64" / "val.zip", 4)))
     operator = make_task("deblur_gaussian", 64).operator
     for sigma_y in (0.01, 0.1):
@@ -81,6 +81,32 @@ def test_a_trained_prior_finds_the_noise_of_a_blur(data_folder):
         assert torch.allclose(result.sigma_y / sigma_y, torch.ones(4), atol=0.05)
         known = solve(y, operator=operator, prior="ncvsd_faces64", nfe=4, sigma_y=sigma_y)
         assert float((result.x0 - known.x0).square().mean().sqrt()) < 0.02
+
+
+@pytest.mark.parametrize("start", [0.01, 0.06])
+def test_calls_of_an_exact_denoiser_find_the_noise(start):
+    prior, sigma_y = gaussian_prior(), 0.02
+    y = images(1) + sigma_y * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
+    search = DirectNoise(y, Noise(start, start))
+    for _ in range(8):
+        level = search.level
+        mean, moved = prior.denoise(y, level), prior.denoise(search.moved(), level)
+        search.update(mean, moved)
+    assert search.settled
+    assert abs(search.noise.sigma - sigma_y) < 4 * search.noise.std
+    assert search.noise.std < 0.03 * sigma_y
+
+
+def test_the_noise_of_textured_photographs_is_found_by_the_prior(data_folder):
+    pictures = read_images(data_folder / "natural" / "val.zip", 4)
+    x = torch.cat([centre_crop(picture, (96, 96)) for picture in pictures])
+    y = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    arguments = {"operator": ops.Denoise(), "prior": "ncvsd_natural", "sigma_y": "auto"}
+    found = solve(y, nfe=10, **arguments)
+    assert found.nfe == 10
+    assert torch.allclose(found.sigma_y / 0.02, torch.ones(4), atol=0.1)
+    before = solve(y, nfe=2, **arguments)  # too few calls to look
+    assert float((before.sigma_y / 0.02).max()) > 1.3
 
 
 def test_several_samples_share_what_is_found():
