@@ -4,7 +4,8 @@
     python benchmarks/run.py --task all --nfe 4 10 20 100 --out results
     accelerate launch benchmarks/run.py --task all --out results
 
-With `--nfe` each method has a row at each of these numbers of calls at which it can run.
+The first takes a minute: 16 images, ten calls. With `--nfe` each method has a row at each of these
+numbers of calls at which it can run; more than 100 are for methods that `--methods` names.
 `--methods` takes names, and methods of your own as `my_module:METHOD` or `my_methods.py:METHOD`.
 Settings are those that tune.py chose at the same or the nearest number of calls.
 

@@ -54,6 +54,9 @@ SMALLEST_SIDE = {"psnr": 1, "ssim": 11, "lpips": 32, "alex_features": 32}
 
 _PSNR_CAP = 80.0
 
+_SHIPPED = Path(__file__).parent / "assets"
+"""Where AlexNet's weights are, in half precision."""
+
 _networks: dict[tuple[str, str | None, torch.device], nn.Module] = {}
 _loading = threading.Lock()
 
@@ -116,7 +119,8 @@ def lpips(
 
     The network's weights come from the folder that the environment variable NCVSD_WEIGHTS names,
     file `lpips_{net}_features.safetensors` (torchvision's `features.*` weights), if it is there,
-    else from torchvision's download.
+    else for "alex" from the package, in half precision, which moves no value by 0.001, and for the
+    others from torchvision's download.
 
     "alex" and "squeeze" are the networks of the lpips package. "vgg" averages where that package
     takes the maximum, as `piq.LPIPS(replace_pooling=True)` does: what tables of restoration
@@ -329,13 +333,13 @@ def _load_lpips(net: str, folder: str | None) -> nn.Module:
     import lpips as package
 
     file = f"lpips_{net}_features.safetensors"
-    stored = None if folder is None else Path(folder) / file
-    here = stored is not None and stored.exists()
+    places = (*(() if folder is None else (Path(folder),)), _SHIPPED)
+    stored = next((place / file for place in places if (place / file).exists()), None)
     with warnings.catch_warnings():
         # The package calls torchvision by names that torchvision has deprecated.
         warnings.simplefilter("ignore")
         try:
-            model = package.LPIPS(net=net, pnet_rand=here, verbose=False)
+            model = package.LPIPS(net=net, pnet_rand=stored is not None, verbose=False)
         except OSError as error:
             looked = f"{WEIGHTS_VARIABLE} is not set" if folder is None else f"not in {folder}"
             raise CheckpointError(
@@ -343,7 +347,7 @@ def _load_lpips(net: str, folder: str | None) -> nn.Module:
                 f"({looked}), or torchvision's download, which failed: {error}; to make the file, "
                 "save the features.* weights of torchvision's network as safetensors"
             ) from error
-    if stored is not None and here:
+    if stored is not None:
         _load_features(model.net, stored)
     if net == "vgg":
         _average_pools(model.net)

@@ -54,7 +54,7 @@ class Short:
         makes: files or folders that are there afterwards, none of which may be there before.
         needs: inputs that are dear to make (`INPUTS`), or documented commands that run before.
         slow: whether it takes more than ten seconds.
-        lpips: whether it needs the weights of LPIPS, which do not ship.
+        lpips: whether it needs weights of LPIPS that do not ship.
     """
 
     command: str

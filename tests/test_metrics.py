@@ -85,6 +85,25 @@ def test_lpips_of_the_published_pair(data_folder, weights_folder):
     assert 0 < float(squeezed) < float(metrics.lpips(first, reference, net="squeeze"))
 
 
+def test_lpips_of_alexnet_needs_no_download(data_folder, weights_folder, monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise URLError("no network")
+
+    folder = data_folder / "lpips_reference"
+    images = [read_image(folder / f"{name}.png") for name in ("ex_p0", "ex_p1", "ex_ref")]
+    x, reference = torch.cat(images[:2]), images[2].expand(2, -1, -1, -1)
+    exact = metrics.lpips(x, reference)
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    for folder in (None, tmp_path):
+        if folder is None:
+            monkeypatch.delenv("NCVSD_WEIGHTS")
+        else:
+            monkeypatch.setenv("NCVSD_WEIGHTS", str(folder))
+        shipped = metrics.lpips(x, reference)
+        assert not torch.equal(shipped, exact)
+        assert torch.allclose(shipped, exact, rtol=0, atol=2e-4)
+
+
 def test_lpips_says_which_weights_are_missing(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise URLError("no network")
@@ -93,7 +112,7 @@ def test_lpips_says_which_weights_are_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("NCVSD_WEIGHTS", str(tmp_path))
     x = torch.zeros(1, 3, 64, 64)
-    for net in ("alex", "squeeze"):
+    for net in ("squeeze", "vgg"):
         message = (
             rf"lpips_{net}_features\.safetensors .*NCVSD_WEIGHTS .*{tmp_path}.*no network.*to make"
         )

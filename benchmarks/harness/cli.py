@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -46,8 +47,13 @@ from ncvsd_inverse.machine import find_device
 from ncvsd_inverse.metrics import SMALLEST_SIDE
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.protocols import SIGMA_Y
+from ncvsd_inverse.tasks import task_title
 
 __all__ = ["present", "run", "run_report", "run_tuning"]
+
+_GLANCE_CALLS, _GLANCE_IMAGES, _IMAGES = 10, 16, 100
+"""Network calls and images of a run that asks for neither calls nor methods, and images of others:
+the first run takes a minute."""
 
 _PICTURES = 4
 """Images of each row whose estimates are kept as pictures."""
@@ -67,6 +73,11 @@ def run(methods: _Methods, arguments: Sequence[str] | None = None) -> int:
     """
     try:
         args = _run_parser().parse_args(arguments)
+        glances = not args.methods and not args.nfe
+        if glances:
+            args.nfe = [_GLANCE_CALLS]
+        if args.images is None:
+            args.images = _GLANCE_IMAGES if glances else _IMAGES
         setup, problems, chosen, notices = _prepare(args, methods)
         rows = _plan(args, methods, setup, problems, chosen)
         cache = Cache(args.out)
@@ -74,6 +85,11 @@ def run(methods: _Methods, arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, CheckpointError, OSError) as error:
         return _refuse(error)
     process, processes = _place()
+    if glances:
+        notices.append(
+            f"a glance: {args.images} images, methods at {_GLANCE_CALLS} calls; --nfe, --methods "
+            "and --images ask for others"
+        )
     if process == 0:
         for notice in notices:
             print(notice)
@@ -168,26 +184,36 @@ def present(records: Sequence[Record], out: Path) -> None:
     from harness.pictures import write_grids
     from harness.plots import write_plots
     from harness.report import write_report
-    from harness.tables import write_tables
+    from harness.tables import COLUMNS, show_calls, used_columns, write_tables
 
-    names = [name for name in METRICS if any(name in record.values for record in records)]
-    table = Table("task", "method", "calls", "n", *names, "forward", "s", "failed", box=None)
-    for record in records:
-        means = [record.mean(name) for name in names]
-        table.add_row(
-            record.task,
-            record.title,
-            str(record.nfe),
-            str(record.images),
-            *("-" if mean is None else f"{mean:.4g}" for mean in means),
-            f"{record.forward:g}",
-            f"{record.seconds:.3g}",
-            str(len(record.failures)),
-        )
-    Console().print(table)
+    columns = [column for column in used_columns(records) if column.name in METRICS]
+    seconds = next(column for column in COLUMNS if column.name == "seconds")
+    for task, of_task in groupby(sorted(records, key=_place_in_console), lambda r: r.task):
+        rows = list(of_task)
+        title = f"{task_title(task)}, {' and '.join(map(str, _numbers(rows)))} images"
+        table = Table(title=title, box=None, title_justify="left", padding=(0, 1, 0, 0))
+        for head in ("method", "calls"):
+            table.add_column(head, no_wrap=True)
+        for head in (*(column.name.removeprefix("lpips-") for column in columns), "s"):
+            table.add_column(head, no_wrap=True, justify="right")
+        for record in rows:
+            failed = f" ({len(record.failures)} failed)" if record.failures else ""
+            means = [column.show(column.value(record)) for column in (*columns, seconds)]
+            table.add_row(record.method + failed, show_calls(record), *means)
+        Console().print(table)
     for write in (write_tables, write_plots, write_grids, write_report):
         for path in write(records, out):
             print(path)
+
+
+def _place_in_console(record: Record) -> tuple[int, int, float, str]:
+    """Return where a row is shown: by task, number of images, calls and name."""
+    return list_tasks().index(record.task), -record.images, record.nfe, record.method
+
+
+def _numbers(records: Sequence[Record]) -> list[int]:
+    """Return the numbers of images of some rows."""
+    return sorted({record.images for record in records}, reverse=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,7 +224,9 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _shared_arguments(parser: argparse.ArgumentParser, *, images: int, all_tasks: bool) -> None:
+def _shared_arguments(
+    parser: argparse.ArgumentParser, *, images: int | None, all_tasks: bool
+) -> None:
     """Add the arguments that both commands have."""
     add = parser.add_argument
     names = ", ".join(list_tasks())
@@ -207,7 +235,10 @@ def _shared_arguments(parser: argparse.ArgumentParser, *, images: int, all_tasks
     add("--prior", default="ncvsd_faces64", help="distilled prior, a name or path")
     add("--teacher", help="its teacher, a name or path; PRIOR_teacher")
     add("--methods", nargs="+", help="names, or module:NAME or FILE.py:NAME of your own; all")
-    add("--images", type=int, default=images, help="images, from the first (%(default)s)")
+    number = (
+        f"{_IMAGES}; {_GLANCE_IMAGES} without --methods and --nfe" if images is None else images
+    )
+    add("--images", type=int, default=images, help=f"images, from the first ({number})")
     add("--size", type=int, default=96, help="side of crops for priors of any size (%(default)s)")
     add("--batch-size", type=int, default=16, help="images at a time (%(default)s)")
     add("--seed", type=int, default=0, help="of measurements and methods (%(default)s)")
@@ -216,9 +247,10 @@ def _shared_arguments(parser: argparse.ArgumentParser, *, images: int, all_tasks
 
 def _run_parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Hold restoration methods side by side, per network call.")
-    _shared_arguments(parser, images=100, all_tasks=False)
+    _shared_arguments(parser, images=None, all_tasks=False)
     add = parser.add_argument
-    add("--nfe", type=int, nargs="+", help="network calls, where a method can run; its own")
+    calls = f"network calls, where a method can run; {_GLANCE_CALLS}, of named methods their own"
+    add("--nfe", type=int, nargs="+", help=calls)
     add("--slow-images", type=int, default=20, help="images of over 100 calls (%(default)s)")
     add("--draws", type=int, default=1, help="draws an image of methods that sample (%(default)s)")
     add("--metrics", nargs="+", help=f"{', '.join(METRICS)}; all that can be computed")

@@ -11,14 +11,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, NoReturn, Self
 
+from scipy.stats import t as student_t
+
 from ncvsd_inverse import list_tasks
 from ncvsd_inverse.checks import check_choice, check_count
 
 __all__ = [
+    "CONFIDENCE",
     "METHOD_NAME",
     "METRICS",
     "NETWORKS",
     "RECORDS",
+    "Difference",
     "Record",
     "check_number",
     "check_text",
@@ -60,6 +64,22 @@ LONGEST = 1000
 
 LARGEST = 1e30
 """Largest absolute value of a number in a record."""
+
+
+CONFIDENCE = 0.95
+"""Of the intervals of differences."""
+
+
+class Difference(NamedTuple):
+    """A mean difference over images and half the width of its interval, by Student's t."""
+
+    mean: float
+    margin: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return abs(self.mean) > self.margin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +160,20 @@ class Record:
         """Return the standard error of `mean`; None with fewer than two images."""
         known = self._known(metric)
         return stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+
+    def difference(self, other: "Record", metric: str) -> "Difference | None":
+        """Return how far a metric of this row is above that of another, over the same images.
+
+        None unless both have at least two images in common, of the same data.
+        """
+        if (self.data_sha256, self.seed) != (other.data_sha256, other.seed):
+            return None
+        pairs = zip(self.values.get(metric, ()), other.values.get(metric, ()), strict=False)
+        gaps = [own - theirs for own, theirs in pairs if own is not None and theirs is not None]
+        if len(gaps) < 2:
+            return None
+        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(gaps) - 1))
+        return Difference(fmean(gaps), quantile * stdev(gaps) / math.sqrt(len(gaps)))
 
     def _known(self, metric: str) -> list[float]:
         return [value for value in self.values.get(metric, ()) if value is not None]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +19,7 @@ from harness.published import (
     read_references,
     show_scores,
 )
-from harness.records import METRICS, NETWORKS, Record
+from harness.records import CONFIDENCE, METRICS, NETWORKS, Record
 from ncvsd_inverse import list_tasks
 from ncvsd_inverse.checks import check_choice
 from ncvsd_inverse.files import write_whole
@@ -34,6 +35,8 @@ __all__ = [
     "best_rows",
     "caption_notes",
     "csv_table",
+    "difference_table",
+    "find_ours",
     "latex",
     "latex_table",
     "markdown_table",
@@ -54,6 +57,10 @@ GOALS = {
     "nominal": "→ 0.9",
 }
 """How a table shows which way is better."""
+
+
+OURS_SHOWN, OURS_CALLS = "ncvsd-point", 10
+"""Method and network calls of the row that others are held against."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +252,13 @@ def used_columns(records: Iterable[Record]) -> list[Column]:
 
 
 def best_rows(records: Sequence[Record], column: Column) -> frozenset[str]:
-    """Return the keys of the rows of one image set that are best in a column, as it is shown.
+    """Return the keys of the rows of one image set that are best in a column.
 
-    A row with failed images is measured on fewer images than the others and takes no part; nor is
-    there a best of one.
+    Of a metric that is better higher or lower they are the best mean and all rows that are not
+    clearly behind it, by the interval of the difference over the same images; of others those that
+    are best as it is shown. Memory has no best: it is that of the whole process. A row with failed
+    images is measured on fewer images than the others and takes no part; nor is there a best of
+    one.
     """
     distance: Callable[[float], float] = {
         "higher": lambda value: -value,
@@ -261,8 +271,54 @@ def best_rows(records: Sequence[Record], column: Column) -> frozenset[str]:
         for record in records
         if not record.failures and (value := column.value(record)) is not None
     }
-    least = min(scores.values(), default=0.0)
-    return frozenset(key for key, score in scores.items() if score == least and len(scores) > 1)
+    if len(scores) < 2 or column.name == "peak_mib":
+        return frozenset()
+    least = min(scores.values())
+    best = {key for key, score in scores.items() if score == least}
+    if column.name in METRICS and column.better in ("higher", "lower"):
+        first = next(record for record in records if record.key in best)
+        for record in records:
+            gap = record.difference(first, column.name) if record.key in scores else None
+            if gap is not None and not gap.is_clear:
+                best.add(record.key)
+    return frozenset(best)
+
+
+def find_ours(records: Sequence[Record]) -> Record | None:
+    """Return the row that differences are taken to: our point estimate of ten calls, or near."""
+    ours = [record for record in records if record.method == OURS_SHOWN and not record.failures]
+    return min(ours, key=lambda record: abs(math.log(record.nfe / OURS_CALLS)), default=None)
+
+
+def difference_table(records: Sequence[Record]) -> list[str]:
+    """Return Markdown lines: what the other rows of an image set have above ours, by interval."""
+    ours = find_ours(records)
+    columns = [column for column in used_columns(records) if column.better in ("higher", "lower")]
+    columns = [column for column in columns if column.name in METRICS]
+    if ours is None:
+        return []
+    lines = [
+        f"Mean difference to {_markdown(ours.title)}, {ours.nfe} calls, over the same images, with "
+        f"its {CONFIDENCE:.0%} interval; bold where ours is clearly ahead:",
+        "",
+        *_markdown_head(["method", "calls", *(column.title for column in columns)], left=1),
+    ]
+    found = False
+    for record in records:
+        gaps = [record.difference(ours, column.name) for column in columns]
+        if record.key == ours.key or not any(gaps):
+            continue
+        found = True
+        cells = []
+        for column, gap in zip(columns, gaps, strict=True):
+            if gap is None:
+                cells.append(ABSENT)
+                continue
+            text = f"{gap.mean:+.{column.decimals}f} ± {column.show(gap.margin)}"
+            behind = gap.mean < 0 if column.better == "higher" else gap.mean > 0
+            cells.append(f"**{text}**" if gap.is_clear and behind else text)
+        lines.append(_markdown_row([_markdown(record.title), show_calls(record), *cells]))
+    return [*lines, ""] if found else []
 
 
 def write_tables(records: Sequence[Record], out: Path) -> list[Path]:
@@ -308,8 +364,9 @@ def caption_notes(records: Iterable[Record]) -> list[str]:
     """Return what must be known to read a table of these records."""
     rows = list(records)
     notes = [
-        "n: images. Bold: the best of a column among the rows of the same images; rows with "
-        "failed images are averages over the others and take no part."
+        "n: images. Bold: the best of a column among the rows of the same images, and what is not "
+        f"clearly behind it ({CONFIDENCE:.0%} interval of the difference over the images, by "
+        "Student's t); rows with failed images are averages over the others and take no part."
     ]
     draws = sorted({record.draws for record in rows if record.samples})
     if any(count > 1 for count in draws):
@@ -339,7 +396,7 @@ def markdown_table(task: str, sets: dict[ImageSet, list[Record]]) -> str:
                 cells.append(text if error is None else f"{text} ± {column.show(error)}")
             first = [_markdown(record.title), show_kind(record), show_calls(record)]
             lines.append(_markdown_row([*first, str(record.images), *cells, _failures(record)]))
-        lines.append("")
+        lines += ["", *difference_table(rows)]
     if published_rows(task):
         lines += ["### Published, not comparable", "", CAPTION, ""]
         heads = ["method", "calls", *SCORE_NAMES, "cite", "measured by"]

@@ -108,6 +108,8 @@ def stub(name, run, **changes):
     return Method(name=name, run=run, **{**known, **changes})
 
 
+PRESENT = cli.present
+
 METHODS = {
     method.name: method
     for method in (
@@ -179,8 +181,28 @@ def by_row(folder):
     }
 
 
+def test_a_run_that_asks_for_nothing_is_a_glance(run, tmp_path):
+    status, printed, err = run()
+    assert (status, err) == (0, "")
+    assert "a glance: 16 images, methods at 10 calls" in printed
+    calls = {(method, nfe) for _, method, nfe, _ in by_row(tmp_path / "out")}
+    without = {(name, 0) for name in ("adjoint", "noise", "fails")}
+    assert calls == {("ncvsd", 10), ("guided", 10), ("slow", 10), *without}
+
+
+def test_the_printed_table_fits_a_terminal(run, monkeypatch, tmp_path, capsys):
+    run()
+    monkeypatch.setenv("COLUMNS", "80")
+    PRESENT(read_records(tmp_path / "out"), tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in lines if line.strip().startswith("method"))
+    assert head.split() == ["method", "calls", "psnr", "ssim", "residual", "s"]
+    assert max(len(line) for line in lines if not line.startswith(str(tmp_path))) <= 80
+    assert not any("…" in line for line in lines)
+
+
 def test_rows_with_what_they_count(run, tmp_path):
-    status, printed, err = run("--slow-images", 4)
+    status, printed, err = run("--slow-images", 4, "--methods", *METHODS)
     assert (status, err) == (0, "")
     rows = by_row(tmp_path / "out")
     assert printed.endswith("rows 9\n")
@@ -713,7 +735,9 @@ def tune(run, tmp_path, monkeypatch):
 def test_all_have_the_same_trials_and_the_best_is_chosen(tune, tmp_path):
     status, printed, err = tune()
     assert (status, err) == (0, "")
-    assert printed.startswith("3 images and 6 trials, above 100 calls 3 and 3; estimated ")
+    assert printed.startswith(
+        "3 images and 6 trials, above 20 calls 3 and 5, above 100 calls 3 and 3, estimated "
+    )
     entries = tuned_entries(tmp_path / "tuned.json")
     names = {("adjoint", 0), ("gained", 4), ("gained", 16), ("gained", 101)}
     assert entries.keys() == {("sr4x", *name) for name in names}
@@ -875,7 +899,7 @@ def test_tuning_needs_the_weights_of_both_and_images(run, place, tmp_path, monke
     known = ["--prior", place / "any", "--size", 32, "--out", tmp_path / "tuned.json"]
     status, _, err = run(*known, "--data", place / "of40", command=cli.run_tuning)
     assert status == 2
-    assert "lpips_alex_features.safetensors in the folder that NCVSD_WEIGHTS names" in err
+    assert "lpips_vgg_features.safetensors in the folder that NCVSD_WEIGHTS names" in err
     status = cli.run_tuning(METHODS, [str(part) for part in known])
     assert status == 2
     assert not (tmp_path / "tuned.json").exists()

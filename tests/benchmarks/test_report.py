@@ -321,6 +321,37 @@ def test_tie_as_shown_is_a_tie():
     assert tables.best_rows([first, second, third], psnr) == {third.key}
 
 
+def test_rows_that_are_not_clearly_behind_the_best_are_bold_too():
+    psnr = tables.COLUMNS[0]
+    best = record("best", more={"psnr": (20.0, 22.0, 24.0, 26.0)})
+    near = record("near", more={"psnr": (21.0, 20.0, 25.0, 25.0)})
+    behind = record("behind", more={"psnr": (19.8, 21.7, 23.8, 25.7)})
+    assert tables.best_rows([best, near, behind], psnr) == {best.key, near.key}
+    gap = behind.difference(best, "psnr")
+    assert gap.mean == pytest.approx(-0.25)
+    # Student's t with three degrees of freedom: 3.182 standard errors.
+    assert gap.margin == pytest.approx(3.182 * 0.0577 / 2, rel=1e-3)
+    assert gap.is_clear
+    assert not near.difference(best, "psnr").is_clear
+    alone = record("alone", images=1, more={"psnr": (30.0,)})
+    assert alone.difference(best, "psnr") is None
+    memory = next(column for column in tables.COLUMNS if column.name == "peak_mib")
+    assert tables.best_rows([best, near], memory) == frozenset()
+
+
+def test_differences_are_to_our_point_of_ten_calls():
+    values = (20.0, 22.0, 24.0, 26.0)
+    ours = record("ncvsd-point", nfe=10, more={"psnr": values})
+    few = record("ncvsd-point", nfe=4, more={"psnr": tuple(v - 2 for v in values)})
+    worse = record("dps", nfe=100, title="DPS", more={"psnr": (18.9, 21.1, 22.9, 25.1)})
+    level = record("daps", nfe=100, title="DAPS", more={"psnr": (21.0, 21.0, 25.0, 25.0)})
+    lines = tables.difference_table([ours, few, worse, level])
+    assert "10 calls" in lines[0]
+    assert any(line.startswith("| DPS | 100 | **-1.00 ± 0.18** |") for line in lines)
+    assert any(line.startswith("| DAPS | 100 | +0.00 ± 1.84 |") for line in lines)
+    assert tables.difference_table([worse, level]) == []
+
+
 def test_markdown_escapes_titles(records):
     text = markdown(records, "sr4x")
     assert "<script" not in text
