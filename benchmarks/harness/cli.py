@@ -21,6 +21,7 @@ from torch import Tensor
 from baselines.interface import Method, Models
 from baselines.registry import find_methods
 from harness.cache import Cache, describe_environment, make_key, make_record, narrow
+from harness.headline import MARKS, headline
 from harness.problems import (
     DATA_VARIABLE,
     KnownProblem,
@@ -43,6 +44,7 @@ from harness.tuning import (
 )
 from ncvsd_inverse import CheckpointError, list_tasks, load_prior, write_image
 from ncvsd_inverse.checks import check_choice, check_count
+from ncvsd_inverse.files import write_between
 from ncvsd_inverse.machine import find_device
 from ncvsd_inverse.metrics import SMALLEST_SIDE
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
@@ -165,12 +167,15 @@ def run_report(arguments: Sequence[str] | None = None) -> int:
     """Present the records of a folder once more; return the exit status, 2 for bad input."""
     parser = _Parser(description="Write tables, plots, picture grids and the report of a run.")
     parser.add_argument("folder", type=Path, help="results that run.py wrote")
+    parser.add_argument("--readme", type=Path, help="file to write the headline into")
     try:
-        folder = parser.parse_args(arguments).folder
-        records = read_records(folder)
+        args = parser.parse_args(arguments)
+        records = read_records(args.folder)
         if not records:
-            raise ValueError(f"folder must hold {RECORDS}, got {folder}")
-        present(records, folder)
+            raise ValueError(f"folder must hold {RECORDS}, got {args.folder}")
+        if args.readme is not None:
+            write_between(args.readme, MARKS, headline(records))
+        present(records, args.folder)
     except (ValueError, OSError) as error:
         return _refuse(error)
     return 0

@@ -5,18 +5,16 @@ r"""Show where all methods stand at 4, 10, 20 and 100 network calls on held-out 
 
 The faces are those after the ones that the settings were tuned on, one draw of each. The first
 command runs `benchmarks/run.py` on them; a stopped run goes on with the same command. The second
-writes the tables of README.md here and that of the project's.
+writes the tables of README.md here.
 """
 
 import argparse
-import math
 import sys
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from baselines.ours import OURS
 from baselines.registry import METHODS
 from harness.cli import run
 from harness.records import Record, read_records
@@ -24,7 +22,6 @@ from ncvsd_inverse.files import write_between
 from ncvsd_inverse.images import read_images, write_image
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[1]
 TITLES = {
     "inpaint_box": "box inpainting",
     "inpaint_random": "70% missing",
@@ -36,9 +33,6 @@ TASKS = tuple(TITLES)
 CALLS = (4, 10, 20, 100)
 METRICS = {"psnr": 2, "lpips-alex": 4, "lpips-vgg": 4}
 """What is shown, with its decimals."""
-
-HEADLINE_CALLS = 10
-"""Calls of our rows in the project's README."""
 
 MARKS = ("<!-- written by standing.py -->", "<!-- end of standing.py -->")
 
@@ -61,7 +55,7 @@ def measure(data: Path, out: Path, calls: list[int], images: int, skip: int) -> 
 
 
 def write_tables(out: Path) -> None:
-    """Write a table for each number of calls, the best of each figure in bold, and the headline."""
+    """Write a table for each number of calls, the best of each figure in bold."""
     found = read_records(out / "results")
     most = max(record.images for record in found)  # ours have rows of fewer images too
     records = [r for r in found if r.nfe in (0, *CALLS) and r.images == most]
@@ -73,54 +67,6 @@ def write_tables(out: Path) -> None:
     without = [record for record in records if record.nfe == 0]
     blocks.append("**without a network**\n\n" + table(without))
     write_between(FOLDER / "README.md", MARKS, "\n\n".join(blocks))
-    write_between(ROOT / "README.md", MARKS, headline(records))
-
-
-def headline(records: list[Record]) -> str:
-    """Return a table of ours beside the best of the others, by the score of the tuning."""
-    ours = {method.name for method in OURS}
-    counts = [
-        calls
-        for calls in CALLS
-        if calls >= HEADLINE_CALLS
-        and {r.task for r in records if r.nfe == calls and r.method not in ours} == set(TASKS)
-    ]
-    heads = [f"ours, {HEADLINE_CALLS} calls", "a draw of ours"]
-    heads += [f"best other, {calls} calls" for calls in counts]
-    lines = ["| task | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    ahead = {calls: dict.fromkeys(METRICS, 0) for calls in counts}
-    for task in TASKS:
-        of_task = [record for record in records if record.task == task]
-        point, draw = (
-            next(r for r in of_task if (r.method, r.nfe) == (name, HEADLINE_CALLS))
-            for name in ("ncvsd-point", "ncvsd")
-        )
-        cells = [figures(point), figures(draw)]
-        for calls in counts:
-            others = [r for r in of_task if r.nfe == calls and r.method not in ours]
-            best = min(others, key=score)
-            cells.append(f"{figures(best)} {best.title}")
-            for name in METRICS:
-                gain = (point.mean(name) or 0) - (best.mean(name) or 0)
-                ahead[calls][name] += gain > 0 if name == "psnr" else gain < 0
-        lines.append(f"| {TITLES[task]} | " + " | ".join(cells) + " |")
-    for calls, won in ahead.items():
-        tasks = ", ".join(f"in {count} by {name}" for name, count in won.items())
-        start = f"Of the {len(TASKS)} tasks ours is ahead of the best other of {calls} calls"
-        lines += ["", f"{start} {tasks}."]
-    return "\n".join(lines)
-
-
-def score(record: Record) -> float:
-    """Return the geometric mean of the two lpips."""
-    alex, vgg = record.mean("lpips-alex"), record.mean("lpips-vgg")
-    return math.inf if alex is None or vgg is None else math.sqrt(alex * vgg)
-
-
-def figures(record: Record) -> str:
-    """Return the means of a row."""
-    values = ((record.mean(name), decimals) for name, decimals in METRICS.items())
-    return " / ".join("-" if mean is None else f"{mean:.{decimals}f}" for mean, decimals in values)
 
 
 def table(records: list[Record]) -> str:

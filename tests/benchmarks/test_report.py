@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from harness import pictures, plots, report, tables
+from harness.headline import headline
 from harness.published import ABSENT, PUBLISHED, published_rows, read_references
 from harness.records import METRICS, RECORDS, Record, read_records
 from ncvsd_inverse.tasks import list_tasks
@@ -350,6 +351,46 @@ def test_differences_are_to_our_point_of_ten_calls():
     assert any(line.startswith("| DPS | 100 | **-1.00 ± 0.18** |") for line in lines)
     assert any(line.startswith("| DAPS | 100 | +0.00 ± 1.84 |") for line in lines)
     assert tables.difference_table([worse, level]) == []
+
+
+def test_the_headline_holds_ours_beside_the_best_other():
+    def row(method, nfe, psnr, lpips, **changes):
+        steps = (-1.0, 1.0, -0.5, 0.5)
+        values = {"psnr": tuple(psnr + step for step in steps)}
+        for net in ("alex", "vgg"):
+            values[f"lpips-{net}"] = tuple(lpips + step / 100 for step in steps)
+        return record(method, nfe, more=values, **changes)
+
+    other = {"network": "teacher"}
+    level = row("near", 10, 0.0, 0.2, title="Near", **other)
+    crossed = tuple(30.0 + step for step in (1.0, -1.0, 0.5, -0.5))
+    level = replace(level, values={**level.values, "psnr": crossed})
+    rows = [
+        row("ncvsd-point", 10, 30.0, 0.1),
+        row("ncvsd", 10, 28.0, 0.12),
+        level,
+        row("far", 10, 40.0, 0.3, title="Far", **other),
+        row("far", 20, 31.0, 0.05, title="Far", **other),
+        row("ncvsd-point", 10, 31.0, 0.2, images=2),
+    ]
+    assert headline(rows).splitlines() == [
+        "| task | ours, 10 calls | a draw of ours | best other, 10 calls | best other, 20 calls |",
+        "|---|---|---|---|---|",
+        "| Super-resolution x4 | 30.00 / 0.1000 / 0.1000 | 28.00 / 0.1200 / 0.1200 | "
+        "30.00 / 0.2000 / 0.2000 Near | 31.00 / 0.0500 / 0.0500 Far |",
+        "",
+        "Against the best other of 10 calls, by 95% intervals, ours is "
+        "by PSNR ahead in 0, level in 1 and behind in 0; "
+        "by lpips-alex ahead in 1, level in 0 and behind in 0; "
+        "by lpips-vgg ahead in 1, level in 0 and behind in 0.",
+        "",
+        "Against the best other of 20 calls, by 95% intervals, ours is "
+        "by PSNR ahead in 0, level in 0 and behind in 1; "
+        "by lpips-alex ahead in 0, level in 0 and behind in 1; "
+        "by lpips-vgg ahead in 0, level in 0 and behind in 1.",
+    ]
+    with pytest.raises(ValueError, match="records must have ncvsd-point at 10 calls"):
+        headline(rows[1:])
 
 
 def test_markdown_escapes_titles(records):
