@@ -57,7 +57,7 @@ LADDERS = {
 WORTHWHILE = 0.997
 """Score over the best so far with which a search goes on the same way."""
 
-TIE = 1.04
+TIE = 1.01
 """Score over the best with which settings tie: it is flat in the temperature, PSNR is not."""
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     trials = found.setdefault(args.prior, {})
     if args.write:
-        write_card(args.prior, read_points(trials))
+        write_card(args.prior, trials)
         return
     prior, size = load_prior(args.prior), (args.size, args.size)
     pictures = read_images(args.data, 2 * args.images if args.judge else args.images)
@@ -201,24 +201,19 @@ def calmest_of(row: list[dict[str, float]]) -> Point:
     return best_of([trial for trial in ties if trial["temperature"] == coolest])
 
 
-def read_points(trials: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> Points:
-    """Return settings by family and number of calls: of those that tie the calmest.
+def write_card(name: str, trials: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> None:
+    """Put settings into the card of a prior of the package: of those that tie the calmest.
 
-    General settings stand for fewer calls than were searched.
+    Families and numbers of calls without trials keep what the card has, or the general settings.
     """
-    points = {}
-    for name, rows in trials.items():
-        family = None if name == "other" else name
-        found = {int(calls): calmest_of(row) for calls, row in rows.items()}
-        fewer = {calls: row for calls, row in POINTS[family].items() if calls < min(found)}
-        points[family] = dict(sorted((fewer | found).items()))
-    return points
-
-
-def write_card(name: str, points: Points) -> None:
-    """Put settings into the card of a prior of the package."""
     stem = PACKAGE_WEIGHTS / name
-    write_whole(card_path(stem), replace(read_card(stem), points=points).to_json())
+    card = read_card(stem)
+    points = {family: dict(rows) for family, rows in (card.points or POINTS).items()}
+    for family_name, rows in trials.items():
+        family = None if family_name == "other" else family_name
+        found = {int(calls): calmest_of(row) for calls, row in rows.items()}
+        points[family] = dict(sorted((points.get(family, {}) | found).items()))
+    write_whole(card_path(stem), replace(card, points=points).to_json())
 
 
 def judge(prior: Prior, images: Tensor, calls: list[int], sigma_y: float) -> None:

@@ -1,6 +1,7 @@
 """Few-step draws beside exact posteriors: experiments/few_step/oracle.py, shortened."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -22,12 +23,12 @@ from experiments.few_step.oracle import (
     tasks,
     uniform_p_value,
 )
-from experiments.few_step.point import best_of, calmest_of, read_points, search
+from experiments.few_step.point import best_of, calmest_of, search, write_card
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
+from ncvsd_inverse.priors.files import PACKAGE_WEIGHTS, card_path, read_card
 from ncvsd_inverse.protocols import SIGMA_Y, Point
 from ncvsd_inverse.sampling.matheron import Matheron
-from ncvsd_inverse.sampling.settings import POINTS
 
 CHAINS = 400
 NAMES = ["box inpainting", "random inpainting", "SR", "blur"]
@@ -210,18 +211,22 @@ def test_a_search_of_settings_finds_the_best_and_goes_on_where_it_stopped():
     assert walk(walk([], 9), 24) == row
 
 
-def test_settings_that_were_found_are_read_by_family():
-    trials = {"blur": {"4": walk([], 5)}, "other": {"10": walk([], 2)}}
-    points = read_points(trials)
-    assert points["blur"][4] == calmest_of(trials["blur"]["4"])
-    # Fewer calls than were searched have general settings.
-    assert list(points[None]) == [1, 4, 10]
-    assert points[None][4] == POINTS[None][4]
-    assert points[None][10] == calmest_of(trials["other"]["10"])
+def test_settings_that_were_found_go_into_the_card(tmp_path, monkeypatch):
+    known = card_path(PACKAGE_WEIGHTS / "ncvsd_faces64")
+    shutil.copy(known, tmp_path)
+    monkeypatch.setattr("experiments.few_step.point.PACKAGE_WEIGHTS", tmp_path)
+    trials = {"blur": {"4": walk([], 5)}, "other": {"7": walk([], 2)}}
+    write_card("ncvsd_faces64", trials)
+    before, after = read_card(known.with_suffix("")), read_card(tmp_path / "ncvsd_faces64")
+    assert after.points["blur"] == {**before.points["blur"], 4: calmest_of(trials["blur"]["4"])}
+    assert after.points[None][7] == calmest_of(trials["other"]["7"])
+    assert list(after.points[None]) == sorted(after.points[None])
+    assert after.points["superres"] == before.points["superres"]
+    assert replace(after, points=None) == replace(before, points=None)
 
 
 def test_of_settings_that_tie_the_calmest_are_taken():
-    rows = [(0.5, 0.7, 1.0), (0.2, 0.7, 1.02), (0.2, 0.5, 1.01), (0.1, 0.7, 1.05)]
+    rows = [(0.5, 0.7, 1.0), (0.2, 0.7, 1.009), (0.2, 0.5, 1.004), (0.1, 0.7, 1.05)]
     trials = [
         {**START._asdict(), "temperature": t, "noise": noise, "score": score}
         for t, noise, score in rows
