@@ -3,7 +3,7 @@ r"""Write the networks of finished runs as the package's priors, with their card
     python experiments/ship.py natural --teacher-run runs/natural/teacher \
         --run runs/natural/distill --val DIR/natural/val.zip --out ncvsd_inverse/priors/weights
     ncvsd statistics ncvsd_inverse/priors/weights/ncvsd_natural --data DIR/natural/val.zip
-    ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip -o runs/judged
+    ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip --size 96 -o runs/judged
     python experiments/ship.py natural --judged runs/judged/evaluation.json \
         --out ncvsd_inverse/priors/weights
 

@@ -77,7 +77,7 @@ RUN = "python benchmarks/run.py"
 ONE = "--images 1 --methods ncvsd pinv --nfe 1"
 TRAIN = "ncvsd train faces64 --data pictures.zip -o runs/teacher"
 DISTILL = "ncvsd distill faces64 --teacher runs/teacher --data pictures.zip -o runs/student"
-JUDGE = "ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip -o runs/judged"
+JUDGE = "ncvsd evaluate ncvsd_natural --data DIR/natural/test.zip --size 96 -o runs/judged"
 FOLDER = Short(
     "ncvsd solve FOLDER --task sr --scale 4 --prior ncvsd_faces64 -o OUT --nfe 1",
     makes=("OUT/a_restored.png", "OUT/b_restored.png"),

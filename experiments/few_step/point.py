@@ -57,7 +57,7 @@ LADDERS = {
 WORTHWHILE = 0.997
 """Score over the best so far with which a search goes on the same way."""
 
-TIE = 1.01
+TIE = 1.002
 """Score over the best with which settings tie: it is flat in the temperature, PSNR is not."""
 
 
