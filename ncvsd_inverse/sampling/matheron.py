@@ -51,7 +51,11 @@ class Matheron:
 
     def with_noise(self, sigma_lik: float) -> "Matheron":
         """Return what conditions on the same y with another noise std; errors add up."""
-        other = Matheron(self.operator, self._y, sigma_lik)
+        return self.with_operator(self.operator, sigma_lik)
+
+    def with_operator(self, operator: LinearOperator, sigma_lik: float) -> "Matheron":
+        """Return what conditions on the same y as seen through another operator."""
+        other = Matheron(operator, self._y, sigma_lik)
         other.error = self.error
         return other
 

@@ -58,6 +58,9 @@ class Result:
         method: the loop that ran.
         converged: whether every linear solve ended within 0.1 of the std of what it conditions.
         y: the measurements, shape (B, ...).
+        kernel: what a `BlindBlur` turned out to be, shape (B, 1, n, n), as `Blur` takes it; None
+            for other operators.
+        kernel_std: how sure each of its weights is, a std, shape (B, 1, n, n).
     """
 
     x0: Tensor
@@ -75,6 +78,8 @@ class Result:
     method: Method
     converged: bool
     y: Tensor
+    kernel: Tensor | None = None
+    kernel_std: Tensor | None = None
 
     def __repr__(self) -> str:
         count, *shape = self.x0.shape
@@ -123,6 +128,8 @@ class Result:
             method=first.method,
             converged=all(result.converged for result in results),
             y=together("y"),
+            kernel=None if first.kernel is None else together("kernel"),
+            kernel_std=None if first.kernel_std is None else together("kernel_std"),
         )
 
     def _repr_png_(self) -> bytes:

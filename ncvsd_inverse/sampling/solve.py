@@ -18,7 +18,8 @@ from ncvsd_inverse.machine import (
 )
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
-from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics
+from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics, UnknownKernel
+from ncvsd_inverse.sampling.blind import describe_kernel, find_kernel, search_calls
 from ncvsd_inverse.sampling.chains import (
     Method,
     Plan,
@@ -194,8 +195,10 @@ def solve(
         )
     prior = find_prior(prior, y.device if isinstance(y, Tensor) else None)
     known = None if isinstance(sigma_y, str) else sigma_y
-    problem = Problem.checked(y, operator, sigma_y=known, seed=seed)
-    if isinstance(sigma_y, str) and len(problem.y) > 1:
+    unknown = operator if isinstance(operator, UnknownKernel) else None
+    first = operator if unknown is None else _any_kernel(unknown, y)
+    problem = Problem.checked(y, first, sigma_y=known, seed=seed)
+    if (isinstance(sigma_y, str) or unknown is not None) and len(problem.y) > 1:
         check_alike(problem)
         return Result.joined(
             [
@@ -226,6 +229,51 @@ def solve(
     statistics = None
     if method == "conditioning" or draws_by_statistics(prior):
         statistics = with_own_statistics(prior, problem.shape[1:])
+    if unknown is not None:
+        if statistics is None or schedule is not None:
+            came = f"method {method!r}" if schedule is None else f"schedule {schedule!r}"
+            raise ValueError(
+                "operator must be a known blur unless method is 'conditioning' and schedule None, "
+                f"got a BlindBlur with {came}"
+            )
+        calls = search_calls(nfe, prior)
+        started = time_now(y.device)
+        with progress_bar("kernel", calls, shown=progress) as advance:
+            search = find_kernel(
+                problem,
+                unknown,
+                prior,
+                statistics,
+                calls=calls,
+                noise_is_known=known is not None or sigma_y is None,
+                chains=num_samples,
+                watch=_watch(advance, callback),
+            )
+        kernel, std = (each.to(y)[None, None] for each in search.found[:2])
+        result = solve(
+            problem.y,
+            operator=unknown.with_kernel(kernel),
+            prior=prior,
+            sigma_y=sigma_y,
+            num_samples=num_samples,
+            method=method,
+            estimate=estimate,
+            restarts=restarts,
+            seed=problem.keys,
+            batch_size=batch_size,
+            progress=progress,
+            callback=callback,
+            **(asked | {"nfe": nfe - calls}),
+        )
+        if note := describe_kernel(search.found):
+            warnings.warn(note, stacklevel=4)
+        return replace(
+            result,
+            nfe=result.nfe + search.calls,
+            seconds=time_now(y.device) - started,
+            kernel=kernel,
+            kernel_std=std,
+        )
     noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
     if noise is not None:
         problem = replace(problem, sigma_y=noise.sigma)
@@ -296,6 +344,14 @@ def solve(
         converged=converged,
         y=problem.y,
     )
+
+
+def _any_kernel(unknown: UnknownKernel, y: Tensor) -> Operator:
+    """Return the blur with one of the kernels that it may have."""
+    dtype = y.dtype if isinstance(y, Tensor) and y.is_floating_point() else None
+    kernel = torch.zeros(unknown.kernel_size, unknown.kernel_size, dtype=dtype)
+    kernel[unknown.kernel_size // 2, unknown.kernel_size // 2] = 1
+    return unknown.with_kernel(kernel)
 
 
 class _Ran(NamedTuple):
