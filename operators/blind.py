@@ -104,8 +104,12 @@ def _line(numbers: Sequence[float], size: int) -> Tensor:
 
 
 FAMILIES: Mapping[str, KernelFamily] = {
-    "gaussian": KernelFamily(("std in pixels",), (math.inf,), lambda size: ((0.3, size / 4),), _gaussian),
-    "defocus": KernelFamily(("radius in pixels",), (math.inf,), lambda size: ((0.3, size / 2),), _disc),
+    "gaussian": KernelFamily(
+        ("std in pixels",), (math.inf,), lambda size: ((0.3, size / 4),), _gaussian
+    ),
+    "defocus": KernelFamily(
+        ("radius in pixels",), (math.inf,), lambda size: ((0.3, size / 2),), _disc
+    ),
     "motion": KernelFamily(
         ("length in pixels", "angle in degrees"),
         (math.inf, 180.0),

@@ -167,7 +167,8 @@ def matheron_chain(
     over sigma_y.
     """
     generators = problem.generators()
-    conditioner = _make_conditioner(problem, plan.sigma_lik)
+    rough = isinstance(tracker, KernelTracker)
+    conditioner = _make_conditioner(problem, plan.sigma_lik, rough=rough)
     like = problem.y.new_zeros(problem.shape)
     mean, covariance = statistics.mean_image(like), statistics.covariance(math.inf, like)
     x = conditioner.start(mean, covariance, like, generator=generators)
@@ -192,9 +193,11 @@ def matheron_chain(
         yield Sweep(x, x, conditioner.error)
 
 
-def _make_conditioner(problem: Problem, sigma_lik: float) -> Matheron | GaussNewton:
+def _make_conditioner(
+    problem: Problem, sigma_lik: float, *, rough: bool = False
+) -> Matheron | GaussNewton:
     if isinstance(problem.operator, LinearOperator):
-        return Matheron(problem.operator, problem.y, sigma_lik)
+        return Matheron(problem.operator, problem.y, sigma_lik, rough=rough)
     return GaussNewton(problem.operator, problem.y, sigma_lik, sigma_y=problem.sigma_y)
 
 

@@ -371,7 +371,9 @@ class KernelTracker:
         kernel = self.blur.family.draw(numbers.tolist(), self.blur.kernel_size)
         return self._likelihood.value(kernel, self.sigma**2)[0]
 
-    def _spread_of_numbers(self, family: KernelFamily, last: int) -> tuple[tuple[float, float], ...]:
+    def _spread_of_numbers(
+        self, family: KernelFamily, last: int
+    ) -> tuple[tuple[float, float], ...]:
         """Return mean and std of the numbers, over the last sweeps and by the last likelihood."""
         numbers = torch.tensor(self._numbers[-last:], dtype=torch.float64)
         latest = numbers[-1]
