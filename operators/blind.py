@@ -41,6 +41,9 @@ class BlindBlur:
         ValueError: if an argument is out of range.
     """
 
+    sigma_y: float | None = None
+    """Noise std of the measurements, as for other operators: not known."""
+
     def __init__(
         self,
         kernel_size: int,

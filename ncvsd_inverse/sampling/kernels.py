@@ -118,10 +118,10 @@ class KernelLikelihood:
         if self._extension in ("replicate", "reflect"):
             x = functional.pad(x, [self._half] * 4, mode=self._extension)
         self._sides = x.shape[2:]
-        self._x = torch.fft.rfft2(covariance.mix(x))
+        self._x: Tensor = torch.fft.rfft2(covariance.mix(x))
         self._mixed = covariance.mix(self._y)
         self._spectrum = factor * covariance.spectrum
-        self._observed = torch.fft.rfft2(self._mixed)
+        self._observed: Tensor = torch.fft.rfft2(self._mixed)
 
     def value(self, kernel: Tensor, variance: float) -> tuple[float, Tensor, float]:
         """Return -log p(y | x, kernel) and its derivatives in kernel and noise variance."""
@@ -152,7 +152,8 @@ class KernelLikelihood:
         lags = torch.fft.irfft2(power, s=(height, width))
         places = torch.cartesian_prod(torch.arange(self.size), torch.arange(self.size))
         rows, columns = (places[:, None] - places).unbind(2)
-        return lags[rows % height, columns % width]
+        matrix: Tensor = lags[rows % height, columns % width]
+        return matrix
 
     def _transfer(self, kernel: Tensor, sides: Sequence[int]) -> Tensor:
         """Return the half spectrum of a kernel, its centre at the origin."""
@@ -163,7 +164,7 @@ class KernelLikelihood:
 
     def _weights_of(self, spectrum: Tensor, sides: Sequence[int]) -> Tensor:
         """Return the part of an image, by its half spectrum, that a kernel covers."""
-        whole = torch.fft.irfft2(spectrum, s=tuple(sides))
+        whole: Tensor = torch.fft.irfft2(spectrum, s=tuple(sides))
         return whole.roll((self._half, self._half), dims=(0, 1))[: self.size, : self.size]
 
     def _misfit(self, kernel: Tensor) -> Tensor:
@@ -172,7 +173,8 @@ class KernelLikelihood:
         if self._periodic:
             return self._observed - blurred
         inside = self._inside(torch.fft.irfft2(blurred, s=self._sides))
-        return torch.fft.rfft2(self._taper * (self._mixed - inside))
+        misfit: Tensor = torch.fft.rfft2(self._taper * (self._mixed - inside))
+        return misfit
 
     def _pull(self, spectrum: Tensor) -> Tensor:
         """Return the transpose of kernel -> kernel * x, faded out, of what has a half spectrum."""
@@ -325,9 +327,9 @@ class KernelTracker:
         information = self._likelihood.information(kernel, self.sigma**2)
         units = torch.eye(kernel.numel(), dtype=kernel.dtype).view(-1, *kernel.shape)
         rough = 2 * SMOOTHNESS * _differences(units).flatten(1) / float(kernel.square().sum())
-        covariance = torch.linalg.inv(information + rough)
+        covariance: Tensor = torch.linalg.inv(information + rough)
         sums = covariance.sum(1)
-        variances = covariance.diagonal() - sums.square() / sums.sum()  # weights sum to 1
+        variances: Tensor = covariance.diagonal() - sums.square() / sums.sum()  # weights sum to 1
         return variances.clamp(min=0).view_as(kernel)
 
     def _search(self, family: KernelFamily) -> LinearOperator:

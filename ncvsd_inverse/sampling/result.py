@@ -94,6 +94,7 @@ class Result:
         found = (
             "" if self.sigma_y_std is None else f" found, give or take {_span(self.sigma_y_std)}"
         )
+        kernel = "" if self.kernel is None else "kernel, kernel_std, "
         solves = "" if self.converged else "; linear solves fell short"
         return (
             f"{number} of {size}, {self.x0.dtype}: {MEANINGS[self.estimate]}{several}\n"
@@ -101,7 +102,7 @@ class Result:
             f"{self.seconds:.2g} s{solves}\n"
             f"noise of y {_span(self.sigma_y)}{found}, assumed {self.sigma_lik:.3g}\n"
             f"residual {_span(self.residual)} (about 1 where the noise of y is right)\n"
-            "x0, samples, mean, std; save(folder), plot(truth=None)"
+            f"{kernel}x0, samples, mean, std; save(folder), plot(truth=None)"
         )
 
     @classmethod
@@ -164,7 +165,7 @@ class Result:
         """Write the images and what is known of them; older files of the same names are replaced.
 
         For image i the folder, made if need be, gets i.png and, of several samples, i_std.png;
-        result.safetensors holds x0, samples and std, and result.json the figures.
+        result.safetensors holds x0, samples, std and kernels, and result.json the figures.
 
         Args:
             folder: the folder.
@@ -182,8 +183,8 @@ class Result:
         if spread is not None:
             pictures |= {f"{i}_std.png": x for i, x in enumerate(torch.split(spread, 1))}
         tensors = {"x0": self.x0, "samples": self.samples}
-        if self.std is not None:
-            tensors["std"] = self.std
+        more = {"std": self.std, "kernel": self.kernel, "kernel_std": self.kernel_std}
+        tensors |= {name: tensor for name, tensor in more.items() if tensor is not None}
         figures = {
             "estimate": self.estimate,
             "method": self.method,

@@ -68,7 +68,7 @@ PIXELS_AT_ONCE = 4_000_000
 def solve(
     y: Tensor,
     *,
-    operator: Operator,
+    operator: Operator | UnknownKernel,
     prior: Prior | str,
     nfe: int = 10,
     sigma_y: float | Literal["auto"] | None = None,
@@ -121,7 +121,9 @@ def solve(
         y: measurements, shape (B, ...), float32 or float64, or complex where the operator takes
             k-space; the result has their precision and device. Values that the operator does not
             measure, such as those under an `Inpaint` mask, are ignored.
-        operator: the forward model A, or a deepinv physics (see `from_deepinv`).
+        operator: the forward model A, or a deepinv physics (see `from_deepinv`), or a `BlindBlur`:
+            its kernel is then found first, with half of the calls, for each measurement by itself;
+            draws of one share it.
         prior: a prior, or a name or path that `load_prior` accepts.
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05. A y
