@@ -234,16 +234,18 @@ class UnknownKernel(Protocol):
 
     Attributes:
         kernel_size: side n of the kernel, pixels, odd.
-        boundary: what is beyond the edges of images, as for `Blur`.
-        family: the kernels that it may have; None: any.
     """
 
     kernel_size: int
-    boundary: str
+
+    @property
+    def boundary(self) -> str:
+        """What is beyond the edges of images, as for `Blur`."""
+        ...
 
     @property
     def family(self) -> KernelFamily | None:
-        """The kernels that it may have."""
+        """The kernels that it may have; None: any."""
         ...
 
     def with_kernel(self, kernel: Tensor, /) -> LinearOperator:

@@ -15,6 +15,7 @@ run goes on with the same command; --write puts the tables into README.md.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -91,7 +92,8 @@ def moved(x: Tensor, down: float, right: float) -> Tensor:
     rows = torch.fft.fftfreq(x.shape[2])[:, None] * down
     columns = torch.fft.rfftfreq(x.shape[3]) * right
     waves = torch.fft.rfft2(x) * torch.exp(-2j * math.pi * (rows + columns))
-    return torch.fft.irfft2(waves, s=x.shape[2:])
+    images: Tensor = torch.fft.irfft2(waves, s=x.shape[2:])
+    return images
 
 
 def aligned(x0: Tensor, x: Tensor) -> Tensor:
@@ -121,12 +123,11 @@ def classics(y: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield what scikit-image makes of a picture, if it is there."""
     if importlib.util.find_spec("skimage") is None:
         return
-    from skimage.restoration import richardson_lucy, unsupervised_wiener
-
+    restoration: Any = importlib.import_module("skimage.restoration")
     guess = GaussianBlur(1.5, 13).kernel[0, 0].numpy()
     channels = ((y[0] + 1) / 2).numpy().astype(np.float64)
-    wiener = [unsupervised_wiener(each, guess, rng=0)[0] for each in channels]
-    lucy = [richardson_lucy(each.clip(0, 1), guess, 20) for each in channels]
+    wiener = [restoration.unsupervised_wiener(each, guess, rng=0)[0] for each in channels]
+    lucy = [restoration.richardson_lucy(each.clip(0, 1), guess, 20) for each in channels]
     for name, found in (("Wiener", wiener), ("Richardson-Lucy", lucy)):
         yield name, torch.from_numpy(np.stack(found)).float()[None] * 2 - 1
 
@@ -202,7 +203,7 @@ def main() -> None:
             if not left:
                 continue
             both, blur = pose(args.set, picture, laws[number % len(laws)], noise, number)
-            x, y = both.split(1)
+            x, y = both[:1], both[1:]
             rows, pictures = restore(args.set, prior, x, y, blur, noise, left)
             found[f"{args.set} {number} {noise:g}"] = known | rows
             write_image(args.out / f"{args.set}_{number}_{noise:g}.png", torch.cat(pictures, 3))

@@ -394,6 +394,7 @@ def one_image(result: Result, place: int) -> Result:
         y=result.y[image],
         kernel=None if result.kernel is None else result.kernel[image],
         kernel_std=None if result.kernel_std is None else result.kernel_std[image],
+        kernel_numbers=None if result.kernel_numbers is None else result.kernel_numbers[image],
     )
 
 
@@ -467,7 +468,9 @@ def write_result(job: Job, result: Result) -> None:
         write_image(files[0], kernel_picture(result.kernel))
         write_kernel(files[1], result.kernel)
         written += files
-        figures["kernel_std"] = float(relative_std(result))
+        figures["kernel_std"] = relative_std(result)
+        if result.kernel_numbers is not None:
+            figures["kernel_numbers"] = result.kernel_numbers[0].tolist()
     write_picture(picture, restored)
     figures[WRITTEN] = {path.name: file_sha256(path) for path in written}
     write_whole(place.record, json.dumps({**job.settings, **figures}, indent=2) + "\n")
@@ -483,6 +486,10 @@ def describe_result(result: Result, quality: float | None = None) -> str:
     if result.kernel is not None:
         height, width = kernel_sides(result.kernel)
         line += f", kernel {width} x {height} pixels found, give or take {relative_std(result):.0%}"
+        for value, sure in (
+            [] if result.kernel_numbers is None else result.kernel_numbers[0].tolist()
+        ):
+            line += f", {value:.3g} give or take {sure:.1g}"
     if quality is not None:
         line += f", {quality:.1f} dB"
     made = {"point": "point estimate", "mean": f"mean of {len(result.samples)} samples"}

@@ -74,7 +74,8 @@ def find_kernel(
         chains: chains that share the kernel.
         watch: called after each sweep.
     """
-    if max(problem.y.shape[2:]) > SIDE and PriorTraits.of(prior).image_shape is None:
+    fits = PriorTraits.of(prior).image_shape is None and unknown.boundary != "circular"
+    if fits and max(problem.y.shape[2:]) > SIDE:
         problem = replace(problem, y=_middle(problem.y))
     (problem,) = problem.chains(num_samples=chains, restarts=1, batch_size=chains)
     sigma = problem.sigma_y if noise_is_known else None

@@ -61,6 +61,9 @@ class Result:
         kernel: what a `BlindBlur` turned out to be, shape (B, 1, n, n), as `Blur` takes it; None
             for other operators.
         kernel_std: how sure each of its weights is, a std, shape (B, 1, n, n).
+        kernel_numbers: for kernels of a family the P numbers that tell them apart, each with its
+            std, shape (B, P, 2): the std of a "gaussian", the radius of a "defocus", or length and
+            angle of a "motion"; None for others.
     """
 
     x0: Tensor
@@ -80,6 +83,7 @@ class Result:
     y: Tensor
     kernel: Tensor | None = None
     kernel_std: Tensor | None = None
+    kernel_numbers: Tensor | None = None
 
     def __repr__(self) -> str:
         count, *shape = self.x0.shape
@@ -129,8 +133,10 @@ class Result:
             method=first.method,
             converged=all(result.converged for result in results),
             y=together("y"),
-            kernel=None if first.kernel is None else together("kernel"),
-            kernel_std=None if first.kernel_std is None else together("kernel_std"),
+            **{
+                name: None if getattr(first, name) is None else together(name)
+                for name in ("kernel", "kernel_std", "kernel_numbers")
+            },
         )
 
     def _repr_png_(self) -> bytes:

@@ -198,8 +198,8 @@ def solve(
     prior = find_prior(prior, y.device if isinstance(y, Tensor) else None)
     known = None if isinstance(sigma_y, str) else sigma_y
     unknown = operator if isinstance(operator, UnknownKernel) else None
-    first = operator if unknown is None else _any_kernel(unknown, y)
-    problem = Problem.checked(y, first, sigma_y=known, seed=seed)
+    seen = _any_kernel(operator, y) if isinstance(operator, UnknownKernel) else operator
+    problem = Problem.checked(y, seen, sigma_y=known, seed=seed)
     if (isinstance(sigma_y, str) or unknown is not None) and len(problem.y) > 1:
         check_alike(problem)
         return Result.joined(
@@ -252,6 +252,7 @@ def solve(
                 watch=_watch(advance, callback),
             )
         kernel, std = (each.to(y)[None, None] for each in search.found[:2])
+        numbers = y.new_tensor(search.found.numbers)[None] if search.found.numbers else None
         result = solve(
             problem.y,
             operator=unknown.with_kernel(kernel),
@@ -275,6 +276,7 @@ def solve(
             seconds=time_now(y.device) - started,
             kernel=kernel,
             kernel_std=std,
+            kernel_numbers=numbers,
         )
     noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
     if noise is not None:

@@ -13,6 +13,7 @@ from ncvsd_inverse.operators import BlindBlur, Blur, GaussianBlur, MotionBlur
 from ncvsd_inverse.operators.blind import FAMILIES
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
+from ncvsd_inverse.sampling import blind
 from ncvsd_inverse.sampling.blind import describe_kernel
 from ncvsd_inverse.sampling.kernels import (
     FoundKernel,
@@ -141,6 +142,9 @@ def test_numbers_of_a_family_are_found_within_their_spread(family, numbers):
     y = Blur(kernel.float()).measure(face(), 0.02, generator=torch.Generator().manual_seed(1))
     result = solve(y, operator=BlindBlur(13, prior=family), prior=FACES, nfe=8, sigma_y=0.02)
     assert similarity(result.kernel, kernel) > 0.95
+    found, sure = result.kernel_numbers[0].T
+    assert found.shape == (len(numbers),)
+    assert ((found - torch.tensor(numbers)).abs() < 5 * sure + 0.1 * torch.tensor(numbers)).all()
 
 
 def test_draws_share_a_kernel():
@@ -158,6 +162,23 @@ def test_any_prior_with_statistics_of_frequencies_does():
     y = normal(1, 1, 16, 16).float()
     result = solve(y, operator=BlindBlur(5), prior=prior, nfe=4, estimate="sample")
     assert result.kernel.shape == (1, 1, 5, 5)
+
+
+def test_kernels_of_large_photographs_are_looked_for_in_their_middle(monkeypatch):
+    monkeypatch.setattr(blind, "SIDE", 48)
+    x = read_image(files("ncvsd_inverse") / "assets" / "photographs" / "coffee.png")[..., :64, :80]
+    y = GaussianBlur(1.5, 9, "replicate").measure(x, 0.02)
+    operator, seen = BlindBlur(9, "replicate"), []
+    result = solve(
+        y,
+        operator=operator,
+        prior="ncvsd_natural",
+        nfe=2,
+        sigma_y=0.02,
+        callback=lambda progress: seen.append(progress.x0.shape[2:]),
+    )
+    assert seen == [(48, 48), (64, 80)]
+    assert result.x0.shape == x.shape
 
 
 def test_kernels_are_centred_without_losing_weight():
