@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -200,26 +201,25 @@ def solve(
     unknown = operator if isinstance(operator, UnknownKernel) else None
     seen = _any_kernel(operator, y) if isinstance(operator, UnknownKernel) else operator
     problem = Problem.checked(y, seen, sigma_y=known, seed=seed)
+    again = partial(
+        solve,
+        prior=prior,
+        sigma_y=sigma_y,
+        num_samples=num_samples,
+        method=method,
+        estimate=estimate,
+        restarts=restarts,
+        preset=preset,
+        batch_size=batch_size,
+        progress=progress,
+        callback=callback,
+        **asked,
+    )
     if (isinstance(sigma_y, str) or unknown is not None) and len(problem.y) > 1:
         check_alike(problem)
         return Result.joined(
             [
-                solve(
-                    problem.y[place : place + 1],
-                    operator=operator,
-                    prior=prior,
-                    sigma_y=sigma_y,
-                    num_samples=num_samples,
-                    method=method,
-                    estimate=estimate,
-                    restarts=restarts,
-                    preset=preset,
-                    seed=[key],
-                    batch_size=batch_size,
-                    progress=progress,
-                    callback=callback,
-                    **asked,
-                )
+                again(problem.y[place : place + 1], operator=operator, seed=[key])
                 for place, key in enumerate(problem.keys)
             ]
         )
@@ -232,7 +232,7 @@ def solve(
     if method == "conditioning" or draws_by_statistics(prior):
         statistics = with_own_statistics(prior, problem.shape[1:])
     if unknown is not None:
-        if statistics is None or schedule is not None:
+        if statistics is None or method != "conditioning" or schedule is not None:
             came = f"method {method!r}" if schedule is None else f"schedule {schedule!r}"
             raise ValueError(
                 "operator must be a known blur unless method is 'conditioning' and schedule None, "
@@ -247,36 +247,23 @@ def solve(
                 prior,
                 statistics,
                 calls=calls,
-                noise_is_known=known is not None or sigma_y is None,
+                noise_is_known=not isinstance(sigma_y, str),
                 chains=num_samples,
                 watch=_watch(advance, callback),
             )
-        kernel, std = (each.to(y)[None, None] for each in search.found[:2])
-        numbers = y.new_tensor(search.found.numbers)[None] if search.found.numbers else None
-        result = solve(
-            problem.y,
-            operator=unknown.with_kernel(kernel),
-            prior=prior,
-            sigma_y=sigma_y,
-            num_samples=num_samples,
-            method=method,
-            estimate=estimate,
-            restarts=restarts,
-            seed=problem.keys,
-            batch_size=batch_size,
-            progress=progress,
-            callback=callback,
-            **(asked | {"nfe": nfe - calls}),
-        )
         if note := describe_kernel(search.found):
             warnings.warn(note, stacklevel=4)
+        kernel, std = (each.to(y)[None, None] for each in search.found[:2])
+        blur = unknown.with_kernel(kernel)
+        result = again(problem.y, operator=blur, seed=problem.keys, nfe=nfe - calls)
+        numbers = search.found.numbers
         return replace(
             result,
-            nfe=result.nfe + search.calls,
+            nfe=search.calls + result.nfe,
             seconds=time_now(y.device) - started,
             kernel=kernel,
             kernel_std=std,
-            kernel_numbers=numbers,
+            kernel_numbers=y.new_tensor(numbers)[None] if numbers else None,
         )
     noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
     if noise is not None:
