@@ -185,7 +185,7 @@ COMMANDS: dict[str, Short | Skipped] = {
         "it writes into the project's notes"
     ),
     "python experiments/blind/oracle.py": Skipped("as with options"),
-    "python experiments/blind/oracle.py --trials 40 --calls 10": Short(
+    "python experiments/blind/oracle.py --trials 30": Short(
         "python experiments/blind/oracle.py --trials 2 --calls 2", slow=True
     ),
     "python experiments/photographs/photographs.py --out FOLDER --write": Skipped(

@@ -1,7 +1,7 @@
 r"""Kernels found in Gaussian images, beside their exact posterior.
 
     python experiments/blind/oracle.py
-    python experiments/blind/oracle.py --trials 40 --calls 10
+    python experiments/blind/oracle.py --trials 30
 
 Images of 16x16 pixels are drawn from a stationary Gaussian law, blurred by a kernel drawn from a
 family (Gaussians of uniform std; lines of uniform length and angle), and made noisy, std 0.05.
