@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ncvsd_inverse import load_prior, solve
+from ncvsd_inverse.errors import DivergenceError
 from ncvsd_inverse.files import write_between, write_whole
 from ncvsd_inverse.images import centre_crop, read_images, write_image
 from ncvsd_inverse.metrics import lpips, psnr
@@ -204,7 +205,11 @@ def main() -> None:
                 continue
             both, blur = pose(args.set, picture, laws[number % len(laws)], noise, number)
             x, y = both[:1], both[1:]
-            rows, pictures = restore(args.set, prior, x, y, blur, noise, left)
+            try:
+                rows, pictures = restore(args.set, prior, x, y, blur, noise, left)
+            except DivergenceError as error:
+                print(args.set, number, noise, f"left out: {error}", flush=True)
+                continue
             found[f"{args.set} {number} {noise:g}"] = known | rows
             write_image(args.out / f"{args.set}_{number}_{noise:g}.png", torch.cat(pictures, 3))
             write_whole(path, json.dumps(found, indent=1) + "\n")
