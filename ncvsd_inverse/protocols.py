@@ -24,6 +24,7 @@ __all__ = [
     "GlobalSearch",
     "HasNoiseLevel",
     "HasStatistics",
+    "KernelFamily",
     "LikelihoodStep",
     "LinearForm",
     "LinearOperator",
@@ -42,6 +43,7 @@ __all__ = [
     "StructuredOperator",
     "Tangent",
     "Temperable",
+    "UnknownKernel",
 ]
 
 SIGMA_Y = 0.05
@@ -206,6 +208,48 @@ class GlobalSearch(Operator, Protocol):
 
     def symmetries(self, x: Tensor, /) -> Sequence[Tensor]:
         """Return x and other images (B, C, H, W) that give the same measurement."""
+        ...
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """Kernels that one or two numbers tell apart.
+
+    Attributes:
+        names: what the numbers are, with their units.
+        periods: after how much of each kernels are the same again; infinity: never.
+        ranges: kernel size -> smallest and largest of each.
+        draw: numbers, kernel size -> weights, shape (size, size), float64, of sum 1.
+    """
+
+    names: tuple[str, ...]
+    periods: tuple[float, ...]
+    ranges: Callable[[int], tuple[tuple[float, float], ...]]
+    draw: Callable[[Sequence[float], int], Tensor]
+
+
+@runtime_checkable
+class UnknownKernel(Protocol):
+    """A blur whose kernel is to be found; see `BlindBlur`.
+
+    Attributes:
+        kernel_size: side n of the kernel, pixels, odd.
+    """
+
+    kernel_size: int
+
+    @property
+    def boundary(self) -> str:
+        """What is beyond the edges of images, as for `Blur`."""
+        ...
+
+    @property
+    def family(self) -> KernelFamily | None:
+        """The kernels that it may have; None: any."""
+        ...
+
+    def with_kernel(self, kernel: Tensor, /) -> LinearOperator:
+        """Return the blur with a kernel, shape (n, n) or (1 or B, 1, n, n)."""
         ...
 
 

@@ -11,6 +11,7 @@ if __name__ == "operators":
         "import ncvsd_inverse.operators, not operators: the bare name would load a second copy"
     )
 
+from ncvsd_inverse.operators.blind import BlindBlur
 from ncvsd_inverse.operators.blur import Blur, GaussianBlur, MotionBlur
 from ncvsd_inverse.operators.colorize import Colorize
 from ncvsd_inverse.operators.compose import Compose
@@ -26,6 +27,7 @@ from ncvsd_inverse.operators.superres import SuperResolution
 
 __all__ = [
     "HDR",
+    "BlindBlur",
     "Blur",
     "Colorize",
     "Compose",

@@ -133,6 +133,7 @@ COMMANDS: dict[str, Short | Skipped] = {
             ("photo.jpg --task denoise", "denoised", "photo_restored.png"),
             ("photo.jpg --task deblur --blur-std 2", "deblurred", "photo_restored.png"),
             ("photo.jpg --task deblur --kernel kernel.png -o sharp.png", "", "sharp.png"),
+            ("photo.jpg --task deblur --blind", "found_too", "photo_kernel.png"),
             ("photo.jpg --task sr --scale 2", "enlarged", "photo_restored.png"),
             ("photo.jpg --task inpaint --mask known.png --samples 8", "filled", "photo_std.png"),
             (
@@ -165,6 +166,27 @@ COMMANDS: dict[str, Short | Skipped] = {
     "--train DIR/natural/train.zip --size 128 --images 24": Short(
         "python experiments/few_step/further.py --prior ncvsd_natural --data DIR/natural/val.zip "
         "--train DIR/natural/val.zip --size 64 --images 1 --fit 1 --tasks sr4x --steps 1"
+    ),
+    "python experiments/blind/blind.py faces --data DIR/faces64/val.zip --out FOLDER": Short(
+        "python experiments/blind/blind.py faces --data DIR/faces64/val.zip --out found "
+        "--images 1 --calls 2",
+        makes=("found/blind.json",),
+        slow=True,
+        lpips=True,
+    ),
+    "python experiments/blind/blind.py photographs --data DIR/natural/val.zip --out FOLDER": Short(
+        "python experiments/blind/blind.py photographs --data DIR/natural/val.zip --out seen "
+        "--images 1 --calls 2",
+        makes=("seen/blind.json",),
+        slow=True,
+        lpips=True,
+    ),
+    "python experiments/blind/blind.py --out FOLDER --write": Skipped(
+        "it writes into the project's notes"
+    ),
+    "python experiments/blind/oracle.py": Skipped("as with options"),
+    "python experiments/blind/oracle.py --trials 30": Short(
+        "python experiments/blind/oracle.py --trials 2 --calls 2", slow=True
     ),
     "python experiments/photographs/photographs.py --out FOLDER --write": Skipped(
         "it writes into the project's notes"

@@ -12,6 +12,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "solve": (
         "ncvsd solve photo.jpg --task denoise",
         "ncvsd solve photo.jpg --task deblur --kernel kernel.png -o sharp.png",
+        "ncvsd solve photo.jpg --task deblur --blind",
         "ncvsd solve photo.jpg --task sr --scale 2",
         "ncvsd solve photo.jpg --task inpaint --mask known.png --samples 8",
         "ncvsd solve FOLDER --task sr --scale 4 --prior ncvsd_faces64 -o OUT",

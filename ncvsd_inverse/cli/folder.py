@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 from collections import Counter
@@ -12,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -21,6 +23,7 @@ from ncvsd_inverse.checks import check_positive
 from ncvsd_inverse.files import clear_parts, file_sha256, write_whole
 from ncvsd_inverse.images import SUFFIXES, Picture, write_picture
 from ncvsd_inverse.metrics import psnr
+from ncvsd_inverse.operators import BlindBlur
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.priors import DiffusionPrior, NCVSDPrior
 from ncvsd_inverse.priors.statistics import ImageStatistics
@@ -62,6 +65,12 @@ OUTPUTS = ("_restored", "_measurement", "_std")
 
 SUFFIXES_OUT = (".png", ".tif")
 
+KERNEL, KERNEL_SUFFIXES = "_kernel", (".png", ".npy")
+"""What the names of a found kernel end in: a picture, enlarged, and its weights."""
+
+KERNEL_ZOOM = 8
+"""How many times a kernel is enlarged in its picture."""
+
 RECORD = "restored"
 """Key of a record that names the restored picture, which tells that it is one of ours."""
 
@@ -84,11 +93,13 @@ class Place:
 
     Attributes:
         stem: their path, without what they end in.
-        file: the restored picture, if it is to be there and nothing else.
+        file: the restored picture, if it is to be there and nothing else but a kernel.
+        has_kernel: whether a kernel is found and written too.
     """
 
     stem: Path
     file: Path | None = None
+    has_kernel: bool = False
 
     @property
     def record(self) -> Path:
@@ -102,9 +113,11 @@ class Place:
     @property
     def outputs(self) -> list[Path]:
         """All pictures that may be written."""
+        kernels = [self.output(KERNEL, suffix) for suffix in KERNEL_SUFFIXES if self.has_kernel]
         if self.file is not None:
-            return [self.file]
-        return [self.output(kind, suffix) for kind in OUTPUTS for suffix in SUFFIXES_OUT]
+            return [self.file, *kernels]
+        pictures = [self.output(kind, suffix) for kind in OUTPUTS for suffix in SUFFIXES_OUT]
+        return pictures + kernels
 
     def check_own(self) -> None:
         """ValueError if a file that would be written over has no record of ours."""
@@ -136,7 +149,7 @@ class Measured:
     """
 
     y: Tensor
-    operator: BaseOperator
+    operator: BaseOperator | BlindBlur
     picture: Picture | None = None
     rim: tuple[int, int] = (0, 0)
     truth: Tensor | None = None
@@ -379,6 +392,9 @@ def one_image(result: Result, place: int) -> Result:
         sigma_y=result.sigma_y[image],
         sigma_y_std=None if result.sigma_y_std is None else result.sigma_y_std[image],
         y=result.y[image],
+        kernel=None if result.kernel is None else result.kernel[image],
+        kernel_std=None if result.kernel_std is None else result.kernel_std[image],
+        kernel_numbers=None if result.kernel_numbers is None else result.kernel_numbers[image],
     )
 
 
@@ -447,6 +463,14 @@ def write_result(job: Job, result: Result) -> None:
         shown, figures["std_shown_white"] = std_picture(result.std, job.measured.rim)
         written.append(place.output("_std"))
         write_image(written[-1], shown)
+    if result.kernel is not None and place.has_kernel:
+        files = [place.output(KERNEL, suffix) for suffix in KERNEL_SUFFIXES]
+        write_image(files[0], kernel_picture(result.kernel))
+        write_kernel(files[1], result.kernel)
+        written += files
+        figures["kernel_std"] = relative_std(result)
+        if result.kernel_numbers is not None:
+            figures["kernel_numbers"] = result.kernel_numbers[0].tolist()
     write_picture(picture, restored)
     figures[WRITTEN] = {path.name: file_sha256(path) for path in written}
     write_whole(place.record, json.dumps({**job.settings, **figures}, indent=2) + "\n")
@@ -459,12 +483,45 @@ def describe_result(result: Result, quality: float | None = None) -> str:
     if result.sigma_y_std is not None:
         found, sure = float(result.sigma_y[0]), float(result.sigma_y_std[0])
         line += f", noise std {found:.3g} found, give or take {sure:.1g}"
+    if result.kernel is not None:
+        height, width = kernel_sides(result.kernel)
+        line += f", kernel {width} x {height} pixels found, give or take {relative_std(result):.0%}"
+        for value, sure in (
+            [] if result.kernel_numbers is None else result.kernel_numbers[0].tolist()
+        ):
+            line += f", {value:.3g} give or take {sure:.1g}"
     if quality is not None:
         line += f", {quality:.1f} dB"
     made = {"point": "point estimate", "mean": f"mean of {len(result.samples)} samples"}
     done = made.get(result.estimate, result.estimate)
     calls = f"{result.nfe} network calls" + (" a sample" if len(result.samples) > 1 else "")
     return f"{line}, {done}, {result.method} loop, {calls}, {result.seconds:.1f} s"
+
+
+def kernel_sides(kernel: Tensor) -> tuple[int, int]:
+    """Return height and width of what a kernel (1, 1, n, n) has above a twentieth of its peak."""
+    rows, columns = (kernel[0, 0] > kernel.max() / 20).nonzero(as_tuple=True)
+    return int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+
+
+def relative_std(result: Result) -> float:
+    """Return the std of all weights of a found kernel together, over their length."""
+    assert result.kernel is not None
+    assert result.kernel_std is not None
+    return float(result.kernel_std.norm() / result.kernel.norm())
+
+
+def kernel_picture(kernel: Tensor) -> Tensor:
+    """Return a kernel (1, 1, n, n) as a picture, its largest weight white, enlarged."""
+    shown = 2 * kernel.float().cpu() / float(kernel.max()) - 1
+    return shown.repeat_interleave(KERNEL_ZOOM, 2).repeat_interleave(KERNEL_ZOOM, 3)
+
+
+def write_kernel(path: Path, kernel: Tensor) -> None:
+    """Write the weights (n, n) of a kernel (1, 1, n, n), as `--kernel` reads them."""
+    contents = io.BytesIO()
+    np.save(contents, kernel[0, 0].cpu().numpy())
+    write_whole(path, contents.getvalue())
 
 
 def std_picture(std: Tensor, rim: tuple[int, int]) -> tuple[Tensor, float]:

@@ -16,6 +16,7 @@ from ncvsd_inverse.cli.masks import ARRAYS, read_array, read_kernel, read_mask, 
 from ncvsd_inverse.images import Picture, read_image, read_picture
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import (
+    BlindBlur,
     Blur,
     Colorize,
     Denoise,
@@ -27,6 +28,7 @@ from ncvsd_inverse.operators import (
     SuperResolution,
 )
 from ncvsd_inverse.operators.base import BaseOperator
+from ncvsd_inverse.operators.blind import KernelPrior
 from ncvsd_inverse.protocols import Prior, PriorTraits
 from ncvsd_inverse.tasks import Task, make_task
 
@@ -37,11 +39,14 @@ Boundary: TypeAlias = Literal["replicate", "reflect", "circular", "valid"]
 WIDEST_BLUR = 100
 """Largest std of a Gaussian blur, pixels."""
 
+KERNEL_SIZE = 31
+"""Side of an unknown kernel, pixels."""
+
 SCALES = (2, 3, 4, 8)
 
 TASKS: Mapping[str, str] = {
     "denoise": "",
-    "deblur": "--kernel FILE or --blur-std S",
+    "deblur": "--kernel FILE, --blur-std S or --blind",
     "sr": "--scale 2, 3, 4 or 8",
     "inpaint": "--mask FILE, or transparent places in IN",
     "colorize": "",
@@ -133,6 +138,7 @@ class Model:
     Attributes:
         task: one of `TASKS`.
         kernel, blur_std, boundary: of "deblur".
+        blind, kernel_size, kernel_prior: of "deblur" where nobody knows the kernel.
         scale: of "sr".
         mask: of "inpaint".
         peak: of "poisson".
@@ -148,6 +154,9 @@ class Model:
     scale: int | None = None
     mask: Path | None = None
     peak: float | None = None
+    blind: bool = False
+    kernel_size: int | None = None
+    kernel_prior: KernelPrior | None = None
 
     def __post_init__(self) -> None:
         if self.task in WAYS_OUT:
@@ -156,16 +165,25 @@ class Model:
                 f"restore IN take --task {WAYS_OUT[self.task]}"
             )
         check_choice("--task", self.task, TASKS)
-        takes = {"deblur": ("kernel", "blur_std", "boundary"), "sr": ("scale",)}
+        blind = ("blind", "kernel_size", "kernel_prior")
+        takes = {"deblur": ("kernel", "blur_std", "boundary", *blind), "sr": ("scale",)}
         takes |= {"inpaint": ("mask",), "poisson": ("peak",)}
         for task, names in takes.items():
             for name in names:
-                if task != self.task and getattr(self, name) is not None:
+                if task != self.task and getattr(self, name) not in (None, False):
                     option = name.replace("_", "-")
                     raise ValueError(f"--{option} must come with --task {task}, got {self.task}")
-        if self.task == "deblur" and (self.kernel is None) == (self.blur_std is None):
-            came = "none" if self.kernel is None else "both"
-            raise ValueError(f"--task deblur must have --kernel FILE or --blur-std S, got {came}")
+        ways = (self.kernel is not None) + (self.blur_std is not None) + self.blind
+        if self.task == "deblur" and ways != 1:
+            came = "none" if ways == 0 else "several"
+            raise ValueError(
+                f"--task deblur must have --kernel FILE, --blur-std S or --blind, got {came}"
+            )
+        for name in ("kernel_size", "kernel_prior"):
+            if getattr(self, name) is not None and not self.blind:
+                raise ValueError(f"--{name.replace('_', '-')} must come with --blind")
+        if self.kernel_size is not None and (self.kernel_size < 3 or self.kernel_size % 2 == 0):
+            raise ValueError(f"--kernel-size must be odd and at least 3, got {self.kernel_size}")
         if self.task == "sr" and self.scale not in SCALES:
             raise ValueError(f"--scale must be 2, 3, 4 or 8 for --task sr, got {self.scale}")
         if self.blur_std is not None and check_positive("--blur-std", self.blur_std) > WIDEST_BLUR:
@@ -185,6 +203,7 @@ class Model:
             "mask_sha256": None if self.mask is None else file_digest(self.mask),
             "blur_std": self.blur_std,
             "boundary": self._boundary if self.task == "deblur" else None,
+            "blind": repr(self._blind_blur()) if self.blind else None,
             "scale": self.scale,
             "peak": self.peak,
         }
@@ -206,7 +225,7 @@ class Model:
 
         return read
 
-    def _read(self, path: Path, operator: BaseOperator | None) -> Measured:
+    def _read(self, path: Path, operator: BaseOperator | BlindBlur | None) -> Measured:
         if path.suffix.lower() in ARRAYS:
             return self._of_array(read_array(path), operator)
         if self.task in ("mri", "phase_retrieval", "poisson"):
@@ -214,7 +233,14 @@ class Model:
         picture = read_picture(path)
         return self._of_pixels(picture.x, operator, picture)
 
-    def _operator(self) -> BaseOperator | None:
+    def _blind_blur(self) -> BlindBlur | None:
+        """Return the blur whose kernel is to be found; None if it is known."""
+        if not self.blind:
+            return None
+        size = KERNEL_SIZE if self.kernel_size is None else self.kernel_size
+        return BlindBlur(size, self._boundary, self.kernel_prior or "smooth")
+
+    def _operator(self) -> BaseOperator | BlindBlur | None:
         """Return the forward model of all files; None if each has its own."""
         if self.task == "denoise":
             return Denoise()
@@ -226,13 +252,15 @@ class Model:
             return Inpaint(read_mask(self.mask))
         if self.kernel is not None:
             return Blur(read_kernel(self.kernel), boundary=self._boundary)
+        if self.blind:
+            return self._blind_blur()
         if self.blur_std is not None:
             size = 2 * round(3.5 * self.blur_std) + 1
             return GaussianBlur(self.blur_std, size, self._boundary)
         return None if self.peak is None else Poisson(self.peak)
 
     def _of_pixels(
-        self, y: Tensor, operator: BaseOperator | None, picture: Picture | None
+        self, y: Tensor, operator: BaseOperator | BlindBlur | None, picture: Picture | None
     ) -> Measured:
         if operator is None and picture is not None and picture.alpha is not None:
             operator = Inpaint(picture.alpha[0, 0] > 0.5)
@@ -251,8 +279,12 @@ class Model:
                 )
             warn_of_mask(known, y)
             return Measured(operator(y), operator, picture)
-        if isinstance(operator, Blur):
-            height, width = operator.kernel.shape[-2:]
+        if isinstance(operator, Blur | BlindBlur):
+            height, width = (
+                operator.kernel.shape[-2:]
+                if isinstance(operator, Blur)
+                else (operator.kernel_size, operator.kernel_size)
+            )
             if operator.boundary == "valid":
                 return Measured(y, operator, picture, (height // 2, width // 2))
             if y.shape[2] < height or y.shape[3] < width:
@@ -262,7 +294,7 @@ class Model:
                 )
         return Measured(y, operator, picture)
 
-    def _of_array(self, y: Tensor, operator: BaseOperator | None) -> Measured:
+    def _of_array(self, y: Tensor, operator: BaseOperator | BlindBlur | None) -> Measured:
         """Return a measurement of numbers as they are."""
         if y.is_complex():
             y = torch.view_as_real(y)

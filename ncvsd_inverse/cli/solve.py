@@ -35,10 +35,11 @@ from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model, Simulation
 from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
 from ncvsd_inverse.images import SUFFIXES
 from ncvsd_inverse.machine import progress_bar
+from ncvsd_inverse.operators.blind import KernelPrior
 from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own_statistics
 from ncvsd_inverse.priors.tiled import TILE
-from ncvsd_inverse.protocols import LinearOperator
+from ncvsd_inverse.protocols import LinearOperator, UnknownKernel
 from ncvsd_inverse.sampling.choices import LARGE
 from ncvsd_inverse.sampling.solve import Estimate, Method
 
@@ -99,6 +100,18 @@ def solve(
     blur_std: Annotated[
         float | None, typer.Option("--blur-std", help="deblur: std of a Gaussian, in pixels.")
     ] = None,
+    blind: Annotated[
+        bool,
+        typer.Option("--blind", help="deblur: nobody knows the kernel; it is found and written."),
+    ] = False,
+    kernel_size: Annotated[
+        int | None,
+        typer.Option("--kernel-size", help="deblur --blind: side of the kernel, odd; 31."),
+    ] = None,
+    kernel_prior: Annotated[
+        KernelPrior | None,
+        typer.Option("--kernel-prior", help="deblur --blind: what the kernel is like; smooth."),
+    ] = None,
     boundary: Annotated[
         Boundary | None,
         typer.Option("--boundary", help="deblur: what is beyond the edges; replicate."),
@@ -155,9 +168,10 @@ def solve(
     amplitudes and counts. What was done to it the options say.
 
     For each IN the output folder gets NAME_restored.png, NAME.json (settings and figures),
-    NAME_std.png for several samples and, with --simulate, NAME_measurement.png. Folders are
-    searched through; NAME is then the path within the folder. For one IN, -o may name a picture,
-    which alone is then written, and NAME.json beside it.
+    NAME_std.png for several samples, with --blind NAME_kernel.png, enlarged, and NAME_kernel.npy
+    and, with --simulate, NAME_measurement.png. Folders are searched through; NAME is then the path
+    within the folder. For one IN, -o may name a picture, which alone is then written, and NAME.json
+    and the kernel beside it.
 
     The same command goes on after a stop: a picture is skipped if NAME.json shows that this very
     file was restored with these settings. One that cannot be restored is named at the end, with
@@ -180,10 +194,23 @@ def solve(
     given = read_sigma_y(sigma_y)
     model: Simulation | Model
     if simulate:
+        if blind:
+            raise ValueError("--blind must come without --simulate")
         model = Simulation(task, seed, None if given == "auto" else given, mask)
         level = model.level if given is None else given
     else:
-        model = Model(task, kernel, blur_std, boundary, scale, mask, peak)
+        model = Model(
+            task,
+            kernel,
+            blur_std,
+            boundary,
+            scale,
+            mask,
+            peak,
+            blind,
+            kernel_size,
+            kernel_prior,
+        )
         level = "auto" if given is None else given
     pictures, bad = find_pictures(sources, out, SUFFIXES if simulate else (*SUFFIXES, *ARRAYS))
     file = out if out.suffix.lower() in SUFFIXES and not out.is_dir() else None
@@ -207,7 +234,9 @@ def solve(
     open_folder(out if file is None else file.parent)
 
     def place_of(name: str) -> Place:
-        return Place(out / name) if file is None else Place(file.with_suffix(""), file)
+        if file is None:
+            return Place(out / name, has_kernel=blind)
+        return Place(file.with_suffix(""), file, has_kernel=blind)
 
     clear_leftovers(place_of(name) for name, _ in share)
     settings = {
@@ -244,7 +273,7 @@ def solve(
         measured = read_measured(path, key)
         own = measured.operator.sigma_y
         noise = level if own is None or simulate else own
-        if noise == "auto" and not isinstance(measured.operator, LinearOperator):
+        if noise == "auto" and not isinstance(measured.operator, LinearOperator | UnknownKernel):
             raise ValueError(f"--sigma-y must be a number for --task {task}")
         return Job(place_of(name), path, key, measured, noise, {**of_this, "device": str(where)})
 

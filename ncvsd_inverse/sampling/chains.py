@@ -13,6 +13,7 @@ from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.protocols import LinearOperator, Prior, Statistics
 from ncvsd_inverse.sampling.counting import CountedPrior
 from ncvsd_inverse.sampling.gauss_newton import GaussNewton
+from ncvsd_inverse.sampling.kernels import KernelTracker
 from ncvsd_inverse.sampling.likelihood import ExactGaussian, likelihood_step
 from ncvsd_inverse.sampling.matheron import Matheron
 from ncvsd_inverse.sampling.noise import DirectNoise, NoiseTracker
@@ -25,6 +26,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Sweep",
+    "Watch",
     "direct_chain",
     "gibbs_chain",
     "matheron_chain",
@@ -105,6 +107,10 @@ class Progress(NamedTuple):
     x0: Tensor
 
 
+Watch: TypeAlias = Callable[[Progress], None]
+"""What is called after each sweep."""
+
+
 class Outcome(NamedTuple):
     """What chains end with.
 
@@ -168,15 +174,17 @@ def matheron_chain(
     prior: CountedPrior,
     plan: Plan,
     statistics: Statistics,
-    tracker: NoiseTracker | None = None,
+    tracker: NoiseTracker | KernelTracker | None = None,
 ) -> Iterator[Sweep]:
     """Yield every sweep of images given y, begun at Gaussian images given y.
 
-    With a `tracker` the noise of y is fitted to the draws of every sweep before they are
-    conditioned; the likelihood then assumes it, times the plan's sigma_lik over sigma_y.
+    With a `tracker` the noise of y, or the kernel and the noise, is fitted to the draws of every
+    sweep before they are conditioned; the likelihood then assumes it, times the plan's sigma_lik
+    over sigma_y.
     """
     generators = problem.generators()
-    conditioner = _make_conditioner(problem, plan.sigma_lik)
+    rough = isinstance(tracker, KernelTracker)
+    conditioner = _make_conditioner(problem, plan.sigma_lik, rough=rough)
     like = problem.y.new_zeros(problem.shape)
     mean, covariance = statistics.mean_image(like), statistics.covariance(math.inf, like)
     x = conditioner.start(mean, covariance, like, generator=generators)
@@ -184,11 +192,16 @@ def matheron_chain(
         u = x + rho * draw_normal(x, generators)
         x0 = prior.sample(u, rho, generator=generators)
         covariance = statistics.covariance(rho, x0)
-        if tracker is not None and tracker.tells(rho) and isinstance(conditioner, Matheron):
-            # Draws err by their own spread beside that of the truth.
-            factor = 1 + plan.temperature**2
+        # Draws err by their own spread beside that of the truth.
+        factor, share = 1 + plan.temperature**2, plan.sigma_lik / problem.sigma_y
+        if isinstance(conditioner, GaussNewton) or tracker is None:
+            pass
+        elif isinstance(tracker, KernelTracker):
+            blur = tracker.update(x0, statistics.covariance(rho, problem.y), factor=factor)
+            conditioner = conditioner.with_operator(blur, share * tracker.sigma)
+        elif tracker.tells(rho):
             noise = tracker.update(x0, covariance, factor=factor, iterations=NOISE_STEPS)
-            conditioner = conditioner.with_noise(plan.sigma_lik / problem.sigma_y * noise.sigma)
+            conditioner = conditioner.with_noise(share * noise.sigma)
         x = conditioner.draw(x0, covariance, generator=generators, temperature=plan.temperature)
         yield Sweep(x, x0, conditioner.error)
     if plan.last is not None:
@@ -196,9 +209,11 @@ def matheron_chain(
         yield Sweep(x, x, conditioner.error)
 
 
-def _make_conditioner(problem: Problem, sigma_lik: float) -> Matheron | GaussNewton:
+def _make_conditioner(
+    problem: Problem, sigma_lik: float, *, rough: bool = False
+) -> Matheron | GaussNewton:
     if isinstance(problem.operator, LinearOperator):
-        return Matheron(problem.operator, problem.y, sigma_lik)
+        return Matheron(problem.operator, problem.y, sigma_lik, rough=rough)
     return GaussNewton(problem.operator, problem.y, sigma_lik, sigma_y=problem.sigma_y)
 
 
@@ -207,7 +222,7 @@ def run_chain(
     levels: Sequence[float],
     *,
     average: Average | None,
-    watch: Callable[[Progress], None],
+    watch: Watch,
 ) -> Outcome:
     """Run chains to their end.
 

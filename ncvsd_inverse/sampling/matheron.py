@@ -28,6 +28,7 @@ class Matheron:
         operator: a linear forward model.
         y: measurements, shape (B, ...).
         sigma_lik: noise std s that is assumed, > 0, in units of y.
+        rough: whether moves may be rough, see `LinearSolver`.
 
     Attributes:
         solver: what finds the moves in the precision of y.
@@ -41,17 +42,23 @@ class Matheron:
         note on efficient conditional simulation of Gaussian distributions (2010).
     """
 
-    def __init__(self, operator: LinearOperator, y: Tensor, sigma_lik: float) -> None:
+    def __init__(
+        self, operator: LinearOperator, y: Tensor, sigma_lik: float, *, rough: bool = False
+    ) -> None:
         self.operator = operator
         self.sigma_lik = check_positive("sigma_lik", sigma_lik)
         self._y = check_finite("y", check_floating("y", y)).to(working_dtype(y.dtype))
-        self.solver = LinearSolver(operator, self.sigma_lik)
+        self.solver = LinearSolver(operator, self.sigma_lik, rough=rough)
         self._in_double: LinearSolver | None = None
         self.error = self._y.new_zeros(len(self._y))
 
     def with_noise(self, sigma_lik: float) -> "Matheron":
         """Return what conditions on the same y with another noise std; errors add up."""
-        other = Matheron(self.operator, self._y, sigma_lik)
+        return self.with_operator(self.operator, sigma_lik)
+
+    def with_operator(self, operator: LinearOperator, sigma_lik: float) -> "Matheron":
+        """Return what conditions on the same y, seen through another operator; not roughly."""
+        other = Matheron(operator, self._y, sigma_lik)
         other.error = self.error
         return other
 
@@ -103,7 +110,9 @@ class Matheron:
             if isinstance(covariance, SpectralCovariance | DenseCovariance):
                 covariance = covariance.double()
             if self._in_double is None:
-                self._in_double = LinearSolver(for_double(self.operator, begin), self.sigma_lik)
+                self._in_double = LinearSolver(
+                    for_double(self.operator, begin), self.sigma_lik, rough=self.solver.rough
+                )
             solver = self._in_double
         move = solver.move(y + noise - solver.operator(begin), covariance, begin)
         self.error = torch.maximum(self.error, move.error.to(self.error))

@@ -58,6 +58,12 @@ class Result:
         method: the loop that ran.
         converged: whether every linear solve ended within 0.1 of the std of what it conditions.
         y: the measurements, shape (B, ...).
+        kernel: what a `BlindBlur` turned out to be, shape (B, 1, n, n), as `Blur` takes it; None
+            for other operators.
+        kernel_std: how sure each of its weights is, a std, shape (B, 1, n, n).
+        kernel_numbers: for kernels of a family the P numbers that tell them apart, each with its
+            std, shape (B, P, 2): the std of a "gaussian", the radius of a "defocus", or length and
+            angle of a "motion"; None for others.
     """
 
     x0: Tensor
@@ -75,6 +81,9 @@ class Result:
     method: Method
     converged: bool
     y: Tensor
+    kernel: Tensor | None = None
+    kernel_std: Tensor | None = None
+    kernel_numbers: Tensor | None = None
 
     def __repr__(self) -> str:
         count, *shape = self.x0.shape
@@ -89,6 +98,7 @@ class Result:
         found = (
             "" if self.sigma_y_std is None else f" found, give or take {_span(self.sigma_y_std)}"
         )
+        kernel = "" if self.kernel is None else "kernel, kernel_std, "
         solves = "" if self.converged else "; linear solves fell short"
         return (
             f"{number} of {size}, {self.x0.dtype}: {MEANINGS[self.estimate]}{several}\n"
@@ -96,7 +106,7 @@ class Result:
             f"{self.seconds:.2g} s{solves}\n"
             f"noise of y {_span(self.sigma_y)}{found}, assumed {self.sigma_lik:.3g}\n"
             f"residual {_span(self.residual)} (about 1 where the noise of y is right)\n"
-            "x0, samples, mean, std; save(folder), plot(truth=None)"
+            f"{kernel}x0, samples, mean, std; save(folder), plot(truth=None)"
         )
 
     @classmethod
@@ -123,6 +133,10 @@ class Result:
             method=first.method,
             converged=all(result.converged for result in results),
             y=together("y"),
+            **{
+                name: None if getattr(first, name) is None else together(name)
+                for name in ("kernel", "kernel_std", "kernel_numbers")
+            },
         )
 
     def _repr_png_(self) -> bytes:
@@ -157,7 +171,7 @@ class Result:
         """Write the images and what is known of them; older files of the same names are replaced.
 
         For image i the folder, made if need be, gets i.png and, of several samples, i_std.png;
-        result.safetensors holds x0, samples and std, and result.json the figures.
+        result.safetensors holds x0, samples, std and kernels, and result.json the figures.
 
         Args:
             folder: the folder.
@@ -175,8 +189,8 @@ class Result:
         if spread is not None:
             pictures |= {f"{i}_std.png": x for i, x in enumerate(torch.split(spread, 1))}
         tensors = {"x0": self.x0, "samples": self.samples}
-        if self.std is not None:
-            tensors["std"] = self.std
+        more = {"std": self.std, "kernel": self.kernel, "kernel_std": self.kernel_std}
+        tensors |= {name: tensor for name, tensor in more.items() if tensor is not None}
         figures = {
             "estimate": self.estimate,
             "method": self.method,

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -18,7 +19,8 @@ from ncvsd_inverse.machine import (
 )
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
-from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics
+from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics, UnknownKernel
+from ncvsd_inverse.sampling.blind import describe_kernel, find_kernel, search_calls
 from ncvsd_inverse.sampling.chains import (
     Method,
     Outcome,
@@ -75,7 +77,7 @@ PIXELS_AT_ONCE = 4_000_000
 def solve(
     y: Tensor,
     *,
-    operator: Operator,
+    operator: Operator | UnknownKernel,
     prior: Prior | str,
     nfe: int = 10,
     sigma_y: float | Literal["auto"] | None = None,
@@ -128,7 +130,9 @@ def solve(
         y: measurements, shape (B, ...), float32 or float64, or complex where the operator takes
             k-space; the result has their precision and device. Values that the operator does not
             measure, such as those under an `Inpaint` mask, are ignored.
-        operator: the forward model A, or a deepinv physics (see `from_deepinv`).
+        operator: the forward model A, or a deepinv physics (see `from_deepinv`), or a `BlindBlur`:
+            its kernel is then found first, with half of the calls, for each measurement by itself;
+            draws of one share it.
         prior: a prior, or a name or path that `load_prior` accepts.
         nfe: network forward passes of each chain, >= 1, a multiple of `prior.nfe_per_sample`.
         sigma_y: noise std of y, > 0, in units of y; None takes the operator's own, else 0.05. A y
@@ -203,27 +207,28 @@ def solve(
         )
     prior = find_prior(prior, y.device if isinstance(y, Tensor) else None)
     known = None if isinstance(sigma_y, str) else sigma_y
-    problem = Problem.checked(y, operator, sigma_y=known, seed=seed)
-    if isinstance(sigma_y, str) and len(problem.y) > 1:
+    unknown = operator if isinstance(operator, UnknownKernel) else None
+    seen = _any_kernel(operator, y) if isinstance(operator, UnknownKernel) else operator
+    problem = Problem.checked(y, seen, sigma_y=known, seed=seed)
+    again = partial(
+        solve,
+        prior=prior,
+        sigma_y=sigma_y,
+        num_samples=num_samples,
+        method=method,
+        estimate=estimate,
+        restarts=restarts,
+        preset=preset,
+        batch_size=batch_size,
+        progress=progress,
+        callback=callback,
+        **asked,
+    )
+    if (isinstance(sigma_y, str) or unknown is not None) and len(problem.y) > 1:
         check_alike(problem)
         return Result.joined(
             [
-                solve(
-                    problem.y[place : place + 1],
-                    operator=operator,
-                    prior=prior,
-                    sigma_y=sigma_y,
-                    num_samples=num_samples,
-                    method=method,
-                    estimate=estimate,
-                    restarts=restarts,
-                    preset=preset,
-                    seed=[key],
-                    batch_size=batch_size,
-                    progress=progress,
-                    callback=callback,
-                    **asked,
-                )
+                again(problem.y[place : place + 1], operator=operator, seed=[key])
                 for place, key in enumerate(problem.keys)
             ]
         )
@@ -235,6 +240,40 @@ def solve(
     statistics = None
     if method == "conditioning" or draws_by_statistics(prior):
         statistics = with_own_statistics(prior, problem.shape[1:])
+    if unknown is not None:
+        if statistics is None or method != "conditioning" or schedule is not None:
+            came = f"method {method!r}" if schedule is None else f"schedule {schedule!r}"
+            raise ValueError(
+                "operator must be a known blur unless method is 'conditioning' and schedule None, "
+                f"got a BlindBlur with {came}"
+            )
+        calls = search_calls(nfe, prior)
+        started = time_now(y.device)
+        with progress_bar("kernel", calls, shown=progress) as advance:
+            search = find_kernel(
+                problem,
+                unknown,
+                prior,
+                statistics,
+                calls=calls,
+                noise_is_known=not isinstance(sigma_y, str),
+                chains=num_samples,
+                watch=_watch(advance, callback),
+            )
+        if note := describe_kernel(search.found):
+            warnings.warn(note, stacklevel=4)
+        kernel, std = (each.to(y)[None, None] for each in search.found[:2])
+        blur = unknown.with_kernel(kernel)
+        result = again(problem.y, operator=blur, seed=problem.keys, nfe=nfe - calls)
+        numbers = search.found.numbers
+        return replace(
+            result,
+            nfe=search.calls + result.nfe,
+            seconds=time_now(y.device) - started,
+            kernel=kernel,
+            kernel_std=std,
+            kernel_numbers=y.new_tensor(numbers)[None] if numbers else None,
+        )
     noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
     if noise is not None:
         problem = replace(problem, sigma_y=noise.sigma)
@@ -305,6 +344,14 @@ def solve(
         converged=converged,
         y=problem.y,
     )
+
+
+def _any_kernel(unknown: UnknownKernel, y: Tensor) -> Operator:
+    """Return the blur with one of the kernels that it may have."""
+    dtype = y.dtype if isinstance(y, Tensor) and y.is_floating_point() else None
+    kernel = torch.zeros(unknown.kernel_size, unknown.kernel_size, dtype=dtype)
+    kernel[unknown.kernel_size // 2, unknown.kernel_size // 2] = 1
+    return unknown.with_kernel(kernel)
 
 
 class _Ran(NamedTuple):

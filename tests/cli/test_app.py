@@ -250,7 +250,7 @@ def test_pressing_the_button_returns_what_is_shown(page, tmp_path):
         ({"seed": None}, r"seed must be given"),
         ({"largest": 1}, r"longest side must be at least 64, got 1"),
         ({"wrong": "missing parts"}, r"nothing is painted: paint over what is missing"),
-        ({"wrong": "blur", "blur_std": None}, r"this task must have kernel FILE or blur std S"),
+        ({"wrong": "blur", "blur_std": None}, r"this task must have kernel FILE, blur std S or"),
         ({"wrong": "blur", "blur_std": 1000}, r"blur std must be at most 100 pixels, got 1000"),
         ({"wrong": "blur", "kernel": "photo.png"}, r"its sides must be at least those of the"),
     ],

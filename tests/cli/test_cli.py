@@ -479,7 +479,7 @@ REAL = {"simulate": None, "sigma_y": 0.05}
         ({**REAL, "task": "deblur_motion"}, "take --task deblur with --kernel FILE"),
         (
             {**REAL, "task": "deblur"},
-            "--task deblur must have --kernel FILE or --blur-std S, got n",
+            "--task deblur must have --kernel FILE, --blur-std S or --blind, got n",
         ),
         ({**REAL, "task": "sr"}, "--scale must be 2, 3, 4 or 8 for --task sr, got None"),
         ({**REAL, "task": "sr", "scale": 4}, "it must have 16 x 16 pixels, as this prior"),

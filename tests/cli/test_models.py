@@ -136,6 +136,37 @@ def test_channels_depth_and_opacity_come_back(run, tmp_path, bits, channels):
     assert float(psnr(restored.x, truth)) > float(psnr(noisy(truth, 0.1), truth)) + 3
 
 
+def test_a_kernel_that_nobody_knows_is_written_beside_the_picture(run, tmp_path):
+    y = noisy(GaussianBlur(1.5, 9, boundary="replicate")(PHOTOGRAPH_OF_96), 0.02)
+    write_picture(tmp_path / "in.png", Picture(y))
+    blind = ("--task", "deblur", "--blind", "--kernel-size", 9)
+    code, text, _ = run("in.png", *blind)
+    assert code == 0
+    assert "pixels found, give or take" in text
+    weights = np.load(tmp_path / "ncvsd_restored/in_kernel.npy")
+    assert weights.shape == (9, 9)
+    assert abs(weights.sum() - 1) < 1e-5
+    assert read_image(tmp_path / "ncvsd_restored/in_kernel.png").shape[2:] == (72, 72)
+    assert run("in.png", *blind, "--kernel-prior", "gaussian", "-o", "sharp.png")[0] == 0
+    assert (tmp_path / "sharp_kernel.npy").exists()
+    again = ("--task", "deblur", "--kernel", "sharp_kernel.npy", "-o", "again.png")
+    assert run("in.png", *again)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"blind": True, "blur_std": 1.0}, "--kernel FILE, --blur-std S or --blind, got several"),
+        ({"blind": True, "kernel_size": 8}, "--kernel-size must be odd and at least 3, got 8"),
+        ({"blur_std": 1.0, "kernel_size": 9}, "--kernel-size must come with --blind"),
+        ({"task": "denoise", "blind": True}, "--blind must come with --task deblur"),
+    ],
+)
+def test_options_of_unknown_kernels_are_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        Model(**{"task": "deblur", **options})
+
+
 def test_a_photograph_that_was_blurred_before_it_was_cropped(run, tmp_path):
     whole = PHOTOGRAPH_OF_96
     blur = GaussianBlur(1.75, 13)
