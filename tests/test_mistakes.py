@@ -294,7 +294,7 @@ WORDS = {
     "statistics nope": "prior must be one of .* got 'nope'",
     # options of other tasks
     f"{SOLVE} --scale 2": "--scale must come with --task sr, got denoise",
-    "solve p.png --task deblur": "--task deblur must have --kernel FILE or --blur-std S, got none",
+    "solve p.png --task deblur": "must have --kernel FILE, --blur-std S or --blind, got none",
     "solve p.png --task poisson": "--peak must be given for --task poisson",
     "solve p.png pics/a.png --task denoise -o x.png": "--out must be a folder for 2 pictures",
     # files

@@ -4,6 +4,8 @@ r"""Search the settings of point estimates on validation images, and put them in
         --out experiments/few_step/points.json
     python experiments/few_step/point.py --prior ncvsd_faces64 --write \
         --out experiments/few_step/points.json
+    python experiments/few_step/point.py --prior ncvsd_natural --write --tie 1.035 \
+        --out experiments/few_step/points.json
 
 The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
 each a mean over images, and over the tasks of a family. A search begins with the settings that the
@@ -57,9 +59,6 @@ LADDERS = {
 WORTHWHILE = 0.997
 """Score over the best so far with which a search goes on the same way."""
 
-TIE = 1.002
-"""Score over the best with which settings tie: it is flat in the temperature, PSNR is not."""
-
 
 def main() -> None:
     """Make the trials that are missing and print the best, or judge or write them."""
@@ -78,11 +77,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the trials")
     parser.add_argument("--judge", action="store_true", help="judge the prior on others")
     parser.add_argument("--write", action="store_true", help="put what was found into the card")
+    parser.add_argument(
+        "--tie",
+        type=float,
+        default=1.002,
+        help="score over the best with which settings tie; the calmest is written (%(default)s)",
+    )
     args = parser.parse_args()
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     trials = found.setdefault(args.prior, {})
     if args.write:
-        write_card(args.prior, trials)
+        write_card(args.prior, trials, args.tie)
         return
     prior, size = load_prior(args.prior), (args.size, args.size)
     pictures = read_images(args.data, 2 * args.images if args.judge else args.images)
@@ -193,15 +198,20 @@ def best_of(row: list[dict[str, float]]) -> Point:
     return Point(**{name: best[name] for name in Point._fields})
 
 
-def calmest_of(row: list[dict[str, float]]) -> Point:
-    """Return the best of the trials of the lowest temperature that ties with the best of all."""
+def calmest_of(row: list[dict[str, float]], tie: float) -> Point:
+    """Return the best of the trials of the lowest temperature that ties with the best of all.
+
+    The score is flat in the temperature, PSNR is not.
+    """
     least = min(trial["score"] for trial in row)
-    ties = [trial for trial in row if trial["score"] <= TIE * least]
+    ties = [trial for trial in row if trial["score"] <= tie * least]
     coolest = min(trial["temperature"] for trial in ties)
     return best_of([trial for trial in ties if trial["temperature"] == coolest])
 
 
-def write_card(name: str, trials: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> None:
+def write_card(
+    name: str, trials: Mapping[str, Mapping[str, list[dict[str, float]]]], tie: float
+) -> None:
     """Put settings into the card of a prior of the package: of those that tie the calmest.
 
     Families and numbers of calls without trials keep what the card has, or the general settings.
@@ -211,7 +221,7 @@ def write_card(name: str, trials: Mapping[str, Mapping[str, list[dict[str, float
     points = {family: dict(rows) for family, rows in (card.points or POINTS).items()}
     for family_name, rows in trials.items():
         family = None if family_name == "other" else family_name
-        found = {int(calls): calmest_of(row) for calls, row in rows.items()}
+        found = {int(calls): calmest_of(row, tie) for calls, row in rows.items()}
         points[family] = dict(sorted((points.get(family, {}) | found).items()))
     write_whole(card_path(stem), replace(card, points=points).to_json())
 

@@ -191,8 +191,9 @@ def _weights() -> tuple[dict[str, str], list[str]]:
     own = os.environ.get(WEIGHTS_VARIABLE)
     for net in ("alex", "squeeze", "vgg"):
         file = None if own is None else Path(own) / f"lpips_{net}_features.safetensors"
-        here = file is not None and file.is_file()
-        found[f"lpips-{net}"] = str(file) if here else "torchvision downloads it when first used"
+        shipped = "comes with the package" if net == "alex" else None
+        here = str(file) if file is not None and file.is_file() else shipped
+        found[f"lpips-{net}"] = here or "torchvision downloads it when first used"
     return found, damaged
 
 

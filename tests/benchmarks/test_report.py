@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from harness import pictures, plots, report, tables
-from harness.headline import headline
+from harness.cli import run_report
+from harness.headline import MARKS, headline
 from harness.published import ABSENT, PUBLISHED, published_rows, read_references
 from harness.records import METRICS, RECORDS, Record, read_records
 from ncvsd_inverse.tasks import list_tasks
@@ -391,6 +392,28 @@ def test_the_headline_holds_ours_beside_the_best_other():
     ]
     with pytest.raises(ValueError, match="records must have ncvsd-point at 10 calls"):
         headline(rows[1:])
+
+
+def test_report_writes_the_headline_into_a_file(tmp_path, capsys):
+    other = {"network": "teacher", "title": "Other"}
+    vgg = {"lpips-vgg": (0.1, 0.2, 0.1, 0.2)}
+    values = record().values
+    rows = [
+        record("ncvsd-point", 10, more={**values, **vgg}),
+        record("other", 10, more={**values, **vgg}, **other),
+    ]
+    (tmp_path / RECORDS).write_text("".join(row.to_json() + "\n" for row in rows))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{MARKS[0]}\n\nold\n\n{MARKS[1]}\n\nafter\n")
+    assert run_report([str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n\n{MARKS[0]}\n")
+    assert text.endswith(f"{MARKS[1]}\n\nafter\n")
+    assert headline(rows) in text
+    assert "old" not in text
+    capsys.readouterr()
+    assert run_report([str(tmp_path), "--readme", str(tmp_path / "none.md")]) == 2
+    assert "none.md" in capsys.readouterr().err
 
 
 def test_markdown_escapes_titles(records):

@@ -76,9 +76,11 @@ def test_damaged_and_missing_weights_are_named(run, tmp_path, monkeypatch):
     assert err == "error: cut, lone cannot be used; the report says why\n"
     assert found["cut"].startswith("DAMAGED: ~/weights/cut.safetensors must have the SHA-256")
     assert found["lone"].endswith("there is no ~/weights/lone.safetensors")
-    assert found["$NCVSD_WEIGHTS"].startswith("~/weights, 4 files, 7.8 MiB, ")
+    size = sum(file.stat().st_size for file in weights.iterdir()) / 2**20
+    assert found["$NCVSD_WEIGHTS"].startswith(f"~/weights, 4 files, {size:.1f} MiB, ")
     assert found["lpips-vgg"] == "~/weights/lpips_vgg_features.safetensors"
-    assert found["lpips-alex"] == "torchvision downloads it when first used"
+    assert found["lpips-alex"] == "comes with the package"
+    assert found["lpips-squeeze"] == "torchvision downloads it when first used"
 
 
 def test_a_missing_package_is_said(run, monkeypatch):

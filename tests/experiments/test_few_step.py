@@ -216,10 +216,13 @@ def test_settings_that_were_found_go_into_the_card(tmp_path, monkeypatch):
     shutil.copy(known, tmp_path)
     monkeypatch.setattr("experiments.few_step.point.PACKAGE_WEIGHTS", tmp_path)
     trials = {"blur": {"4": walk([], 5)}, "other": {"7": walk([], 2)}}
-    write_card("ncvsd_faces64", trials)
+    write_card("ncvsd_faces64", trials, 1.002)
     before, after = read_card(known.with_suffix("")), read_card(tmp_path / "ncvsd_faces64")
-    assert after.points["blur"] == {**before.points["blur"], 4: calmest_of(trials["blur"]["4"])}
-    assert after.points[None][7] == calmest_of(trials["other"]["7"])
+    assert after.points["blur"] == {
+        **before.points["blur"],
+        4: calmest_of(trials["blur"]["4"], 1.002),
+    }
+    assert after.points[None][7] == calmest_of(trials["other"]["7"], 1.002)
     assert list(after.points[None]) == sorted(after.points[None])
     assert after.points["superres"] == before.points["superres"]
     assert replace(after, points=None) == replace(before, points=None)
@@ -231,6 +234,7 @@ def test_of_settings_that_tie_the_calmest_are_taken():
         {**START._asdict(), "temperature": t, "noise": noise, "score": score}
         for t, noise, score in rows
     ]
-    found = calmest_of(trials)
+    found = calmest_of(trials, 1.002)
     assert (found.temperature, found.noise) == (0.2, 0.5)
     assert best_of(trials).temperature == 0.5
+    assert calmest_of(trials, 1.05).temperature == 0.1
