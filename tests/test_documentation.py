@@ -74,6 +74,7 @@ class Skipped:
 INSTALLS = Skipped("it installs packages")
 SERVES = Skipped("it serves for ever; tests/cli/test_app.py opens the page in a browser")
 RUN = "python benchmarks/run.py"
+FIVE = f"{RUN} --task inpaint_box inpaint_random sr4x deblur_gaussian deblur_motion"
 ONE = "--images 1 --methods ncvsd pinv --nfe 1"
 TRAIN = "ncvsd train faces64 --data pictures.zip -o runs/teacher"
 DISTILL = "ncvsd distill faces64 --teacher runs/teacher --data pictures.zip -o runs/student"
@@ -259,9 +260,8 @@ COMMANDS: dict[str, Short | Skipped] = {
         makes=("results_launched/report.html",),
         slow=True,
     ),
-    f"{RUN} --task all --prior ncvsd_faces64 --out benchmarks/results/faces64": Short(
-        f"{RUN} --task all --prior ncvsd_faces64 --out benchmarks/results/faces64 --images 1 "
-        "--methods pinv",
+    f"{FIVE} --nfe 10 --out benchmarks/results/faces64": Short(
+        f"{FIVE} --nfe 1 --out benchmarks/results/faces64 --images 1 --methods pinv",
         makes=("benchmarks/results/faces64/report.html",),
         slow=True,
     ),
@@ -278,7 +278,7 @@ COMMANDS: dict[str, Short | Skipped] = {
     ),
     "python benchmarks/report.py benchmarks/results/faces64": Short(
         "python benchmarks/report.py benchmarks/results/faces64",
-        needs=(f"{RUN} --task all --prior ncvsd_faces64 --out benchmarks/results/faces64",),
+        needs=(f"{FIVE} --nfe 10 --out benchmarks/results/faces64",),
         slow=True,
     ),
     "python benchmarks/tune.py --prior ncvsd_faces64": Short(

@@ -416,6 +416,13 @@ def test_report_writes_the_headline_into_a_file(tmp_path, capsys):
     assert "none.md" in capsys.readouterr().err
 
 
+def test_the_readme_says_what_the_records_say():
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    shown = text.split(MARKS[0])[1].split(MARKS[1])[0].strip()
+    assert shown == headline(read_records(root / "benchmarks" / "results" / "faces64"))
+
+
 def test_markdown_escapes_titles(records):
     text = markdown(records, "sr4x")
     assert "<script" not in text
