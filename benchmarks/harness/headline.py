@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 
+from baselines.ours import OURS
 from harness.records import CONFIDENCE, Record
 from harness.tables import OURS_CALLS, OURS_SHOWN
+from ncvsd_inverse import list_tasks
 from ncvsd_inverse.tasks import task_title
 
 __all__ = ["MARKS", "headline"]
@@ -17,6 +19,9 @@ _METRICS = {"psnr": ("PSNR", 2), "lpips-alex": ("lpips-alex", 4), "lpips-vgg": (
 
 _DRAW = "ncvsd"
 """Method whose row is a single draw."""
+
+_OURS = frozenset(method.name for method in OURS)
+"""Methods that are no others."""
 
 
 def headline(records: Sequence[Record]) -> str:
@@ -34,13 +39,15 @@ def headline(records: Sequence[Record]) -> str:
     """
     most = max((record.images for record in records), default=0)
     whole = [r for r in records if r.images == most and not r.failures and _score(r) < math.inf]
-    tasks = list(dict.fromkeys(record.task for record in whole))
+    present = {record.task for record in whole}
     ours = {(r.task, r.method): r for r in whole if r.nfe == OURS_CALLS and _is_ours(r)}
     rivals = [r for r in whole if not _is_ours(r) and r.network != "none"]
     tasks = [
         task
-        for task in tasks
-        if (task, OURS_SHOWN) in ours and any(rival.task == task for rival in rivals)
+        for task in list_tasks()
+        if task in present
+        and (task, OURS_SHOWN) in ours
+        and any(rival.task == task for rival in rivals)
     ]
     if not tasks:
         raise ValueError(f"records must have {OURS_SHOWN} at {OURS_CALLS} calls beside rivals")
@@ -70,7 +77,7 @@ def headline(records: Sequence[Record]) -> str:
 
 
 def _is_ours(record: Record) -> bool:
-    return record.network == "student"
+    return record.method in _OURS
 
 
 def _score(record: Record) -> float:
