@@ -4,8 +4,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor
-
+from ncvsd_inverse.images import centre_crop
 from ncvsd_inverse.protocols import Prior, PriorTraits, Statistics, Temperable, UnknownKernel
 from ncvsd_inverse.sampling.chains import Plan, Watch, matheron_chain, run_chain
 from ncvsd_inverse.sampling.choices import temper
@@ -76,7 +75,9 @@ def find_kernel(
     """
     fits = PriorTraits.of(prior).image_shape is None and unknown.boundary != "circular"
     if fits and max(problem.y.shape[2:]) > SIDE:
-        problem = replace(problem, y=_middle(problem.y))
+        sides = problem.y.shape[2:]
+        middle = centre_crop(problem.y, (min(sides[0], SIDE), min(sides[1], SIDE)))
+        problem = replace(problem, y=middle)
     (problem,) = problem.chains(num_samples=chains, restarts=1, batch_size=chains)
     sigma = problem.sigma_y if noise_is_known else None
     tracker = KernelTracker(problem.y, unknown, sigma)
@@ -111,9 +112,3 @@ def describe_kernel(found: FoundKernel) -> str:
         f"{share:.0%} of the kernel lies on the rim of its {len(rim)} x {len(rim)} pixels: take a "
         "larger kernel_size"
     )
-
-
-def _middle(y: Tensor) -> Tensor:
-    """Return the middle of measurements, at most `SIDE` on each axis."""
-    rows, columns = (slice(max(0, (side - SIDE) // 2), None) for side in y.shape[2:])
-    return y[..., rows, columns][..., :SIDE, :SIDE]

@@ -26,6 +26,7 @@ from ncvsd_inverse.sampling.chains import (
     Outcome,
     Plan,
     Progress,
+    Watch,
     direct_chain,
     gibbs_chain,
     matheron_chain,
@@ -381,7 +382,7 @@ class _Job:
         prior: Prior,
         statistics: Statistics | None,
         average: Average | None,
-        watch: Callable[[Progress], None],
+        watch: Watch,
         noise: Noise | None,
     ) -> _Ran:
         """Run the chains, part by part, with the prior at the plan's temperature.
@@ -432,9 +433,7 @@ class _Job:
         return images.take_along_dim(best[None, ..., None, None, None], 0)[0]
 
 
-def _watch(
-    advance: Callable[[int], None], callback: Callable[[Progress], None] | None
-) -> Callable[[Progress], None]:
+def _watch(advance: Callable[[int], None], callback: Callable[[Progress], None] | None) -> Watch:
     """Return what moves the bar on and calls the user's function after a sweep."""
 
     def watch(progress: Progress) -> None:
