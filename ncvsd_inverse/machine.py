@@ -1,4 +1,4 @@
-"""The machine: device, arithmetic, network passes, memory, caches, time and progress bars."""
+"""The machine: device, arithmetic, network passes, memory, caches, time, progress, warnings."""
 
 import copy
 import math
@@ -6,11 +6,12 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType
 from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "progress_bar",
     "time_now",
     "track",
+    "warn",
 ]
 
 Item = TypeVar("Item")
@@ -40,6 +42,9 @@ LINE_SECONDS = 5.0
 """Least time between two lines of progress."""
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_INSIDE = ("ncvsd_inverse", "torch", "contextlib")
+"""This package, and what decorates its functions."""
+
 _PLAIN = (type, ModuleType, FunctionType, BuiltinFunctionType)
 """What holds no tensors of an object, though it has attributes."""
 
@@ -112,6 +117,15 @@ def extra(name: str) -> Iterator[None]:
         raise ImportError(
             f"this needs the package {error.name}: pip install 'ncvsd-inverse[{name}]'"
         ) from error
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called this package, however deep in it the warning is given."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def find_device(name: str | None = None) -> torch.device:

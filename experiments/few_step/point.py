@@ -11,7 +11,7 @@ The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root
 each a mean over images, and over the tasks of a family. A search begins with the settings that the
 prior has, or with the general ones. A stopped search goes on with the same command. `--images` are
 taken from the first; `--judge` prints what the prior's present settings reach on the images after
-them.
+them, and the PSNR of the mean of eight draws.
 """
 
 import argparse
@@ -48,13 +48,20 @@ FAMILIES: Mapping[str | None, tuple[str, ...]] = {
 }
 CALLS = (1, 2, 4, 10, 20, 50)
 LADDERS = {
-    "last": Ladder(values=(0.0, 0.015, 0.03, 0.05, 0.1, 0.2, 0.4)),
+    "noise": Ladder(math.sqrt(2), least=0.25, most=2.0),
     "temperature": Ladder(1.5, least=0.05, most=1.0),
+    "last": Ladder(values=(0.0, 0.015, 0.03, 0.05, 0.1, 0.2, 0.4)),
     "first": Ladder(2.0, least=0.1, most=12.0),
     "smallest": Ladder(2.0, least=0.0125, most=0.8),
-    "noise": Ladder(math.sqrt(2), least=0.25, most=2.0),
 }
 """The steps of a search, by setting, in the order in which they are tried."""
+
+LIVELY = {"temperature": 0.5, "noise": 0.5, "last": 0.0}
+"""What the second trial changes: less noise in the likelihood pays only together with a higher
+temperature or a last call, so that moves of one setting alone do not find it."""
+
+DRAWS = 8
+"""Draws whose mean `--judge` sets beside the point estimate."""
 
 WORTHWHILE = 0.997
 """Score over the best so far with which a search goes on the same way."""
@@ -72,7 +79,7 @@ def main() -> None:
     known = [family or "other" for family in FAMILIES]
     parser.add_argument("--families", nargs="+", choices=known, default=known)
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS)
-    parser.add_argument("--trials", type=int, default=8, help="of each search (%(default)s)")
+    parser.add_argument("--trials", type=int, default=14, help="of each search (%(default)s)")
     parser.add_argument("--sigma-y", type=float, default=SIGMA_Y, help="noise std (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the trials")
     parser.add_argument("--judge", action="store_true", help="judge the prior on others")
@@ -126,8 +133,9 @@ def search(
 ) -> Iterator[dict[str, float]]:
     """Yield the settings of the trials that `row` lacks, each after the score of the one before.
 
-    One setting after the other is moved a step at a time, up and then down, as long as that pays;
-    after all of them it begins anew, with half the steps if nothing did.
+    It begins with the better of `start` and of what is LIVELY in its place. One setting after the
+    other is moved a step at a time, up and then down, as long as that pays; after all of them it
+    begins anew, with half the steps if nothing did.
     """
     tried: dict[tuple[float, ...], float] = {}
 
@@ -139,8 +147,10 @@ def search(
                 yield settings
             tried[key] = row[len(tried)]["score"]
 
-    best = start._asdict()
-    yield from score(best)
+    starts = [start._asdict(), {**start._asdict(), **LIVELY}]
+    for settings in starts:
+        yield from score(settings)
+    best = min(starts, key=lambda settings: tried.get(tuple(settings.values()), math.inf))
     step = 1.0
     while step >= 0.25 and len(tried) < trials:
         before = tried[tuple(best.values())]
@@ -163,6 +173,13 @@ def restore(prior: Prior, problem: Problem, point: Point | None, calls: int) -> 
     if point is not None:
         prior = with_points(prior, {None: {calls: point}})
     return solve(y, operator=operator, prior=prior, nfe=calls, sigma_y=sigma_y).x0.clamp(-1, 1)
+
+
+def mean_of_draws(prior: Prior, problem: Problem, calls: int) -> Tensor:
+    """Return means of DRAWS posterior draws of so many calls each."""
+    _, operator, y, sigma_y = problem
+    result = solve(y, operator=operator, prior=prior, nfe=calls, sigma_y=sigma_y, num_samples=DRAWS)
+    return result.mean.clamp(-1, 1)
 
 
 def with_points(prior: Any, points: Points) -> Any:  # noqa: ANN401
@@ -227,13 +244,19 @@ def write_card(
 
 
 def judge(prior: Prior, images: Tensor, calls: list[int], sigma_y: float) -> None:
-    """Print PSNR, lpips-alex and lpips-vgg of point estimates with the prior's settings."""
+    """Print PSNR, lpips-alex and lpips-vgg of point estimates with the prior's settings.
+
+    The PSNR of the mean of DRAWS draws of so many calls each comes last.
+    """
     for tasks in FAMILIES.values():
         for problem in (pose(name, images, sigma_y) for name in tasks):
             for number in calls:
                 alex, vgg, error = figures(restore(prior, problem, None, number), images)
                 quality = -20 * math.log10(error / 2)
-                print(problem[0], number, f"{quality:.2f} {alex:.4f} {vgg:.4f}", flush=True)
+                mean = float(psnr(mean_of_draws(prior, problem, number), images).mean())
+                print(
+                    problem[0], number, f"{quality:.2f} {alex:.4f} {vgg:.4f} {mean:.2f}", flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Images given measurements: the door to the samplers."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from ncvsd_inverse.machine import (
     out_of_inference,
     progress_bar,
     time_now,
+    warn,
 )
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
 from ncvsd_inverse.priors.own_statistics import with_own_statistics
@@ -262,7 +262,7 @@ def solve(
                 watch=_watch(advance, callback),
             )
         if note := describe_kernel(search.found):
-            warnings.warn(note, stacklevel=4)
+            warn(note)
         kernel, std = (each.to(y)[None, None] for each in search.found[:2])
         blur = unknown.with_kernel(kernel)
         result = again(problem.y, operator=blur, seed=problem.keys, nfe=nfe - calls)
@@ -298,7 +298,7 @@ def solve(
         notes.append(statistics.note)
     notes += describe_measurement(problem)
     for note in filter(None, notes):
-        warnings.warn(note, stacklevel=4)
+        warn(note)
 
     average = default_average(problem.traits.family) if estimate == "ema" else None
     total = sum(len(job.parts) * len(job.plan.calls) for job in jobs)
@@ -311,11 +311,10 @@ def solve(
     error = max(each.error for each in ran)
     converged = error <= CONVERGED
     if not converged:
-        warnings.warn(
+        warn(
             f"linear solves fell short by {error:.2g} of the std of what they condition (at most "
             f"{CONVERGED:g} counts as converged): the result may follow y too little; a larger "
-            "sigma_lik (or sigma_y) makes them easier",
-            stacklevel=4,
+            "sigma_lik (or sigma_y) makes them easier"
         )
     samples = ran[0].images
     mean = samples.mean(0)
@@ -327,7 +326,7 @@ def solve(
     if method == "conditioning" and len(plan.calls) >= FEW_CALLS:
         known = noise is None
         for note in describe_residual(problem, x0, residual, statistics, known=known):
-            warnings.warn(note, stacklevel=4)
+            warn(note)
     return Result(
         x0=x0,
         samples=samples,

@@ -1,6 +1,7 @@
 """Blurs whose kernel is not known."""
 
 import math
+import warnings
 from importlib.resources import files
 
 import numpy as np
@@ -180,6 +181,15 @@ def test_numbers_and_their_spread_are_those_of_the_exact_posterior():
     spread = (weights * (grid - exact[:, None]).square()).sum(1).sqrt()
     assert ((found - exact).abs() < spread).all()
     assert ((sure / spread > 0.5) & (sure / spread < 2)).all()
+
+
+def test_warnings_name_the_line_that_called():
+    y = MotionBlur(9, 0.5).measure(face(), 0.01)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solve(y, operator=BlindBlur(9), prior=FACES, nfe=8)  # 0.05 by default
+    assert "the noise of y seems to be" in str(caught[0].message)
+    assert {item.filename for item in caught} == {__file__}
 
 
 def test_draws_share_a_kernel():
