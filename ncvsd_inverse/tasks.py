@@ -53,11 +53,6 @@ class Task:
         """Whether a mask of the user's may stand in for the named one."""
         return isinstance(self.operator, Inpaint)
 
-    @property
-    def measures_picture(self) -> bool:
-        """Whether a measurement is a picture file's pixels, of a kind that users have."""
-        return _TASKS[self.name].picture is _as_it_is
-
     def picture(self, y: Tensor) -> Tensor | None:
         """Return measurements as pictures (B, 1 or 3, h, w) in [-1, 1]; None if they are none.
 

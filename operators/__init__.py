@@ -1,9 +1,9 @@
 """Forward models y = A(x) + noise.
 
 Images have shape (B, C, H, W) and values in [-1, 1]. Linear operators carry `adjoint` and, but for
-compositions, `solve_normal`; every operator carries `measure`, `input_shape`, `measured`,
-`count_measured` and `repeated`. What an operator is given it copies, so that later changes of a
-mask or kernel do not reach it.
+compositions, `solve_normal`; every operator but `BlindBlur` carries `measure`, `input_shape`,
+`measured`, `count_measured` and `repeated`. What an operator is given it copies, so that later
+changes of a mask or kernel do not reach it.
 """
 
 if __name__ == "operators":

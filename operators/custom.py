@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ncvsd_inverse.checks import check_images, check_triple, describe_type
+from ncvsd_inverse.checks import check_images, check_positive, check_triple, describe_type
 from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.protocols import LinearOperator, Operator, OperatorTraits, SolvableOperator
 
@@ -15,6 +15,9 @@ __all__ = ["check_operator", "from_function"]
 TOLERANCE = 1e-4
 """Relative difference of two ways to the same number in float32 that is rounding."""
 
+ABOUT_ONE = 2.0
+"""Gains that this factor does not take beyond 1 count as 1."""
+
 
 def from_function(
     function: Callable[[Tensor], Tensor],
@@ -22,6 +25,7 @@ def from_function(
     *,
     linear: bool | None = None,
     family: str | None = None,
+    gain: float | None = None,
 ) -> BaseOperator:
     """Return the forward model of a function; of a linear one with its adjoint, by autograd.
 
@@ -36,12 +40,17 @@ def from_function(
         input_shape: shape (C, H, W) of the images.
         linear: whether it is a matrix; None: found out on random images.
         family: the kind of problem, by which default settings are looked up, as "blur".
+        gain: about how much y changes with its images, > 0; None: measured on a smooth random image
+            if the function is linear, and 1 if that is within a factor 2, or if it is not linear.
 
     Raises:
         TypeError: if the function does not return a tensor that autograd can follow.
-        ValueError: if the shape is wrong, or a measurement does not begin with the batch.
+        ValueError: if the shape or the gain is wrong, or a measurement does not begin with the
+            batch.
     """
     shape = check_triple("input_shape", input_shape)
+    if gain is not None:
+        check_positive("gain", gain)
     if not callable(function):
         raise TypeError(f"function must be callable, got {type(function).__name__}")
     source = torch.Generator().manual_seed(0)
@@ -58,8 +67,9 @@ def from_function(
         added = function(2 * a + b)
         linear = _differ(added, 2 * y + function(b)) <= TOLERANCE
     if not linear:
-        return _FunctionOperator(function, shape, family)
-    operator = _MatrixOperator(function, shape, family)
+        return _FunctionOperator(function, shape, family, gain or 1.0)
+    gain = gain or _measure_gain(function, a)
+    operator = _MatrixOperator(function, shape, family, gain)
     try:
         operator.adjoint(y)
     except RuntimeError as error:
@@ -67,14 +77,32 @@ def from_function(
     return operator
 
 
+def _measure_gain(function: Callable[[Tensor], Tensor], white: Tensor) -> float:
+    """Return how much larger a smooth image is in the entries of y that are not 0; about 1: 1."""
+    rows, columns = (torch.fft.fftfreq(side)[:, None] for side in white.shape[2:])
+    falling = 1 / (rows**2 + columns.T**2).sqrt().clamp(min=1 / max(white.shape[2:]))
+    x = torch.fft.ifft2(falling * torch.fft.fft2(white)).real
+    y = function(x)
+    told = y[y != 0]
+    if not len(told):
+        return 1.0
+    gain = float(told.abs().square().mean().sqrt() / x.square().mean().sqrt())
+    return 1.0 if 1 / ABOUT_ONE < gain < ABOUT_ONE else gain
+
+
 class _FunctionOperator(BaseOperator):
     """A function as a forward model."""
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], family: str | None
+        self,
+        function: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        family: str | None,
+        gain: float,
     ) -> None:
         self.function = function
         self.family = family
+        self.gain = gain
         self._shape = shape
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class PhaseRetrieval(BaseOperator):
 
     family = "phase_retrieval"
 
-    lipschitz = 0.5
     gain = 0.5
+    lipschitz = 0.5
     """Bound on ||A(x) - A(x')|| / ||x - x'||: F and P keep norms, (x + 1)/2 halves them."""
 
     SEARCH_LEVELS: ClassVar[tuple[float, float]] = (1.2, 0.15)

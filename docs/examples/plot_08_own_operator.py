@@ -57,6 +57,8 @@ print(result)
 class Camera:
     """Bayer filter and darkening; A A^T is diagonal, so the solve is a formula."""
 
+    gain = 1.0  # y is about as large as x; 127.5 if it were in steps of 8 bits
+
     def __call__(self, x: Tensor) -> Tensor:
         return camera(x)
 

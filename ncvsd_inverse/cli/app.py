@@ -560,8 +560,8 @@ def app(
     """Restore pictures on a page in the browser.
 
     Drop a picture, say what is wrong with it (noise, a blur, too few pixels, missing parts, which
-    one paints over), and see the estimate beside the draws and their std. It needs the extra app:
-    pip install 'ncvsd-inverse[app]'.
+    one paints over), and see the estimate beside the draws and their std. It needs
+    gradio, which this package's extra "app" installs.
 
     Only this machine can open the page unless --host says otherwise. Nothing is sent anywhere, and
     what was dropped or made lies in a temporary folder, which is removed at the end.

@@ -240,7 +240,7 @@ def _is_output(path: Path, source: Path, out: Path) -> bool:
         *source.resolve().parents,
     ):
         return True
-    for end in OUTPUTS:
+    for end in (*OUTPUTS, KERNEL):
         if path.stem.endswith(end):
             record = path.with_name(path.stem.removesuffix(end) + ".json")
             if RECORD in read_record(record):

@@ -51,7 +51,7 @@ TASKS: Mapping[str, str] = {
     "inpaint": "--mask FILE, or transparent places in IN",
     "colorize": "",
     "mri": "IN an array of k-space, 0 where it is not measured",
-    "phase_retrieval": "IN an array of amplitudes",
+    "phase_retrieval": "--sigma-y S, better --restarts 4, IN an array of amplitudes",
     "poisson": "--peak N, IN an array of counts",
 }
 """Tasks of real files, and what they need."""

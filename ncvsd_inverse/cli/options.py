@@ -17,6 +17,7 @@ __all__ = [
     "Microbatch",
     "Nfe",
     "PriorName",
+    "Restarts",
     "RunFolder",
     "Samples",
     "Seconds",
@@ -46,6 +47,9 @@ PriorName = Annotated[
     ),
 ]
 Nfe = Annotated[int, typer.Option("--nfe", help="Network forward passes a sample.")]
+Restarts = Annotated[
+    int, typer.Option("--restarts", help="Chains for each sample; the best fit is kept.")
+]
 Samples = Annotated[int, typer.Option("--samples", help="Posterior samples for each image.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same result.")]
 Device = Annotated[

@@ -32,7 +32,7 @@ from ncvsd_inverse.cli.folder import (
 )
 from ncvsd_inverse.cli.inputs import in_tiles, load_named, open_folder
 from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model, Simulation
-from ncvsd_inverse.cli.options import Device, Nfe, PriorName, Samples, Seed
+from ncvsd_inverse.cli.options import Device, PriorName, Restarts, Samples, Seed
 from ncvsd_inverse.images import SUFFIXES
 from ncvsd_inverse.machine import progress_bar
 from ncvsd_inverse.operators.blind import KernelPrior
@@ -46,6 +46,9 @@ from ncvsd_inverse.sampling.solve import Estimate, Method
 __all__ = [
     "solve",
 ]
+
+NFE, BLIND_NFE = 10, 20
+"""Network calls where none are asked for: half of the latter look for the kernel."""
 
 PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
 """Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
@@ -85,13 +88,16 @@ def solve(
         ),
     ],
     prior: PriorName = "ncvsd_natural",
-    nfe: Nfe = 10,
+    nfe: Annotated[
+        int | None,
+        typer.Option("--nfe", help="Network forward passes a sample; 10, with --blind 20."),
+    ] = None,
     sigma_y: Annotated[
         str | None,
         typer.Option(
             "--sigma-y",
-            help="Noise std for values from -1 to 1 (0.0078 is one step of 8 bits); auto, the "
-            "default, estimates it.",
+            help="Noise std for values from -1 to 1 (0.0078 is one step of 8 bits); auto "
+            "estimates it, the default where the task is linear; with --simulate the task's own.",
         ),
     ] = None,
     kernel: Annotated[
@@ -120,6 +126,7 @@ def solve(
         int | None, typer.Option("--scale", help="sr: how many times larger, 2, 3, 4 or 8.")
     ] = None,
     samples: Samples = 1,
+    restarts: Restarts = 1,
     estimate: Annotated[
         Estimate | None,
         typer.Option("--estimate", help="What is written; point, or mean of several samples."),
@@ -179,7 +186,10 @@ def solve(
     depends on --seed and NAME alone, not on which pictures there are. Under
     `accelerate launch -m ncvsd_inverse.cli solve ...` every process takes its share of pictures.
     """
-    for name, value in (("--nfe", nfe), ("--samples", samples), ("--tile", tile)):
+    if nfe is None:
+        nfe = BLIND_NFE if blind else NFE
+    counts = {"--nfe": nfe, "--samples": samples, "--restarts": restarts, "--tile": tile}
+    for name, value in counts.items():
         check_count(name, value)
     check_count("--seed", seed, least=0)
     if steps is not None:
@@ -248,6 +258,7 @@ def solve(
         "sigma_y": level,
         "nfe": nfe,
         "samples": samples,
+        "restarts": restarts,
         "asked": {
             "estimate": estimate,
             "temperature": temperature,
@@ -303,6 +314,7 @@ def solve(
                 nfe=nfe,
                 sigma_y=jobs[0].sigma_y,
                 num_samples=samples,
+                restarts=restarts,
                 estimate=estimate,
                 temperature=temperature,
                 sigma_lik=sigma_lik,

@@ -191,6 +191,7 @@ class Result:
         tensors = {"x0": self.x0, "samples": self.samples}
         more = {"std": self.std, "kernel": self.kernel, "kernel_std": self.kernel_std}
         tensors |= {name: tensor for name, tensor in more.items() if tensor is not None}
+        numbers = self.kernel_numbers
         figures = {
             "estimate": self.estimate,
             "method": self.method,
@@ -199,6 +200,7 @@ class Result:
             "residual": self.residual.tolist(),
             "sigma_y": self.sigma_y.tolist(),
             "sigma_y_std": None if self.sigma_y_std is None else self.sigma_y_std.tolist(),
+            "kernel_numbers": None if numbers is None else numbers.tolist(),
             "sigma_lik": self.sigma_lik,
             "schedule": self.schedule,
             "converged": self.converged,

@@ -153,6 +153,18 @@ def test_a_kernel_that_nobody_knows_is_written_beside_the_picture(run, tmp_path)
     assert run("in.png", *again)[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*of the kernel lies on the rim")
+def test_a_found_kernel_is_no_picture_of_the_next_run(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_picture(tmp_path / "in" / "a.png", Picture(noisy(PHOTOGRAPH_OF_96, 0.02)))
+    blind = ("--task", "deblur", "--blind", "--kernel-size", 5, "--nfe", 2)
+    assert run("in", *blind, "-o", "in")[0] == 0
+    before = sorted(path.name for path in (tmp_path / "in").iterdir())
+    assert "a_kernel.png" in before
+    assert run("in", *blind, "-o", "in")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -45,6 +45,36 @@ def test_solve_takes_a_function():
     assert float(result.residual) < 2
 
 
+MASK = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) < 0.3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * MASK,
+        lambda x: avg_pool2d(x, 2),
+        lambda x: x.mean(1, keepdim=True),
+        lambda x: torch.fft.fft2(x, norm="ortho").real,
+    ],
+    ids=["mask", "reduction", "grey", "frequencies"],
+)
+def test_the_gain_of_a_function_is_its_unit(function):
+    assert from_function(function, SHAPE).gain == 1
+    assert 50 < from_function(lambda x: 100 * function(x), SHAPE).gain < 200
+    assert from_function(lambda x: 100 * function(x), SHAPE, gain=7.0).gain == 7
+
+
+def test_a_point_estimate_does_not_depend_on_the_unit_of_y():
+    x = torch.linspace(-0.5, 0.5, 3 * 64 * 64).view(1, 3, 64, 64)
+    ends = []
+    for unit in (1, 100):
+        operator = from_function(lambda x, unit=unit: unit * x.mean(1, keepdim=True), (3, 64, 64))
+        y = operator.measure(x, 0.05 * unit, generator=torch.Generator().manual_seed(0))
+        result = solve(y, operator=operator, prior="ncvsd_faces64", nfe=4, sigma_y=0.05 * unit)
+        ends.append(min(level for level in result.schedule if level))
+    assert 0.5 < ends[1] / ends[0] < 2
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "error", "message"),
     [

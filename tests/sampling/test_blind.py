@@ -1,5 +1,6 @@
 """Blurs whose kernel is not known."""
 
+import json
 import math
 import warnings
 from importlib.resources import files
@@ -190,6 +191,15 @@ def test_warnings_name_the_line_that_called():
         solve(y, operator=BlindBlur(9), prior=FACES, nfe=8)  # 0.05 by default
     assert "the noise of y seems to be" in str(caught[0].message)
     assert {item.filename for item in caught} == {__file__}
+
+
+def test_a_saved_result_has_the_numbers_of_its_kernel(tmp_path):
+    y = GaussianBlur(1.0, 9).measure(face(), 0.02)
+    blur = BlindBlur(9, prior="gaussian")
+    result = solve(y, operator=blur, prior=FACES, nfe=2, sigma_y=0.02)
+    result.save(tmp_path)
+    figures = json.loads((tmp_path / "result.json").read_text())
+    assert figures["kernel_numbers"] == result.kernel_numbers.tolist()
 
 
 def test_draws_share_a_kernel():

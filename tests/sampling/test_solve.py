@@ -1099,6 +1099,7 @@ def test_a_saved_result_holds_the_pictures_and_the_numbers(tmp_path):
     figures = json.loads((folder / "result.json").read_text())
     assert figures["residual"] == pytest.approx(result.residual.tolist())
     assert (figures["estimate"], figures["nfe"]) == ("mean", 2)
+    assert figures["kernel_numbers"] is None
     faces_result().save(tmp_path / "one")
     assert not (tmp_path / "one" / "0_std.png").exists()
 
