@@ -3,7 +3,6 @@
 deepinv's images are in [0, 1], ours in [-1, 1].
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,17 +10,8 @@ from torch import Tensor, nn
 
 from ncvsd_inverse.checks import check_count
 from ncvsd_inverse.numerics import expand_level, make_generators
-from ncvsd_inverse.operators import Compose
-from ncvsd_inverse.operators.deepinv_physics import from_deepinv
 from ncvsd_inverse.priors import NCVSDPrior, load_prior
-from ncvsd_inverse.protocols import (
-    Denoiser,
-    NetworkBacked,
-    NetworkTraits,
-    Operator,
-    Prior,
-    PriorTraits,
-)
+from ncvsd_inverse.protocols import Denoiser, NetworkBacked, Prior
 from ncvsd_inverse.sampling.solve import Estimate, Method, solve
 
 if TYPE_CHECKING:
@@ -68,8 +58,7 @@ def as_deepinv_reconstructor(
 
     It runs in `deepinv.test`, in `run_benchmark` of deepinv's benchmarks and wherever else deepinv
     takes a reconstructor. Images come out as (B, C, H, W) in [0, 1] up to what the solver leaves
-    outside, not clamped; no gradients pass. Where the prior's network does not take their sides,
-    they are restored as the corner of a larger image.
+    outside, not clamped; no gradients pass.
 
     Args:
         prior: a prior, or a name or path that `load_prior` accepts.
@@ -131,9 +120,6 @@ class _Reconstructor(_PriorModule):
         seed: int,
     ) -> None:
         super().__init__(prior)
-        self.multiple = 1
-        if isinstance(self.prior, NetworkBacked) and PriorTraits.of(self.prior).image_shape is None:
-            self.multiple = NetworkTraits.of(self.prior.network).size_multiple
         self.nfe = nfe
         self.sigma_y = sigma_y
         self.num_samples = num_samples
@@ -143,16 +129,9 @@ class _Reconstructor(_PriorModule):
 
     def forward(self, y: Tensor, physics: "Physics") -> Tensor:
         """Return images (B, C, H, W) in [0, 1] for measurements (B, ...) of `physics`."""
-        operator: Physics | Operator = physics
-        sides: Sequence[int] = ()
-        if self.multiple > 1:
-            known, packed = from_deepinv(physics, y)
-            sides = known.input_shape(packed.shape)[-2:]
-            if any(side % self.multiple for side in sides):
-                operator, y = Compose(known, _Crop(sides, self.multiple)), packed
         result = solve(
             y,
-            operator=operator,
+            operator=physics,
             prior=self.prior,
             nfe=self.nfe,
             sigma_y=self.sigma_y,
@@ -161,32 +140,9 @@ class _Reconstructor(_PriorModule):
             method=self.method,
             seed=self.seed,
         )
-        x0 = result.x0[..., : sides[0], : sides[1]] if sides else result.x0
-        return (x0 + 1) / 2
+        return (result.x0 + 1) / 2
 
     def extra_repr(self) -> str:
         """Return the arguments, by which deepinv's benchmarks tell models apart."""
         names = ("nfe", "sigma_y", "num_samples", "estimate", "method", "seed")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-class _Crop:
-    """The upper left part of images that are larger than it, by less than a multiple of pixels."""
-
-    def __init__(self, sides: Sequence[int], multiple: int) -> None:
-        self.sides = tuple(sides)
-        self.margins = tuple(-side % multiple for side in sides)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the part, shape (B, C, *sides)."""
-        return x[..., : self.sides[0], : self.sides[1]]
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Return y (B, C, *sides) with zeros around."""
-        down, right = self.margins
-        return nn.functional.pad(y, (0, right, 0, down))
-
-    def input_shape(self, y_shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of the images that a part comes from, batch included."""
-        height, width = (sum(pair) for pair in zip(self.sides, self.margins, strict=True))
-        return (*y_shape[:2], height, width)
