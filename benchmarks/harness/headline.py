@@ -20,6 +20,9 @@ _METRICS = {"psnr": ("PSNR", 2), "lpips-alex": ("lpips-alex", 4), "lpips-vgg": (
 _DRAW = "ncvsd"
 """Method whose row is a single draw."""
 
+_TEACHER = "teacher-gaussian"
+"""Our loop with the teacher alone, beside which distillation shows what it buys."""
+
 _OURS = frozenset(method.name for method in OURS)
 """Methods that are no others."""
 
@@ -56,24 +59,44 @@ def headline(records: Sequence[Record]) -> str:
     heads = ["task", f"ours, {OURS_CALLS} calls", "a draw of ours"]
     heads += [f"best other, {calls} calls" for calls in counts]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    won = {calls: {name: [0, 0, 0] for name in _METRICS} for calls in counts}
+    won = {calls: _Count() for calls in counts}
+    beside = _Count()
     for task in tasks:
         point, draw = ours[task, OURS_SHOWN], ours.get((task, _DRAW))
         cells = [task_title(task), _figures(point), "-" if draw is None else _figures(draw)]
         for calls in counts:
             best = min((r for r in rivals if (r.task, r.nfe) == (task, calls)), key=_score)
             cells.append(f"{_figures(best)} {best.title}")
-            for name, places in won[calls].items():
-                places[_standing(point, best, name)] += 1
+            won[calls].add(point, best)
         lines.append("| " + " | ".join(cells) + " |")
-    for calls, by_name in won.items():
-        parts = [
-            f"by {_METRICS[name][0]} ahead in {ahead}, level in {level} and behind in {behind}"
-            for name, (ahead, level, behind) in by_name.items()
-        ]
+        if teacher := ours.get((task, _TEACHER)):
+            beside.add(point, teacher)
+    for calls, count in won.items():
         start = f"Against the best other of {calls} calls, by {CONFIDENCE:.0%} intervals, ours is"
-        lines += ["", f"{start} {'; '.join(parts)}."]
+        lines += ["", f"{start} {count}."]
+    if beside.rows:
+        lines += ["", f"Against our own loop with the undistilled teacher it is {beside}."]
     return "\n".join(lines)
+
+
+class _Count:
+    """How often a row is ahead, level and behind, by metric."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._places = {name: [0, 0, 0] for name in _METRICS}
+
+    def add(self, point: Record, other: Record) -> None:
+        """Count a row beside another."""
+        self.rows += 1
+        for name, places in self._places.items():
+            places[_standing(point, other, name)] += 1
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"by {_METRICS[name][0]} ahead in {ahead}, level in {level} and behind in {behind}"
+            for name, (ahead, level, behind) in self._places.items()
+        )
 
 
 def _is_ours(record: Record) -> bool:

@@ -188,7 +188,7 @@ def plan_rows(
         methods: the methods.
         calls: by method name, the numbers of network passes to run it at.
         images: images for methods of up to 100 passes.
-        slow_images: images for those of more; our own are also recorded over these.
+        slow_images: images for those of more; beside such, our own are recorded over these too.
         draws: draws an image for methods that sample; the others give one estimate.
         tuned: settings by task, method and network passes, in place of the methods' own; those of
             the nearest number of passes are taken.
@@ -196,9 +196,10 @@ def plan_rows(
     rows = []
     few = min(slow_images, images)
     for task, problem in problems.items():
-        for method in methods:
-            if not applies(method, problem):
-                continue
+        fitting = [method for method in methods if applies(method, problem)]
+        rivals = (method for method in fitting if not is_ours(method))
+        has_slow = any(nfe > MANY_CALLS for rival in rivals for nfe in calls[rival.name])
+        for method in fitting:
             better = tuned.get(task, {}).get(method.name, {})
             for nfe in dict.fromkeys(calls[method.name]):
                 known = nearest_calls(better, nfe)
@@ -213,7 +214,7 @@ def plan_rows(
                         tuned=known,
                         draws=draws if method.samples else 1,
                         images=few if slow else images,
-                        also=few if is_ours(method) and few < images else None,
+                        also=few if is_ours(method) and has_slow and few < images else None,
                     )
                 )
     return rows

@@ -373,6 +373,7 @@ def test_the_headline_holds_ours_beside_the_best_other():
         row("far", 10, 40.0, 0.3, title="Far", **other),
         row("far", 20, 31.0, 0.05, title="Far", **other),
         row("ncvsd-point", 10, 31.0, 0.2, images=2),
+        row("teacher-gaussian", 10, 31.0, 0.2, **other),
     ]
     assert headline(rows).splitlines() == [
         "| task | ours, 10 calls | a draw of ours | best other, 10 calls | best other, 20 calls |",
@@ -389,6 +390,11 @@ def test_the_headline_holds_ours_beside_the_best_other():
         "by PSNR ahead in 0, level in 0 and behind in 1; "
         "by lpips-alex ahead in 0, level in 0 and behind in 1; "
         "by lpips-vgg ahead in 0, level in 0 and behind in 1.",
+        "",
+        "Against our own loop with the undistilled teacher it is "
+        "by PSNR ahead in 0, level in 0 and behind in 1; "
+        "by lpips-alex ahead in 1, level in 0 and behind in 0; "
+        "by lpips-vgg ahead in 1, level in 0 and behind in 0.",
     ]
     with pytest.raises(ValueError, match="records must have ncvsd-point at 10 calls"):
         headline(rows[1:])
