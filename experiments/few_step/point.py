@@ -109,7 +109,7 @@ def main() -> None:
         for calls in sorted(args.calls):
             start = point_settings(family, calls, SIGMA_Y, prior.points or POINTS)
             row = trials.setdefault(family or "other", {}).setdefault(str(calls), [])
-            for settings in search(calls, start, row, args.trials):
+            for settings in search(calls, start, row, args.trials, args.tie):
                 score = score_of(prior, problems, images, Point(**settings), calls)
                 row.append({**settings, "score": score})
                 write_whole(args.out, json.dumps(found, indent=1) + "\n")
@@ -129,42 +129,56 @@ def pose(name: str, images: Tensor, sigma_y: float) -> Problem:
 
 
 def search(
-    calls: int, start: Point, row: list[dict[str, float]], trials: int
+    calls: int, start: Point, row: list[dict[str, float]], trials: int, tie: float
 ) -> Iterator[dict[str, float]]:
     """Yield the settings of the trials that `row` lacks, each after the score of the one before.
 
     It begins with the better of `start` and of what is LIVELY in its place. One setting after the
     other is moved a step at a time, up and then down, as long as that pays; after all of them it
-    begins anew, with half the steps if nothing did.
+    begins anew, with half the steps if nothing did. The last trials are the best at lower
+    temperatures, until the score no longer ties.
     """
-    tried: dict[tuple[float, ...], float] = {}
+    tried: dict[Point, float] = {}
+    most = float(trials)
 
-    def score(settings: dict[str, float]) -> Iterator[dict[str, float]]:
+    def score(point: Point) -> Iterator[dict[str, float]]:
         """Yield the settings if they are new and `row` does not hold their score yet."""
-        key = tuple(settings.values())
-        if key not in tried and len(tried) < trials:
-            if len(tried) == len(row):
-                yield settings
-            tried[key] = row[len(tried)]["score"]
+        if point in tried or len(tried) >= most:
+            return
+        if point not in scores(row):
+            yield point._asdict()
+        tried[point] = scores(row)[point]
 
-    starts = [start._asdict(), {**start._asdict(), **LIVELY}]
-    for settings in starts:
-        yield from score(settings)
-    best = min(starts, key=lambda settings: tried.get(tuple(settings.values()), math.inf))
+    starts = [start, start._replace(**LIVELY)]
+    for point in starts:
+        yield from score(point)
+    best = min(starts, key=lambda point: tried.get(point, math.inf))
     step = 1.0
     while step >= 0.25 and len(tried) < trials:
-        before = tried[tuple(best.values())]
+        before = tried[best]
         for name, ladder in LADDERS.items():
             for way in (step, -step):
                 while len(tried) < trials:
-                    moved = {**best, name: ladder.value(best[name], way, calls)}
+                    moved = best._replace(**{name: ladder.value(getattr(best, name), way, calls)})
                     yield from score(moved)
-                    least = tried[tuple(best.values())] * WORTHWHILE
-                    if moved == best or tried.get(tuple(moved.values()), math.inf) > least:
+                    if moved == best or tried.get(moved, math.inf) > tried[best] * WORTHWHILE:
                         break
                     best = moved
-        if tried[tuple(best.values())] == before:
+        if tried[best] == before:
             step /= 2
+    most = math.inf
+    ladder, least = LADDERS["temperature"], tried[best]
+    while tried[best] <= tie * least:
+        calmer = best._replace(temperature=ladder.value(best.temperature, -1, calls))
+        if calmer == best:
+            break
+        yield from score(calmer)
+        best = calmer
+
+
+def scores(row: list[dict[str, float]]) -> dict[Point, float]:
+    """Return the scores of trials by settings."""
+    return {Point(**{name: trial[name] for name in Point._fields}): trial["score"] for trial in row}
 
 
 def restore(prior: Prior, problem: Problem, point: Point | None, calls: int) -> Tensor:
@@ -211,8 +225,8 @@ def figures(x0: Tensor, images: Tensor) -> tuple[float, float, float]:
 
 def best_of(row: list[dict[str, float]]) -> Point:
     """Return the settings of the best trial."""
-    best = min(row, key=lambda trial: trial["score"])
-    return Point(**{name: best[name] for name in Point._fields})
+    known = scores(row)
+    return min(known, key=known.__getitem__)
 
 
 def calmest_of(row: list[dict[str, float]], tie: float) -> Point:

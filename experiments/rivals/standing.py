@@ -37,7 +37,9 @@ METRICS = {"psnr": 2, "lpips-alex": 4, "lpips-vgg": 4}
 MARKS = ("<!-- written by standing.py -->", "<!-- end of standing.py -->")
 
 
-def measure(data: Path, out: Path, calls: list[int], images: int, skip: int) -> int:
+def measure(
+    data: Path, out: Path, calls: list[int], methods: list[str], images: int, skip: int
+) -> int:
     """Run the benchmark on the images after those of the tuning; return its exit status."""
     faces = out / "faces"
     faces.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,7 @@ def measure(data: Path, out: Path, calls: list[int], images: int, skip: int) -> 
     options = {
         "--task": TASKS,
         "--nfe": calls,
+        "--methods": methods,
         "--metrics": METRICS,
         "--images": [images],
         "--data": [faces],
@@ -104,6 +107,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=32, help="how many (%(default)s)")
     parser.add_argument("--skip", type=int, default=32, help="that were tuned on (%(default)s)")
     parser.add_argument("--nfe", type=int, nargs="+", default=list(CALLS), choices=CALLS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--write", action="store_true", help="write the tables into README.md")
     args = parser.parse_args()
     if args.write:
@@ -111,7 +115,7 @@ def main() -> int:
         return 0
     if args.data is None:
         parser.error("--data must be given")
-    return measure(args.data, args.out, args.nfe, args.images, args.skip)
+    return measure(args.data, args.out, args.nfe, args.methods, args.images, args.skip)
 
 
 if __name__ == "__main__":

@@ -248,32 +248,17 @@ def solve(
                 "operator must be a known blur unless method is 'conditioning' and schedule None, "
                 f"got a BlindBlur with {came}"
             )
-        calls = search_calls(nfe, prior)
-        started = time_now(y.device)
-        with progress_bar("kernel", calls, shown=progress) as advance:
-            search = find_kernel(
-                problem,
-                unknown,
-                prior,
-                statistics,
-                calls=calls,
-                noise_is_known=not isinstance(sigma_y, str),
-                chains=num_samples,
-                watch=_watch(advance, callback),
-            )
-        if note := describe_kernel(search.found):
-            warn(note)
-        kernel, std = (each.to(y)[None, None] for each in search.found[:2])
-        blur = unknown.with_kernel(kernel)
-        result = again(problem.y, operator=blur, seed=problem.keys, nfe=nfe - calls)
-        numbers = search.found.numbers
-        return replace(
-            result,
-            nfe=search.calls + result.nfe,
-            seconds=time_now(y.device) - started,
-            kernel=kernel,
-            kernel_std=std,
-            kernel_numbers=y.new_tensor(numbers)[None] if numbers else None,
+        return _solve_blind(
+            problem,
+            unknown,
+            prior,
+            statistics,
+            again,
+            nfe=nfe,
+            noise_is_known=not isinstance(sigma_y, str),
+            chains=num_samples,
+            progress=progress,
+            callback=callback,
         )
     noise = first_noise(problem, statistics) if isinstance(sigma_y, str) else None
     if noise is not None:
@@ -343,6 +328,50 @@ def solve(
         method=method,
         converged=converged,
         y=problem.y,
+    )
+
+
+def _solve_blind(
+    problem: Problem,
+    unknown: UnknownKernel,
+    prior: Prior,
+    statistics: Statistics,
+    again: Callable[..., Result],
+    *,
+    nfe: int,
+    noise_is_known: bool,
+    chains: int,
+    progress: bool,
+    callback: Callable[[Progress], None] | None,
+) -> Result:
+    """Look for the kernel of one measurement, then restore its image by `again` with the rest."""
+    y = problem.y
+    calls = search_calls(nfe, prior)
+    started = time_now(y.device)
+    with progress_bar("kernel", calls, shown=progress) as advance:
+        search = find_kernel(
+            problem,
+            unknown,
+            prior,
+            statistics,
+            calls=calls,
+            noise_is_known=noise_is_known,
+            chains=chains,
+            watch=_watch(advance, callback),
+        )
+    if note := describe_kernel(search.found):
+        warn(note)
+    kernel, std = (each.to(y)[None, None] for each in search.found[:2])
+    blur = unknown.with_kernel(kernel)
+    result = again(y, operator=blur, seed=problem.keys, nfe=nfe - calls)
+    numbers = search.found.numbers
+    return replace(
+        result,
+        nfe=search.calls + result.nfe,
+        seconds=time_now(y.device) - started,
+        kernel=kernel,
+        kernel_std=std,
+        kernel_numbers=y.new_tensor(numbers)[None] if numbers else None,
     )
 
 
