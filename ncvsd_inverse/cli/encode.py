@@ -24,7 +24,9 @@ def encode(
         typer.Option("--vae", help="A name on Hugging Face or a folder; stabilityai/sd-vae-ft-mse"),
     ] = None,
     size: Annotated[int, typer.Option("--size", help="Side that pictures are brought to.")] = 512,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Pictures at a time.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", help="Pictures at a time.")
+    ] = 8,
     labels: Annotated[
         bool, typer.Option("--labels/--no-labels", help="Write the classes of the pictures too.")
     ] = True,
