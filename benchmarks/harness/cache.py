@@ -143,8 +143,8 @@ def make_key(setup: Setup, row: Row, task: Task) -> str:
         "seed": setup.seed,
         "size": setup.images.size,
     }
-    if row.method.network == "student" and setup.statistics_sha256:
-        known["statistics_sha256"] = setup.statistics_sha256
+    if row.method.network == "student" and setup.card_sha256:
+        known["card_sha256"] = setup.card_sha256
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

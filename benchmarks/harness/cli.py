@@ -313,7 +313,7 @@ def _prepare(
         models=Models(teacher, student, min(teacher.sigma_max, student.sigma_max)),
         prior=Path(stem).name,
         prior_sha256={"student": _sha256(student), "teacher": _sha256(teacher)},
-        statistics_sha256=_statistics_sha256(student),
+        card_sha256=_card_sha256(student),
         images=images,
         metrics=metrics,
         seed=args.seed,
@@ -446,11 +446,14 @@ def _sha256(prior: NCVSDPrior | DiffusionPrior) -> str:
     return hashlib.sha256(f"{prior.card.sha256} {prior.card.noise_scale}".encode()).hexdigest()
 
 
-def _statistics_sha256(prior: NCVSDPrior) -> str:
-    """Return a hash of a prior's statistics, "" for none."""
-    if prior.card is None or prior.card.statistics is None:
+def _card_sha256(prior: NCVSDPrior) -> str:
+    """Return a hash of a prior's statistics and settings of points, "" for neither."""
+    card = prior.card
+    if card is None or (card.statistics is None and card.points is None):
         return ""
-    return hashlib.sha256(json.dumps(prior.card.statistics.to_dict()).encode()).hexdigest()
+    statistics = None if card.statistics is None else card.statistics.to_dict()
+    points = None if card.points is None else sorted(map(str, card.points.items()))
+    return hashlib.sha256(json.dumps([statistics, points]).encode()).hexdigest()
 
 
 def _place() -> tuple[int, int]:

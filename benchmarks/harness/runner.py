@@ -46,7 +46,7 @@ class Setup:
         models: the networks.
         prior: name of the student.
         prior_sha256: of the weights of student and teacher, by "student" and "teacher".
-        statistics_sha256: of the statistics by which the student's draws are conditioned, or "".
+        card_sha256: of the statistics and settings of points that the student carries, or "".
         images: the true images.
         metrics: names of the metrics.
         seed: of measurements and methods.
@@ -57,7 +57,7 @@ class Setup:
     models: Models
     prior: str
     prior_sha256: Mapping[str, str]
-    statistics_sha256: str
+    card_sha256: str
     images: Images
     metrics: tuple[str, ...]
     seed: int

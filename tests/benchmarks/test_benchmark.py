@@ -1,5 +1,6 @@
 """The benchmark's harness with stub methods and tiny random networks."""
 
+import copy
 import importlib
 import json
 import math
@@ -30,6 +31,7 @@ from ncvsd_inverse.metrics import psnr
 from ncvsd_inverse.networks import ConcatDenoiser, Denoiser, UNetShape
 from ncvsd_inverse.numerics import draw_normal
 from ncvsd_inverse.priors import load_prior, save_prior
+from ncvsd_inverse.protocols import Point
 from ncvsd_inverse.schedules import karras
 from ncvsd_inverse.tasks import make_task
 
@@ -1128,6 +1130,16 @@ def test_leftovers_of_a_kill_are_cleared(run, tmp_path):
         path.write_bytes(b"half")
     run("--methods", "adjoint")
     assert not any(path.exists() for path in left)
+
+
+def test_what_a_card_adds_to_the_weights_is_part_of_the_key():
+    prior = copy.copy(load_prior("ncvsd_faces64"))
+    before = cli._card_sha256(prior)
+    points = {None: {10: Point(0.5, 0.5, 1.0, 0.1, 0.0)}}
+    prior.card = replace(prior.card, points=points)
+    assert cli._card_sha256(prior) != before
+    prior.card = replace(prior.card, statistics=None, points=None)
+    assert cli._card_sha256(prior) == ""
 
 
 def test_a_last_line_that_was_cut_off_is_measured_anew(run, tmp_path):
