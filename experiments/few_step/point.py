@@ -56,7 +56,7 @@ LADDERS = {
 }
 """The steps of a search, by setting, in the order in which they are tried."""
 
-LIVELY = {"temperature": 0.5, "noise": 0.5, "last": 0.0}
+LIVELY = {"temperature": 0.5, "noise": 0.5, "last": 0.05}
 """What the second trial changes: less noise in the likelihood pays only together with a higher
 temperature or a last call, so that moves of one setting alone do not find it."""
 
