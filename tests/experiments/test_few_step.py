@@ -23,7 +23,14 @@ from experiments.few_step.oracle import (
     tasks,
     uniform_p_value,
 )
-from experiments.few_step.point import best_of, calmest_of, search, write_card
+from experiments.few_step.point import (
+    LIVELY,
+    best_of,
+    calmest_of,
+    scores,
+    search,
+    write_card,
+)
 from ncvsd_inverse.priors import GaussianPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.priors.files import PACKAGE_WEIGHTS, card_path, read_card
@@ -191,24 +198,38 @@ def test_report_tells_goals_that_are_missed(line):
 START = Point(temperature=0.5, noise=0.7, first=3.0, smallest=0.05, last=0.03)
 
 
-def walk(row, trials, calls=10):
+def walk(row, trials, calls=10, tie=1.0):
     """Go on with a search whose best is at a temperature of 0.15, a last level of 0.1 and so on."""
     best = Point(temperature=0.15, noise=0.7, first=0.75, smallest=0.05, last=0.1)
-    for settings in search(calls, START, row, trials):
+    for settings in search(calls, START, row, trials, tie):
         distance = sum(abs(math.log(settings[name] / getattr(best, name))) for name in settings)
         row.append({**settings, "score": math.exp(0.1 * distance)})
     return row
 
 
 def test_a_search_of_settings_finds_the_best_and_goes_on_where_it_stopped():
-    row = walk([], 24)
+    row = walk([], 30)
     assert row[0] == {**START._asdict(), "score": row[0]["score"]}
+    assert row[1] == {**START._asdict(), **LIVELY, "score": row[1]["score"]}
     found = best_of(row)
-    assert (found.last, found.first, found.smallest, found.noise) == (0.1, 0.75, 0.05, 0.7)
+    assert (found.last, found.first, found.smallest) == (0.1, 0.75, 0.05)
+    assert found.noise == pytest.approx(0.7, rel=0.1)
     assert found.temperature == pytest.approx(0.15, rel=0.3)
-    settings = [tuple(trial[name] for name in START._fields) for trial in row]
-    assert len(set(settings)) == len(settings) == 24
-    assert walk(walk([], 9), 24) == row
+    assert len(scores(row)) == len(row) == 30  # a calmer one was among them
+    again = walk(walk([], 9), 30)
+    assert len(scores(again)) == len(again)
+    assert scores(row).items() <= scores(again).items()
+
+
+def test_a_search_ends_with_calmer_settings_that_tie():
+    row = walk([], 30, tie=1.1)
+    best = best_of(row)
+    calmer = [scores([trial]).popitem()[0] for trial in row[30:]]
+    assert len(calmer) > 1
+    assert all(point._replace(temperature=best.temperature) == best for point in calmer)
+    assert [point.temperature for point in calmer] == sorted(
+        (point.temperature for point in calmer), reverse=True
+    )
 
 
 def test_settings_that_were_found_go_into_the_card(tmp_path, monkeypatch):
