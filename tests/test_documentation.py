@@ -156,7 +156,7 @@ COMMANDS: dict[str, Short | Skipped] = {
         "--images 1 --size 64 --calls 2 --judge --out points.json"
     ),
     "python experiments/photographs/noise.py --data DIR --images 20": Short(
-        "python experiments/photographs/noise.py --data DIR --images 2 --levels 0.05"
+        "python experiments/photographs/noise.py --data DIR --images 1 --levels 0.05"
     ),
     "python experiments/few_step/further.py --prior ncvsd_faces64 --data DIR/faces64/val.zip "
     "--train DIR/faces64/train.zip": Short(
