@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from baselines.ours import OURS
 from harness.records import CONFIDENCE, Record
+from harness.runner import is_ours
 from harness.tables import OURS_CALLS, OURS_SHOWN
 from ncvsd_inverse import list_tasks
 from ncvsd_inverse.tasks import task_title
@@ -22,9 +22,6 @@ _DRAW = "ncvsd"
 
 _TEACHER = "teacher-gaussian"
 """Our loop with the teacher alone, beside which distillation shows what it buys."""
-
-_OURS = frozenset(method.name for method in OURS)
-"""Methods that are no others."""
 
 
 def headline(records: Sequence[Record]) -> str:
@@ -100,7 +97,7 @@ class _Count:
 
 
 def _is_ours(record: Record) -> bool:
-    return record.method in _OURS
+    return is_ours(record.method) or record.method == _TEACHER
 
 
 def _score(record: Record) -> float:

@@ -133,9 +133,9 @@ class Outcome(NamedTuple):
     cost: Cost
 
 
-def is_ours(method: Method) -> bool:
-    """Return whether a method is one of this library's own."""
-    return method.name.startswith(OURS)
+def is_ours(method: str) -> bool:
+    """Return whether a method, by name, is one of this library's own."""
+    return method.startswith(OURS)
 
 
 def applies(method: Method, problem: KnownProblem) -> bool:
@@ -197,14 +197,14 @@ def plan_rows(
     few = min(slow_images, images)
     for task, problem in problems.items():
         fitting = [method for method in methods if applies(method, problem)]
-        rivals = (method for method in fitting if not is_ours(method))
+        rivals = (method for method in fitting if not is_ours(method.name))
         has_slow = any(nfe > MANY_CALLS for rival in rivals for nfe in calls[rival.name])
         for method in fitting:
             better = tuned.get(task, {}).get(method.name, {})
             for nfe in dict.fromkeys(calls[method.name]):
                 known = nearest_calls(better, nfe)
                 found = None if known is None else better[known]
-                slow = nfe > MANY_CALLS and not is_ours(method)
+                slow = nfe > MANY_CALLS and not is_ours(method.name)
                 rows.append(
                     Row(
                         task=task,
@@ -214,7 +214,7 @@ def plan_rows(
                         tuned=known,
                         draws=draws if method.samples else 1,
                         images=few if slow else images,
-                        also=few if is_ours(method) and has_slow and few < images else None,
+                        also=few if is_ours(method.name) and has_slow and few < images else None,
                     )
                 )
     return rows
