@@ -8,10 +8,11 @@ r"""Search the settings of point estimates on validation images, and put them in
         --out experiments/few_step/points.json
 
 The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
-each a mean over images, and over the tasks of a family. A search begins with the settings that the
-prior has, or with the general ones. A stopped search goes on with the same command. `--images` are
-taken from the first; `--judge` prints what the prior's present settings reach on the images after
-them, and the PSNR of the mean of eight draws.
+each a mean over images, and over the tasks of a family; for a prior of images of any size these are
+the benchmark's and what people bring: stronger blurs, smaller scales, less noise. A search begins
+with the settings that the prior has, or with the general ones. A stopped search goes on with the
+same command. `--images` are taken from the first; `--judge` prints what the prior's present
+settings reach on the images after them, and the PSNR of the mean of eight draws.
 """
 
 import argparse
@@ -35,8 +36,16 @@ from ncvsd_inverse.files import write_whole
 from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import lpips, psnr
 from ncvsd_inverse.numerics import make_generators
+from ncvsd_inverse.operators import Blur, GaussianBlur, MotionBlur, SuperResolution
 from ncvsd_inverse.priors.files import PACKAGE_WEIGHTS, card_path, read_card
-from ncvsd_inverse.protocols import SIGMA_Y, Point, Points, Prior
+from ncvsd_inverse.protocols import (
+    SIGMA_Y,
+    LinearOperator,
+    Point,
+    Points,
+    Prior,
+    PriorTraits,
+)
 from ncvsd_inverse.sampling.settings import POINTS, point_settings
 
 FAMILIES: Mapping[str | None, tuple[str, ...]] = {
@@ -46,6 +55,15 @@ FAMILIES: Mapping[str | None, tuple[str, ...]] = {
     "motion_blur": ("deblur_motion",),
     None: ("compressed_sensing", "mri", "hdr"),
 }
+BROUGHT: Mapping[str | None, tuple[tuple[LinearOperator, float], ...]] = {
+    "superres": ((SuperResolution(2), 0.01),),
+    "blur": (
+        (GaussianBlur(3.0, 25), 0.01),
+        (Blur(MotionBlur(15, 0.5, seed=3).kernel[0, 0]), 0.02),
+    ),
+}
+"""What people bring of a family, with the noise std."""
+
 CALLS = (1, 2, 4, 10, 20, 50)
 LADDERS = {
     "noise": Ladder(math.sqrt(2), least=0.25, most=2.0),
@@ -105,7 +123,9 @@ def main() -> None:
     for family, tasks in FAMILIES.items():
         if (family or "other") not in args.families:
             continue
-        problems = [pose(name, images, args.sigma_y) for name in tasks]
+        problems = [pose_task(name, images, args.sigma_y) for name in tasks]
+        if PriorTraits.of(prior).image_shape is None:
+            problems += [pose(*brought, images) for brought in BROUGHT.get(family, ())]
         for calls in sorted(args.calls):
             start = point_settings(family, calls, SIGMA_Y, prior.points or POINTS)
             row = trials.setdefault(family or "other", {}).setdefault(str(calls), [])
@@ -117,15 +137,19 @@ def main() -> None:
             print(family or "other", calls, f"{least:.4f}", best_of(row), flush=True)
 
 
-Problem = tuple[str, Any, Tensor, float]
-"""Task, operator, measurements and their noise std."""
+Problem = tuple[Any, Tensor, float]
+"""Operator, measurements and their noise std."""
 
 
-def pose(name: str, images: Tensor, sigma_y: float) -> Problem:
-    """Return a task with measurements of the images, image i's noise that of seed i."""
-    task = make_task(name, (images.shape[2], images.shape[3]))
+def pose(operator: Any, sigma_y: float, images: Tensor) -> Problem:  # noqa: ANN401
+    """Return an operator with measurements of the images, image i's noise that of seed i."""
     sources = make_generators([(1, i) for i in range(len(images))])
-    return name, task.operator, task.operator.measure(images, sigma_y, generator=sources), sigma_y
+    return operator, operator.measure(images, sigma_y, generator=sources), sigma_y
+
+
+def pose_task(name: str, images: Tensor, sigma_y: float) -> Problem:
+    """Return a task of the benchmark with measurements of the images."""
+    return pose(make_task(name, (images.shape[2], images.shape[3])).operator, sigma_y, images)
 
 
 def search(
@@ -183,7 +207,7 @@ def scores(row: list[dict[str, float]]) -> dict[Point, float]:
 
 def restore(prior: Prior, problem: Problem, point: Point | None, calls: int) -> Tensor:
     """Return estimates with settings of their own, or with the prior's."""
-    _, operator, y, sigma_y = problem
+    operator, y, sigma_y = problem
     if point is not None:
         prior = with_points(prior, {None: {calls: point}})
     return solve(y, operator=operator, prior=prior, nfe=calls, sigma_y=sigma_y).x0.clamp(-1, 1)
@@ -191,7 +215,7 @@ def restore(prior: Prior, problem: Problem, point: Point | None, calls: int) -> 
 
 def mean_of_draws(prior: Prior, problem: Problem, calls: int) -> Tensor:
     """Return means of DRAWS posterior draws of so many calls each."""
-    _, operator, y, sigma_y = problem
+    operator, y, sigma_y = problem
     result = solve(y, operator=operator, prior=prior, nfe=calls, sigma_y=sigma_y, num_samples=DRAWS)
     return result.mean.clamp(-1, 1)
 
@@ -263,14 +287,13 @@ def judge(prior: Prior, images: Tensor, calls: list[int], sigma_y: float) -> Non
     The PSNR of the mean of DRAWS draws of so many calls each comes last.
     """
     for tasks in FAMILIES.values():
-        for problem in (pose(name, images, sigma_y) for name in tasks):
+        for name in tasks:
+            problem = pose_task(name, images, sigma_y)
             for number in calls:
                 alex, vgg, error = figures(restore(prior, problem, None, number), images)
                 quality = -20 * math.log10(error / 2)
                 mean = float(psnr(mean_of_draws(prior, problem, number), images).mean())
-                print(
-                    problem[0], number, f"{quality:.2f} {alex:.4f} {vgg:.4f} {mean:.2f}", flush=True
-                )
+                print(name, number, f"{quality:.2f} {alex:.4f} {vgg:.4f} {mean:.2f}", flush=True)
 
 
 if __name__ == "__main__":

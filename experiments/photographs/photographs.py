@@ -3,10 +3,11 @@ r"""Photographs restored as users restore them, beside doing nothing, Wiener and
     python experiments/photographs/photographs.py --data DIR/natural/val.zip --out FOLDER
     python experiments/photographs/photographs.py --out FOLDER --write
 
-Pictures are blurred before they are cropped, so that their edges are not those of the model, made
-small, made noisy, and given holes; `solve` is told kernel, scale or mask and estimates the noise
-itself, as `ncvsd solve` does. Wiener and total variation get the true noise, and a weight of the
-latter for each row that is the best of four by PSNR on the first two photographs. Figures are
+Pictures are blurred before they are cropped, made small, made noisy, and given holes; `solve` is
+told kernel, scale or mask and estimates the noise itself, as `ncvsd solve` does, and as there the
+scene goes on beyond the edges of a blurred picture (Wiener and total variation repeat its border).
+These two get the true noise, and a weight of the latter for each row that is the best of four by
+PSNR on the first two photographs. Figures are
 means over `--images` photographs: PSNR in dB, SSIM and lpips-alex. --write puts them into
 README.md.
 """
@@ -179,8 +180,10 @@ def restore(
         teacher = load_prior(f"{PRIOR}_teacher")
         assert isinstance(teacher, Denoiser)
         yield "teacher", teacher.denoise(y, sigma)
+    if case.blur and isinstance(operator, Blur):
+        operator = Blur(operator.kernel, boundary="valid")
     result = solve(y, operator=operator, prior=PRIOR, sigma_y="auto")
-    yield "ours", result.x0
+    yield "ours", centre_crop(result.x0, (x.shape[2], x.shape[3]))
 
 
 def choose_weight(case: Case, photographs: list[Tensor]) -> float:

@@ -102,9 +102,8 @@ class Simulation:
         """Noise std of the measurements."""
         return self._task.sigma_y if self.sigma_y is None else self.sigma_y
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """What a record says of it."""
+    def settings(self, prior: Prior) -> dict[str, object]:
+        """Return what a record says of it."""
         return {"mask_sha256": None if self.mask is None else file_digest(self.mask)}
 
     def reader(self, prior: Prior) -> Reader:
@@ -137,7 +136,8 @@ class Model:
 
     Attributes:
         task: one of `TASKS`.
-        kernel, blur_std, boundary: of "deblur".
+        kernel, blur_std, boundary: of "deblur"; without a boundary the scene goes on beyond the
+            edges ("valid"), or is "replicate" for unknown kernels and priors of one size.
         blind, kernel_size, kernel_prior: of "deblur" where nobody knows the kernel.
         scale: of "sr".
         mask: of "inpaint".
@@ -195,26 +195,30 @@ class Model:
         if self.task == "poisson" and self.peak is None:
             raise ValueError("--peak must be given for --task poisson: the mean count of white")
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """What a record says of it."""
+    def settings(self, prior: Prior) -> dict[str, object]:
+        """Return what a record says of it."""
+        boundary = self._boundary(prior)
         return {
             "kernel_sha256": None if self.kernel is None else file_digest(self.kernel),
             "mask_sha256": None if self.mask is None else file_digest(self.mask),
             "blur_std": self.blur_std,
-            "boundary": self._boundary if self.task == "deblur" else None,
-            "blind": repr(self._blind_blur()) if self.blind else None,
+            "boundary": boundary if self.task == "deblur" else None,
+            "blind": repr(self._blind_blur(boundary)) if self.blind else None,
             "scale": self.scale,
             "peak": self.peak,
         }
 
-    @property
-    def _boundary(self) -> Boundary:
-        return self.boundary or "replicate"
+    def _boundary(self, prior: Prior) -> Boundary:
+        """Return what is beyond the edges: more of the scene, if the prior takes any size.
+
+        Unknown kernels are found as often with "replicate", and faster.
+        """
+        larger = PriorTraits.of(prior).image_shape is None and not self.blind
+        return self.boundary or ("valid" if larger else "replicate")
 
     def reader(self, prior: Prior) -> Reader:
         """Return what reads a measurement; kernel and mask are read once."""
-        operator = self._operator()
+        operator = self._operator(self._boundary(prior))
         fixed = PriorTraits.of(prior).image_shape
 
         def read(path: Path, key: tuple[int, ...]) -> Measured:
@@ -233,14 +237,14 @@ class Model:
         picture = read_picture(path)
         return self._of_pixels(picture.x, operator, picture)
 
-    def _blind_blur(self) -> BlindBlur | None:
+    def _blind_blur(self, boundary: Boundary) -> BlindBlur | None:
         """Return the blur whose kernel is to be found; None if it is known."""
         if not self.blind:
             return None
         size = KERNEL_SIZE if self.kernel_size is None else self.kernel_size
-        return BlindBlur(size, self._boundary, self.kernel_prior or "smooth")
+        return BlindBlur(size, boundary, self.kernel_prior or "smooth")
 
-    def _operator(self) -> BaseOperator | BlindBlur | None:
+    def _operator(self, boundary: Boundary) -> BaseOperator | BlindBlur | None:
         """Return the forward model of all files; None if each has its own."""
         if self.task == "denoise":
             return Denoise()
@@ -251,12 +255,12 @@ class Model:
         if self.mask is not None:
             return Inpaint(read_mask(self.mask))
         if self.kernel is not None:
-            return Blur(read_kernel(self.kernel), boundary=self._boundary)
+            return Blur(read_kernel(self.kernel), boundary=boundary)
         if self.blind:
-            return self._blind_blur()
+            return self._blind_blur(boundary)
         if self.blur_std is not None:
             size = 2 * round(3.5 * self.blur_std) + 1
-            return GaussianBlur(self.blur_std, size, self._boundary)
+            return GaussianBlur(self.blur_std, size, boundary)
         return None if self.peak is None else Poisson(self.peak)
 
     def _of_pixels(

@@ -120,7 +120,7 @@ def solve(
     ] = None,
     boundary: Annotated[
         Boundary | None,
-        typer.Option("--boundary", help="deblur: what is beyond the edges; replicate."),
+        typer.Option("--boundary", help="deblur: beyond the edges; valid, blind replicate."),
     ] = None,
     scale: Annotated[
         int | None, typer.Option("--scale", help="sr: how many times larger, 2, 3, 4 or 8.")
@@ -254,7 +254,7 @@ def solve(
         "prior": prior,
         "prior_sha256": card_digest(loaded),
         "simulated": simulate,
-        **model.settings,
+        **model.settings(loaded),
         "sigma_y": level,
         "nfe": nfe,
         "samples": samples,

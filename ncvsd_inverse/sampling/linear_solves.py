@@ -131,6 +131,7 @@ class LinearSolver:
         self.rough = rough
         self._tolerance = ROUGHLY * self.tolerance if rough else self.tolerance
         self.iterations = 0
+        self._most_iterations = self.max_iterations
         self._form: LinearForm | None = None
         self._is_read = False
         self._holes: _Holes | None = None
@@ -155,15 +156,24 @@ class LinearSolver:
         known = least if exact and form is not None and form.transfer is None else 0.0
         return (most + noise) / (known + noise) > CONDITION_IN_SINGLE
 
-    def move(self, misfit: Tensor, covariance: Covariance, like: Tensor) -> Move:
+    def move(
+        self,
+        misfit: Tensor,
+        covariance: Covariance,
+        like: Tensor,
+        *,
+        iterations: int | None = None,
+    ) -> Move:
         """Return how far images move.
 
         Args:
             misfit: y - A x, shape (B, ...).
             covariance: covariance S of x.
             like: images (B, C, H, W), in the dtype of the misfit.
+            iterations: most iterations; None for `max_iterations`.
         """
         self.iterations = 0
+        self._most_iterations = iterations or self.max_iterations
         if not isinstance(covariance, SpectralCovariance):
             if isinstance(covariance, DenseCovariance) and self._can_be_written_out(like):
                 return self._by_least_squares(misfit, covariance, like)
@@ -491,7 +501,7 @@ class LinearSolver:
             ptol=most,
             # Rounding may keep what is left above that; then steps come to nothing.
             etol=1e-3 * most,
-            max_iterations=self.max_iterations,
+            max_iterations=self._most_iterations,
             precondition=chosen,
         )
         error = (_energy(right - apply(w), precondition) / size).sqrt()
@@ -528,7 +538,7 @@ class LinearSolver:
             atol=atol,
             ptol=ptol,
             etol=etol,
-            max_iterations=self.max_iterations,
+            max_iterations=self._most_iterations,
             precondition=precondition,
             narrow=None if meet else maps,
         )

@@ -13,6 +13,9 @@ from ncvsd_inverse.sampling.linear_solves import LinearSolver
 
 __all__ = ["Matheron", "for_double"]
 
+START_ITERATIONS = 100
+"""Most iterations of the first draw. What they leave is drowned by the noise that follows."""
+
 
 class Matheron:
     """Turns draws of a Gaussian law into draws of that law given y = A x + s n.
@@ -32,7 +35,8 @@ class Matheron:
 
     Attributes:
         solver: what finds the moves in the precision of y.
-        error: largest error of a move so far, root mean square in stds of x given y, shape (B,).
+        error: largest error of a draw so far but the first, root mean square in stds of x given y,
+            shape (B,).
 
     Raises:
         ValueError: if sigma_lik <= 0 or y is not finite.
@@ -70,7 +74,7 @@ class Matheron:
         *,
         generator: Generators = None,
     ) -> Tensor:
-        """Draw Gaussian images given y.
+        """Draw Gaussian images given y, roughly where the law is hard to reach.
 
         Args:
             mean: mean image, shape (1, C, H, W).
@@ -82,7 +86,8 @@ class Matheron:
             Images, the shape of `like`.
         """
         x = mean + covariance.colour(draw_normal(like, generator))
-        return self.draw(x, covariance, generator=generator)
+        images, _ = self._draw(x, covariance, generator, 1.0, START_ITERATIONS)
+        return images
 
     def draw(
         self,
@@ -103,6 +108,19 @@ class Matheron:
         Returns:
             Draws given y, the shape of x.
         """
+        images, error = self._draw(x, covariance, generator, temperature)
+        self.error = torch.maximum(self.error, error.to(self.error))
+        return images
+
+    def _draw(
+        self,
+        x: Tensor,
+        covariance: Covariance,
+        generator: Generators,
+        temperature: float,
+        iterations: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return draws given y, and the error of the move."""
         noise = temperature * self.sigma_lik * draw_normal(self._y, generator)
         y, begin, solver = self._y, x, self.solver
         if x.dtype != torch.float64 and solver.needs_double(covariance, x):
@@ -114,9 +132,9 @@ class Matheron:
                     for_double(self.operator, begin), self.sigma_lik, rough=self.solver.rough
                 )
             solver = self._in_double
-        move = solver.move(y + noise - solver.operator(begin), covariance, begin)
-        self.error = torch.maximum(self.error, move.error.to(self.error))
-        return (begin + move.images).to(x.dtype)
+        misfit = y + noise - solver.operator(begin)
+        move = solver.move(misfit, covariance, begin, iterations=iterations)
+        return (begin + move.images).to(x.dtype), move.error
 
 
 def for_double(operator: LinearOperator, like: Tensor) -> LinearOperator:

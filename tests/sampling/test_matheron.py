@@ -14,7 +14,7 @@ from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.priors import DiffusionPrior, GaussianPrior, NCVSDPrior
 from ncvsd_inverse.priors.covariance import SpectralCovariance
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
-from ncvsd_inverse.sampling.matheron import Matheron
+from ncvsd_inverse.sampling.matheron import START_ITERATIONS, Matheron
 
 SIGMA_LIK = 0.2
 
@@ -299,6 +299,25 @@ def test_hidden_pixels_are_drawn_exactly_enough(name, sigma_lik, monkeypatch):
     monkeypatch.setattr(LinearSolver, "max_iterations", 2000)
     exact = Matheron(operator, y, sigma_lik).draw(start, own, temperature=0.0)
     assert float((draw - exact).square().mean().sqrt()) < 0.005
+
+
+def test_a_first_draw_that_is_hard_to_reach_is_rough_and_the_chain_goes_on():
+    prior = GaussianPrior.stationary(
+        torch.zeros(1, 48, 48).double(), power_law(48, 48, power=3.0, variance=30.0)
+    )
+    operator = ops.MotionBlur(17, 0.3, seed=1, boundary="replicate")
+    x = prior.draw(1, generator=torch.Generator().manual_seed(0)).float()
+    y = operator.measure(x, 1e-3, generator=torch.Generator().manual_seed(1))
+    covariance = prior.statistics.covariance(math.inf, x)
+    conditioning = Matheron(operator, y, 1e-3)
+    start = conditioning.start(torch.zeros_like(x), covariance, x)
+    assert conditioning._in_double.iterations <= START_ITERATIONS + 1
+    assert float(conditioning.error) == 0
+    assert start.isfinite().all()
+    assert float((operator(start) - y).std()) < 0.2 * float(y.std())
+    whole = Matheron(operator, y, 1e-3)
+    whole.draw(torch.zeros_like(x), covariance)
+    assert whole._in_double.iterations > 3 * START_ITERATIONS
 
 
 def test_images_of_one_row_are_conditioned():
