@@ -1,46 +1,32 @@
 """`ncvsd solve`: pictures restored, one or a folder of them."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-import ncvsd_inverse
-from ncvsd_inverse import Result, __version__, list_tasks
+from ncvsd_inverse import __version__, list_tasks
 from ncvsd_inverse.checks import check_count, check_falling, check_positive, check_share
 from ncvsd_inverse.cli.folder import (
-    FULL,
-    Job,
     Place,
-    batch_by_size,
     card_digest,
     clear_leftovers,
-    file_digest,
     find_pictures,
-    is_finished,
-    name_once,
-    one_image,
     process_place,
     read_levels,
     read_sigma_y,
     report_failures,
-    sha256,
-    write_result,
 )
 from ncvsd_inverse.cli.inputs import in_tiles, load_named, open_folder
 from ncvsd_inverse.cli.models import ARRAYS, TASKS, Boundary, Model, Simulation
 from ncvsd_inverse.cli.options import Device, PriorName, Restarts, Samples, Seed
+from ncvsd_inverse.cli.restoring import Restoration
 from ncvsd_inverse.images import SUFFIXES
 from ncvsd_inverse.machine import progress_bar
 from ncvsd_inverse.operators.blind import KernelPrior
 from ncvsd_inverse.priors import DiffusionPrior
 from ncvsd_inverse.priors.own_statistics import SIDE, lacks_statistics, with_own_statistics
 from ncvsd_inverse.priors.tiled import TILE
-from ncvsd_inverse.protocols import LinearOperator, UnknownKernel
-from ncvsd_inverse.sampling.choices import LARGE
 from ncvsd_inverse.sampling.solve import Estimate, Method
 
 __all__ = [
@@ -49,21 +35,6 @@ __all__ = [
 
 NFE, BLIND_NFE = 10, 20
 """Network calls where none are asked for: half of the latter look for the kernel."""
-
-PIXELS_TOGETHER = {"cpu": 2**18, "cuda": 2**22}
-"""Pixels of pictures that are restored together, by device: 64 pictures of 64x64 and 1024."""
-
-
-BASE_BYTES, BYTES_A_PIXEL = 0.8e9, 310
-"""What a CPU needs: 0.86 GB at the peak for SR x4 to 500x375, 1.74 GB to 2000x1500 in 10 calls."""
-
-
-def say_memory(path: Path, shape: Sequence[int], tile: int | None) -> None:
-    """Print how a `LARGE` picture will be restored, and about how much memory that takes."""
-    height, width = shape[-2:]
-    size = (BASE_BYTES + BYTES_A_PIXEL * height * width) / 1e9
-    parts = "" if tile is None else f" in tiles of {tile}"
-    typer.echo(f"{path}: {width}x{height} pixels{parts}, about {size:.1f} GB of memory")
 
 
 def _complete_task(incomplete: str) -> list[str]:
@@ -240,7 +211,6 @@ def solve(
         # Before pictures are looked at: settings that tell finished ones hold the statistics.
         with_own_statistics(whole, (3, SIDE, SIDE))
     loaded = in_tiles(whole, tile)
-    read_measured = model.reader(loaded)
     open_folder(out if file is None else file.parent)
 
     def place_of(name: str) -> Place:
@@ -271,87 +241,32 @@ def solve(
         "seed": seed,
         "version": __version__,
     }
-
-    done = 0
-    unusable = len(bad)
-
-    def fail(path: Path, error: Exception) -> None:
-        bad.append(name_once(path, error))
-        advance(1)
-
-    def prepare(name: str, path: Path, of_this: Mapping[str, object]) -> Job:
-        key = (seed, int(sha256(os.fsencode(name))[:16], 16))
-        measured = read_measured(path, key)
-        own = measured.operator.sigma_y
-        noise = level if own is None or simulate else own
-        if noise == "auto" and not isinstance(measured.operator, LinearOperator | UnknownKernel):
-            raise ValueError(f"--sigma-y must be a number for --task {task}")
-        return Job(place_of(name), path, key, measured, noise, {**of_this, "device": str(where)})
-
-    def read() -> Iterator[Job]:
-        for name, path in share:
-            try:
-                of_this = settings | {"input_sha256": file_digest(path)}
-                if is_finished(place_of(name), of_this):
-                    advance(1)
-                    continue
-                place_of(name).check_own()
-                job = prepare(name, path, of_this)
-            except (OSError, ValueError, MemoryError, RuntimeError) as error:
-                fail(path, error)
-            else:
-                yield job
-
-    def restore(jobs: list[Job]) -> Iterator[tuple[Job, Result]]:
-        shape = jobs[0].measured.operator.input_shape(jobs[0].measured.y.shape)
-        if where.type == "cpu" and shape[-2] * shape[-1] > LARGE:
-            say_memory(jobs[0].path, shape, None if loaded is whole else tile)
-        try:
-            result = ncvsd_inverse.solve(
-                torch.cat([job.measured.y for job in jobs]).to(where),
-                operator=jobs[0].measured.operator,
-                prior=loaded,
-                nfe=nfe,
-                sigma_y=jobs[0].sigma_y,
-                num_samples=samples,
-                restarts=restarts,
-                estimate=estimate,
-                temperature=temperature,
-                sigma_lik=sigma_lik,
-                method=method,
-                schedule=levels,
-                seed=[job.key for job in jobs],
-                progress=found == 1,
-            )
-        # Divergence, lack of memory, a size that does not fit: of one picture, for all is known.
-        except (ValueError, MemoryError, RuntimeError) as error:
-            if len(jobs) == 1:
-                fail(jobs[0].path, error)
-                return
-            result = None
-        if result is None:  # past the error, which holds what was in memory
-            for job in jobs:
-                yield from restore([job])
-            return
-        for place, job in enumerate(jobs):
-            yield job, one_image(result, place)
-
-    most = PIXELS_TOGETHER.get(where.type, PIXELS_TOGETHER["cuda"])
-    shown = process == 0 and len(share) > 1
-    with progress_bar("pictures", len(share), shown=shown) as advance:
-        for jobs in batch_by_size(read(), most // max(samples, 1)):
-            for job, result in restore(jobs):
-                try:
-                    write_result(job, result)
-                except (OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno in FULL:
-                        raise
-                    fail(job.path, error)
-                    continue
-                done += 1
-                advance(1)
+    run = Restoration(
+        prior=loaded,
+        where=where,
+        tile=None if loaded is whole else tile,
+        read_measured=model.reader(loaded),
+        place_of=place_of,
+        noise=level,
+        is_simulated=simulate,
+        settings=settings,
+        asked={
+            "nfe": nfe,
+            "num_samples": samples,
+            "restarts": restarts,
+            "estimate": estimate,
+            "temperature": temperature,
+            "sigma_lik": sigma_lik,
+            "method": method,
+            "schedule": levels,
+            "progress": found == 1,
+        },
+        seed=seed,
+    )
+    with progress_bar("pictures", len(share), shown=process == 0 and len(share) > 1) as advance:
+        done, failures = run.restore(share, advance)
+    bad += failures
     if len(share) > 1:
-        failed = len(bad) - unusable
-        before = len(share) - done - failed
+        before = len(share) - done - len(failures)
         typer.echo(f"{done} pictures restored, {before} finished before, {len(bad)} failed")
     report_failures(bad, found)

@@ -513,7 +513,7 @@ def test_large_pictures_are_seen_in_tiles(run, tmp_path, pictures, monkeypatch):
     network = Network()
     prior = NCVSDPrior(network, image_shape=None)
     monkeypatch.setattr("ncvsd_inverse.cli.inputs.load_prior", lambda name, device=None: prior)
-    monkeypatch.setattr(sys.modules["ncvsd_inverse.cli.solve"], "LARGE", 64 * 96 - 1)
+    monkeypatch.setattr(sys.modules["ncvsd_inverse.cli.restoring"], "LARGE", 64 * 96 - 1)
     make_picture(tmp_path / "large.png", 64, 96, 0)
     gibbs = ("--nfe", 1, "--tile", 32, "--method", "gibbs")
     status, out, _ = run("large.png", *TASK, "-o", "out", *gibbs)
