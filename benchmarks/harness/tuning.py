@@ -374,14 +374,16 @@ class _Entry:
         self.nfe = nfe
         self.images, self.most = plan.effort(nfe)
         entries = content["tasks"].setdefault(problem.task.name, {}).setdefault(method.name, {})
-        self.search = Search(method, nfe, _start(method, nfe, entries))
+        self.starts = _starts(method, nfe, entries)
+        first, *others = self.starts
         known = {
             "code": hash_code(method.run),
             "images": self.images,
             "fixed": {
                 name: value for name, value in method.settings.items() if name not in method.search
             },
-            "start": self.search.start,
+            "start": first,
+            **({"other_starts": others} if others else {}),
             "search": {name: _describe(ladder) for name, ladder in method.search.items()},
         }
         new = {**known, "trials": [], "settings": None, "score": None, "edge": []}
@@ -392,22 +394,36 @@ class _Entry:
 
     def trials(self) -> Iterator[str]:
         """Make the trials that are missing; yield a line after each."""
-        tried: dict[Position, float] = {}
-        done: list[dict[str, Any]] = self.entry["trials"]
-        lower = len(self.setup.metrics) > 1
-        while len(tried) < self.most:
-            position = self.search.propose(tried)
+        made, best = 0, math.inf
+        search, tried = Search(self.method, self.nfe, self.starts[0]), dict[Position, float]()
+        for start in self.starts[: self.most]:
+            score, is_new = self._score(made, start)
+            made += 1
+            if made == 1 or score < best:
+                best, search = score, Search(self.method, self.nfe, start)
+                tried = {(0.0,) * len(start): score}
+            if is_new:
+                self._choose(search, tried)
+                yield self._line()
+        while made < self.most:
+            position = search.propose(tried)
             if position is None:
                 return
-            settings = self.search.settings(position)
-            new = len(tried) == len(done)
-            if new:
-                done.append({"settings": settings, **self._try(settings)})
-            score = done[len(tried)]["score"]
-            tried[position] = math.inf if score is None else score if lower else -score
-            if new:
-                self._choose(tried)
-                yield self._line(done[-1])
+            tried[position], is_new = self._score(made, search.settings(position))
+            made += 1
+            if is_new:
+                self._choose(search, tried)
+                yield self._line()
+
+    def _score(self, number: int, settings: Settings) -> tuple[float, bool]:
+        """Return the score of a trial, lower is better, and whether it was made just now."""
+        done: list[dict[str, Any]] = self.entry["trials"]
+        is_new = number == len(done)
+        if is_new:
+            done.append({"settings": dict(settings), **self._try(settings)})
+        score = done[number]["score"]
+        lower = len(self.setup.metrics) > 1
+        return math.inf if score is None else score if lower else -score, is_new
 
     def _try(self, settings: Settings) -> dict[str, Any]:
         given = self.method.settings_at(self.nfe, settings)
@@ -425,15 +441,16 @@ class _Entry:
         score = means[0] if len(means) == 1 else math.prod(means) ** (1 / len(means))
         return {"score": score}
 
-    def _choose(self, tried: Mapping[Position, float]) -> None:
-        """Write the best trial into the entry."""
-        place = min(range(len(tried)), key=list(tried.values()).__getitem__)
-        best = self.entry["trials"][place]
-        if best["score"] is not None:
-            self.entry |= {name: best[name] for name in ("settings", "score")}
-            self.entry["edge"] = self.search.edges(tried)
+    def _choose(self, search: Search, tried: Mapping[Position, float]) -> None:
+        """Write the best trial, which the search has, into the entry."""
+        best = search.settings(min(tried, key=lambda position: tried[position]))
+        trial = next(trial for trial in self.entry["trials"] if trial["settings"] == best)
+        if trial["score"] is not None:
+            self.entry |= {name: trial[name] for name in ("settings", "score")}
+            self.entry["edge"] = search.edges(tried)
 
-    def _line(self, trial: Mapping[str, Any]) -> str:
+    def _line(self) -> str:
+        trial = self.entry["trials"][-1]
         shown = ", ".join(f"{name} {value:g}" for name, value in trial["settings"].items())
         score = trial["score"]
         outcome = f"failed: {trial['failure']}" if score is None else f"{score:.4f}"
@@ -442,14 +459,19 @@ class _Entry:
         return f"{where} [{number}/{self.most}] {shown}: {outcome}"
 
 
-def _start(method: Method, nfe: int, entries: Mapping[str, Any]) -> Settings:
-    """Return where a search starts: above 20 calls with what the most calls below found."""
+def _starts(method: Method, nfe: int, entries: Mapping[str, Any]) -> list[Settings]:
+    """Return where a search starts: above 20 calls with what the most calls below found.
+
+    Above 100 calls the method's own settings, which are meant for so many, are tried too.
+    """
+    own = {name: method.settings[name] for name in method.search}
     below = [int(calls) for calls, entry in entries.items() if entry["settings"] is not None]
     below = [calls for calls in below if calls < nfe]
     if nfe <= _FEW_CALLS or not below:
-        return method.settings
-    found: Settings = entries[str(max(below))]["settings"]
-    return {**method.settings, **{name: found[name] for name in method.search if name in found}}
+        return [own]
+    found = {**own, **entries[str(max(below))]["settings"]}
+    first = {name: found[name] for name in method.search}
+    return [first, own] if nfe > MANY_CALLS and first != own else [first]
 
 
 def _describe(ladder: Ladder) -> dict[str, Any]:
