@@ -7,9 +7,9 @@ and the same images for all, and keeps trials, scores and choice in `benchmarks/
 finds them. It times a few calls first: where the whole takes more than `--hours`, two evenings of
 one core, it cuts images, then trials, and the file says so. Searches above 20 calls start from the
 settings of fewer calls, with half of the images and three quarters of the trials; above 100 calls
-with eight images and half of the trials. The score is the geometric mean of the mean lpips-alex and
-the mean lpips-vgg; psnr for images too small for them. A stopped run goes on with the same command.
-`--help` tells more.
+with eight images and half of the trials, and with the method's own settings too. The score is the
+geometric mean of the mean lpips-alex and the mean lpips-vgg; psnr for images too small for them. A
+stopped run goes on with the same command. `--help` tells more.
 """
 
 import sys

@@ -755,8 +755,27 @@ def test_all_have_the_same_trials_and_the_best_is_chosen(tune, tmp_path):
             assert (name in entry["edge"]) == on_edge
     assert entries["sr4x", "gained", 4]["settings"] == {"gain": 0.5, "power": 4}
     assert entries["sr4x", "gained", 16]["settings"]["power"] == 16
-    # More than 100 calls start from what the most calls below found.
-    assert entries["sr4x", "gained", 101]["start"] == entries["sr4x", "gained", 16]["settings"]
+    # More than 100 calls begin with what the most calls below found, and with the method's own.
+    many = entries["sr4x", "gained", 101]
+    assert many["start"] == entries["sr4x", "gained", 16]["settings"]
+    assert many["other_starts"] == [{"gain": 1.0, "power": 8.0}]
+    assert [trial["settings"] for trial in many["trials"][:2]] == [
+        many["start"],
+        *many["other_starts"],
+    ]
+    assert many["trials"][2]["settings"]["power"] == many["start"]["power"]  # the better of the two
+
+
+def test_above_100_calls_a_search_goes_on_from_the_methods_own_settings_if_they_are_better(
+    tune, tmp_path
+):
+    misled = replace(TUNED["gained"], calls=(4, 101), settings={"gain": 0.5, "power": 128.0})
+    tune("--calls", 4, 101, methods={"gained": misled})
+    entry = tuned_entries(tmp_path / "tuned.json")["sr4x", "gained", 101]
+    start, own, moved = (trial["settings"] for trial in entry["trials"])
+    assert start["power"] < 64
+    assert own == misled.settings
+    assert moved == {"gain": 1.0, "power": 128.0}
 
 
 def test_a_tuning_that_is_stopped_after_any_trial_ends_the_same(tune, tmp_path):
