@@ -147,8 +147,14 @@ def default_schedule(
     return karras(num, min(levels.largest, highest), levels.smallest, levels.exponent)
 
 
+LEAST_LAST = 0.004
+"""Least level of a last call, half a step of 8 bits: below, it has nothing to take away."""
+
+
 def point_settings(family: str | None, calls: int, sigma_y: float, points: Points) -> Point:
     """Return how a point estimate of so many calls runs: the row nearest in the ratio of calls.
+
+    Its smallest level and that of its last call go with the noise.
 
     Args:
         family: the operator's family.
@@ -160,7 +166,8 @@ def point_settings(family: str | None, calls: int, sigma_y: float, points: Point
     nearest = min(sorted(rows), key=lambda known: abs(math.log(known / calls)))
     point, scale = rows[nearest], sigma_y / SIGMA_Y
     smallest = min(point.smallest * scale, point.first)
-    return point._replace(smallest=smallest, last=point.last * scale)
+    last = point.last * scale
+    return point._replace(smallest=smallest, last=last if last >= LEAST_LAST else 0.0)
 
 
 def default_average(family: str | None) -> Average:

@@ -1010,6 +1010,8 @@ def test_settings_of_a_point_are_those_of_the_nearest_calls_at_the_noise_of_y():
     assert point_settings("hdr", 1, 0.05, rows) == rows[None][10]
     quiet = point_settings("blur", 50, 0.01, rows)
     assert quiet == pytest.approx((0.6, 0.6, 0.8, 0.01, 0.008))
+    # A last call below half a step of 8 bits has nothing to take away.
+    assert point_settings("blur", 50, 0.004, rows).last == 0
     loud = point_settings("blur", 1, 0.5, rows)
     assert loud == pytest.approx((0.4, 0.8, 1.0, 1.0, 0.0))
 
