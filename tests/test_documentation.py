@@ -347,6 +347,10 @@ COMMANDS: dict[str, Short | Skipped] = {
     "python experiments/few_step/point.py --prior ncvsd_faces64 --write "
     "--out experiments/few_step/points.json": Skipped("it changes the package"),
     "python experiments/few_step/point.py --prior ncvsd_natural --write --tie 1.035 "
+    "--families inpainting superres motion_blur other --out experiments/few_step/points.json": (
+        Skipped("it changes the package")
+    ),
+    "python experiments/few_step/point.py --prior ncvsd_natural --write --tie 1 --families blur "
     "--out experiments/few_step/points.json": Skipped("it changes the package"),
     "python benchmarks/report.py benchmarks/results/faces64 --readme README.md": Skipped(
         "it changes README; tests/benchmarks/test_report.py writes another file"

@@ -5,6 +5,8 @@ r"""Search the settings of point estimates on validation images, and put them in
     python experiments/few_step/point.py --prior ncvsd_faces64 --write \
         --out experiments/few_step/points.json
     python experiments/few_step/point.py --prior ncvsd_natural --write --tie 1.035 \
+        --families inpainting superres motion_blur other --out experiments/few_step/points.json
+    python experiments/few_step/point.py --prior ncvsd_natural --write --tie 1 --families blur \
         --out experiments/few_step/points.json
 
 The score of a trial is the geometric mean of lpips-alex, lpips-vgg and the root mean square error,
@@ -112,7 +114,12 @@ def main() -> None:
     found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     trials = found.setdefault(args.prior, {})
     if args.write:
-        write_card(args.prior, trials, args.tie)
+        chosen = {
+            family: {calls: row for calls, row in rows.items() if int(calls) in args.calls}
+            for family, rows in trials.items()
+            if family in args.families
+        }
+        write_card(args.prior, chosen, args.tie)
         return
     prior, size = load_prior(args.prior), (args.size, args.size)
     pictures = read_images(args.data, 2 * args.images if args.judge else args.images)

@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from ncvsd_inverse.operators import (
     SuperResolution,
 )
 from ncvsd_inverse.operators.base import BaseOperator
-from ncvsd_inverse.protocols import Denoiser, LinearOperator
+from ncvsd_inverse.protocols import Denoiser
 
 FOLDER = Path(__file__).parent
 MARKS = ("<!-- written by photographs.py -->", "<!-- end of photographs.py -->")
@@ -68,6 +68,11 @@ class Case:
     operator: Callable[[Tensor, int], BaseOperator]
     sigma_y: float
     blur: bool = False
+
+    @property
+    def is_noise_only(self) -> bool:
+        """Whether it is a matter of noise alone, for which the teacher is run too."""
+        return self.name.startswith("noise")
 
 
 def gaussian(std: float) -> Callable[[Tensor, int], BaseOperator]:
@@ -166,24 +171,26 @@ def nothing(case: Case, y: Tensor, x: Tensor, operator: BaseOperator) -> Tensor:
 
 
 def restore(
-    case: Case, x: Tensor, y: Tensor, operator: BaseOperator, weight: float
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the methods' restorations."""
-    yield "input", nothing(case, y, x, operator)
+    method: str, case: Case, x: Tensor, y: Tensor, operator: BaseOperator, weight: float
+) -> Tensor:
+    """Return a method's restoration."""
+    if method == "input":
+        return nothing(case, y, x, operator)
     sigma = max(case.sigma_y, 0.004)
-    problem = Problem.checked(y, operator, sigma_y=sigma, seed=0)
-    models = Models(None, None)  # type: ignore[arg-type]
-    assert isinstance(operator, LinearOperator)
-    yield "Wiener", run_wiener(problem, models, 0, {"std": 0.5, "exponent": 2.5})
-    yield "total variation", run_tv(problem, models, 0, {"weight": weight})
-    if isinstance(operator, Denoise):
+    if method == "teacher":
         teacher = load_prior(f"{PRIOR}_teacher")
         assert isinstance(teacher, Denoiser)
-        yield "teacher", teacher.denoise(y, sigma)
-    if case.blur and isinstance(operator, Blur):
-        operator = Blur(operator.kernel, boundary="valid")
-    result = solve(y, operator=operator, prior=PRIOR, sigma_y="auto")
-    yield "ours", centre_crop(result.x0, (x.shape[2], x.shape[3]))
+        return teacher.denoise(y, sigma)
+    if method == "ours":
+        if case.blur and isinstance(operator, Blur):
+            operator = Blur(operator.kernel, boundary="valid")
+        result = solve(y, operator=operator, prior=PRIOR, sigma_y="auto")
+        return centre_crop(result.x0, (x.shape[2], x.shape[3]))
+    problem = Problem.checked(y, operator, sigma_y=sigma, seed=0)
+    models = Models(None, None)  # type: ignore[arg-type]
+    if method == "Wiener":
+        return run_wiener(problem, models, 0, {"std": 0.5, "exponent": 2.5})
+    return run_tv(problem, models, 0, {"weight": weight})
 
 
 def choose_weight(case: Case, photographs: list[Tensor]) -> float:
@@ -218,6 +225,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24, help="how many (%(default)s)")
     parser.add_argument("--every", type=int, default=2, help="which of them (%(default)s)")
     parser.add_argument("--cases", nargs="+", type=int, help="numbers of rows")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--write", action="store_true", help="write the table into README.md")
     args = parser.parse_args()
@@ -232,32 +240,33 @@ def main() -> None:
     for number, case in enumerate(CASES):
         if args.cases and number not in args.cases:
             continue
-        weight = choose_weight(case, photographs)
-        rows: dict[str, list[list[float]]] = {}
+        methods = [name for name in args.methods if name != "teacher" or case.is_noise_only]
+        needs_weight = "total variation" in methods
+        weight = choose_weight(case, photographs) if needs_weight else math.nan
+        rows: dict[str, list[list[float]]] = {name: [] for name in methods}
         for place, photograph in enumerate(photographs):
             x, y, operator = pose(case, photograph, place)
-            for name, x0 in restore(case, x, y, operator, weight):
-                x0 = x0.clamp(-1, 1)
+            for name in methods:
+                x0 = restore(name, case, x, y, operator, weight).clamp(-1, 1)
                 values = [psnr(x0, x), ssim(x0, x), lpips(x0, x, net="alex")]
-                rows.setdefault(name, []).append(
-                    [*(float(value) for value in values), *rim_and_inside(x0, x)]
-                )
+                rows[name].append([*(float(value) for value in values), *rim_and_inside(x0, x)])
                 if place < 3:
                     write_image(args.out / f"{number}_{place}_{name.split()[0]}.png", x0)
-        found[case.name] = {
+        found[case.name] = found.get(case.name, {}) | {
             name: [sum(column) / len(column) for column in zip(*values, strict=True)]
             for name, values in rows.items()
         }
         write_whole(records, json.dumps(found, indent=1) + "\n")
-        print(case.name, f"weight {weight:g}", flush=True)
-        for name, values in found[case.name].items():
-            print("   ", name, " ".join(f"{value:.4g}" for value in values), flush=True)
+        print(case.name, f"weight {weight:g}" if needs_weight else "", flush=True)
+        for name in methods:
+            print("   ", name, " ".join(f"{v:.4g}" for v in found[case.name][name]), flush=True)
 
 
 def table(found: dict[str, dict[str, list[float]]]) -> str:
     """Return the rows as Markdown, the best PSNR and lpips bold."""
     lines = ["| | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
-    for name, rows in found.items():
+    for name in [case.name for case in CASES if case.name in found]:
+        rows = found[name]
         best = max(values[0] for values in rows.values())
         nearest = min(values[2] for values in rows.values())
         cells = []
