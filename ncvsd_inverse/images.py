@@ -37,6 +37,7 @@ __all__ = [
     "Picture",
     "centre_crop",
     "centre_crop_to_multiple",
+    "check_holds",
     "decode_image",
     "encode_figure",
     "encode_image",
@@ -377,6 +378,29 @@ def write_picture(path: str | Path, picture: Picture) -> None:
     write_whole(path, _encode(picture, _KINDS.get(suffix, "PNG")))
 
 
+def check_holds(path: Path, picture: Picture) -> None:
+    """ValueError if a file of this suffix cannot hold the depth or the opacity of a picture.
+
+    A JPEG or BMP takes pictures that are opaque everywhere.
+    """
+    _fit(picture, _KINDS.get(path.suffix.lower(), "PNG"))
+
+
+def _fit(picture: Picture, kind: str) -> Picture:
+    """Return what a kind of file holds of a picture: all but opacity that hides nothing."""
+    if picture.alpha is not None and kind in ("JPEG", "BMP"):
+        if bool((picture.alpha < 1).any()):
+            raise ValueError(f"a {kind} cannot hold opacity: name a .png")
+        picture = Picture(picture.x, picture.bits)
+    channels = picture.x.shape[1] + (picture.alpha is not None)
+    holds = picture.bits == 8 or (picture.bits == 16 and kind == "PNG")
+    if not holds and (kind != "TIFF" or channels != 1):
+        raise ValueError(
+            f"a {kind} cannot hold {picture.bits} bits of {channels} channels: name a .png"
+        )
+    return picture
+
+
 def encode_image(x: Tensor, kind: str = "PNG") -> bytes:
     """Return a picture as the bytes of a file of 8 bits; arguments and errors as `write_image`."""
     return _encode(Picture(x), kind)
@@ -385,10 +409,9 @@ def encode_image(x: Tensor, kind: str = "PNG") -> bytes:
 def _encode(picture: Picture, kind: str) -> bytes:
     from PIL import Image
 
+    picture = _fit(picture, kind)
     values = np.atleast_3d(_pixels("x", picture.x))
     if picture.alpha is not None:
-        if kind in ("JPEG", "BMP"):
-            raise ValueError(f"a {kind} cannot hold opacity: name a .png")
         alpha = picture.alpha[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
         values = np.concatenate((values, alpha), axis=2)
     buffer = io.BytesIO()
@@ -401,10 +424,6 @@ def _encode(picture: Picture, kind: str) -> bytes:
     deep = np.round(values * 65535).astype(np.uint16)
     if picture.bits == 16 and kind == "PNG":
         return _deep_png(deep)
-    if kind != "TIFF" or values.shape[2] != 1:
-        raise ValueError(
-            f"a {kind} cannot hold {picture.bits} bits of {values.shape[2]} channels: name a .png"
-        )
     grey = deep[..., 0] if picture.bits == 16 else values[..., 0].astype(np.float32)
     Image.fromarray(grey).save(buffer, format=kind)
     return buffer.getvalue()

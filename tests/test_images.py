@@ -13,6 +13,7 @@ from ncvsd_inverse.images import (
     Picture,
     centre_crop,
     centre_crop_to_multiple,
+    check_holds,
     read_image,
     read_images,
     read_picture,
@@ -154,8 +155,13 @@ def test_floats_come_back_as_tiff(tmp_path, generator):
     assert torch.allclose(read_picture(tmp_path / "a.tif").x, picture.x, atol=1e-6)
     with pytest.raises(ValueError, match="a PNG cannot hold 32 bits of 1 channels"):
         write_picture(tmp_path / "a.png", picture)
+    opacity = torch.ones(1, 1, 5, 7)
+    write_picture(tmp_path / "a.jpg", Picture(picture.x, 8, opacity))  # which hides nothing
+    opacity[..., 0] = 0.5
     with pytest.raises(ValueError, match="a JPEG cannot hold opacity"):
-        write_picture(tmp_path / "a.jpg", Picture(picture.x, 8, torch.ones(1, 1, 5, 7)))
+        write_picture(tmp_path / "b.jpg", Picture(picture.x, 8, opacity))
+    with pytest.raises(ValueError, match="a JPEG cannot hold opacity"):
+        check_holds(tmp_path / "b.jpg", Picture(picture.x, 8, opacity))
 
 
 def test_colours_are_turned_to_srgb(tmp_path):

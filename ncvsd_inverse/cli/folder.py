@@ -245,7 +245,7 @@ def _is_output(path: Path, source: Path, out: Path) -> bool:
             record = path.with_name(path.stem.removesuffix(end) + ".json")
             if RECORD in read_record(record):
                 return True
-    return False
+    return read_record(path.with_suffix(".json")).get(RECORD) == path.name
 
 
 def read_record(path: Path) -> Mapping[str, object]:
@@ -337,6 +337,18 @@ def is_finished(place: Place, settings: Mapping[str, object]) -> bool:
     return not changed
 
 
+def check_same_source(place: Place, path: Path, digest: str) -> None:
+    """ValueError if the outputs are of another picture, of the same name in another folder."""
+    found = read_record(place.record)
+    other = found.get("input")
+    if not isinstance(other, str) or found.get("input_sha256") == digest:
+        return
+    if Path(other).resolve() != path.resolve():
+        raise ValueError(
+            f"{place.record} is of another picture of this name, {other}: name another --out"
+        )
+
+
 def clear_leftovers(places: Iterable[Place]) -> None:
     """Remove what a killed run left half-written where outputs go."""
     names: dict[Path, set[str]] = {}
@@ -403,6 +415,8 @@ def check_size(measured: Measured, image_shape: Sequence[int]) -> None:
     y, (height, width) = measured.y, measured.operator.input_shape(tuple(measured.y.shape))[2:]
     if (height, width) != tuple(image_shape[1:]):
         wanted = (image_shape[1] * y.shape[2] // height, image_shape[2] * y.shape[3] // width)
+        if measured.rim != (0, 0):
+            wanted = (image_shape[1] - 2 * measured.rim[0], image_shape[2] - 2 * measured.rim[1])
         raise ValueError(
             f"it must have {wanted[1]} x {wanted[0]} pixels, as this prior restores images of "
             f"{image_shape[2]} x {image_shape[1]}, got {y.shape[3]} x {y.shape[2]}; ncvsd_natural "
@@ -437,6 +451,7 @@ def write_result(job: Job, result: Result) -> None:
         "calls": result.nfe,
         "loop": result.method,
         "residual": float(result.residual[0]),
+        "converged": result.converged,
         "sigma_y_found": None if result.sigma_y_std is None else float(result.sigma_y[0]),
         "seconds": result.seconds,
         "schedule": result.schedule,
@@ -449,10 +464,14 @@ def write_result(job: Job, result: Result) -> None:
     picture = place.file or place.output("_restored", suffix_for(restored))
     place.record.parent.mkdir(parents=True, exist_ok=True)
     place.check_own()
+    listed = read_record(place.record).get(WRITTEN)
+    known = listed if isinstance(listed, Mapping) else {}
     figures[RECORD] = picture.name
     unfinished = {RECORD: picture.name, WRITTEN: {path.name: None for path in place.outputs}}
     write_whole(place.record, json.dumps(unfinished) + "\n")
-    for path in place.outputs:
+    kernels = {place.output(KERNEL, suffix) for suffix in KERNEL_SUFFIXES}
+    before = {path for path in kernels if path.name in known}
+    for path in {*place.outputs, *before}:
         if path != picture:
             path.unlink(missing_ok=True)
     written = [picture]

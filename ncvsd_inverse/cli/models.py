@@ -266,14 +266,15 @@ class Model:
     def _of_pixels(
         self, y: Tensor, operator: BaseOperator | BlindBlur | None, picture: Picture | None
     ) -> Measured:
-        if operator is None and picture is not None and picture.alpha is not None:
-            operator = Inpaint(picture.alpha[0, 0] > 0.5)
+        shows = None if picture is None or picture.alpha is None else picture.alpha[0, 0] > 0.5
+        if operator is None and picture is not None and shows is not None and not shows.all():
+            operator = Inpaint(shows)
             picture = Picture(picture.x, picture.bits)  # what was hidden is there now
         if operator is None:
             raise ValueError("--mask must be given for --task inpaint")
         if isinstance(operator, Colorize):
             grey = y if y.shape[1] == 1 else operator(y)
-            return Measured(grey, operator, None if picture is None else Picture(y, picture.bits))
+            return Measured(grey, operator, picture)
         if isinstance(operator, Inpaint):
             known = operator.mask[0, 0] > 0
             if known.shape != y.shape[2:]:

@@ -15,7 +15,9 @@ from ncvsd_inverse.cli.folder import (
     FULL,
     Job,
     Place,
+    as_it_came,
     batch_by_size,
+    check_same_source,
     file_digest,
     is_finished,
     name_once,
@@ -24,6 +26,7 @@ from ncvsd_inverse.cli.folder import (
     write_result,
 )
 from ncvsd_inverse.cli.models import Reader
+from ncvsd_inverse.images import check_holds
 from ncvsd_inverse.protocols import LinearOperator, Prior, UnknownKernel
 from ncvsd_inverse.sampling.choices import LARGE
 
@@ -101,11 +104,13 @@ class Restoration:
         for name, path in pictures:
             place = self.place_of(name)
             try:
-                settings = {**self.settings, "input_sha256": file_digest(path)}
+                digest = file_digest(path)
+                settings = {**self.settings, "input_sha256": digest}
                 if is_finished(place, settings):
                     advance(1)
                     continue
                 place.check_own()
+                check_same_source(place, path, digest)
                 job = self._prepare(name, path, settings)
             except (OSError, ValueError, MemoryError, RuntimeError) as error:
                 self._fail(path, error, advance)
@@ -120,8 +125,12 @@ class Restoration:
         noise = self.noise if own is None or self.is_simulated else own
         if noise == "auto" and not isinstance(measured.operator, LinearOperator | UnknownKernel):
             raise ValueError(f"--sigma-y must be a number for --task {self.settings['task']}")
+        place = self.place_of(name)
+        if place.file is not None:  # before it takes long
+            shape = measured.operator.input_shape(tuple(measured.y.shape))
+            check_holds(place.file, as_it_came(measured, torch.zeros(shape)))
         device = {"device": str(self.where)}
-        return Job(self.place_of(name), path, key, measured, noise, {**settings, **device})
+        return Job(place, path, key, measured, noise, {**settings, **device})
 
     def _solve(
         self, jobs: list[Job], advance: Callable[[int], None]

@@ -169,14 +169,27 @@ def solve(
         check_share("--temperature", temperature)
     if sigma_lik is not None:
         check_positive("--sigma-lik", sigma_lik)
-    levels = None if schedule is None else check_falling("--schedule", read_levels(schedule))
+    levels = None
+    if schedule is not None:
+        levels = list(check_falling("--schedule", read_levels(schedule)))  # as JSON holds them
     if not any(source.exists() for source in sources):
         raise ValueError(f"IN must be a file or folder that exists, got {sources[0]}")
     given = read_sigma_y(sigma_y)
     model: Simulation | Model
     if simulate:
-        if blind:
-            raise ValueError("--blind must come without --simulate")
+        of_a_model = {
+            "--blind": blind or None,
+            "--kernel": kernel,
+            "--blur-std": blur_std,
+            "--boundary": boundary,
+            "--scale": scale,
+            "--peak": peak,
+            "--kernel-size": kernel_size,
+            "--kernel-prior": kernel_prior,
+        }
+        for option, asked in of_a_model.items():
+            if asked is not None:
+                raise ValueError(f"{option} must come without --simulate")
         model = Simulation(task, seed, None if given == "auto" else given, mask)
         level = model.level if given is None else given
     else:
@@ -192,6 +205,10 @@ def solve(
             kernel_size,
             kernel_prior,
         )
+        if peak is not None and given is not None:
+            raise ValueError(
+                "--sigma-y must come without --task poisson: counts have their own noise"
+            )
         level = "auto" if given is None else given
     pictures, bad = find_pictures(sources, out, SUFFIXES if simulate else (*SUFFIXES, *ARRAYS))
     file = out if out.suffix.lower() in SUFFIXES and not out.is_dir() else None
@@ -211,6 +228,7 @@ def solve(
         # Before pictures are looked at: settings that tell finished ones hold the statistics.
         with_own_statistics(whole, (3, SIDE, SIDE))
     loaded = in_tiles(whole, tile)
+    read_measured = model.reader(loaded)  # which says what is wrong with a kernel or mask
     open_folder(out if file is None else file.parent)
 
     def place_of(name: str) -> Place:
@@ -245,7 +263,7 @@ def solve(
         prior=loaded,
         where=where,
         tile=None if loaded is whole else tile,
-        read_measured=model.reader(loaded),
+        read_measured=read_measured,
         place_of=place_of,
         noise=level,
         is_simulated=simulate,

@@ -93,7 +93,7 @@ def describe_residual(
         notes.append(
             f"the residual is {most:.2g}, where about 1 is right: y has more noise than sigma_y = "
             f"{problem.sigma_y:.3g}, or kernel, boundary, scale, mask or range of values are not "
-            'those of y; sigma_y="auto" estimates the noise'
+            "those of y" + ('; sigma_y="auto" estimates the noise' if known else "")
         )
     can_tell = (
         _treats_all_alike(problem)

@@ -18,7 +18,7 @@ from ncvsd_inverse.machine import (
     warn,
 )
 from ncvsd_inverse.operators.deepinv_physics import PhysicsOperator, adapt
-from ncvsd_inverse.priors.own_statistics import with_own_statistics
+from ncvsd_inverse.priors.own_statistics import lacks_statistics, with_own_statistics
 from ncvsd_inverse.protocols import Operator, Prior, PriorTraits, Statistics, UnknownKernel
 from ncvsd_inverse.sampling.blind import describe_kernel, find_kernel, search_calls
 from ncvsd_inverse.sampling.chains import (
@@ -239,7 +239,8 @@ def solve(
     estimate = choose_estimate(estimate, prior, method, num_samples)
     count_sweeps(PriorTraits.of(prior), nfe, asked["schedule"])  # before anything takes long
     statistics = None
-    if method == "conditioning" or draws_by_statistics(prior):
+    tells_noise = isinstance(sigma_y, str) and not lacks_statistics(prior)
+    if method == "conditioning" or draws_by_statistics(prior) or tells_noise:
         statistics = with_own_statistics(prior, problem.shape[1:])
     if unknown is not None:
         if statistics is None or method != "conditioning" or schedule is not None:

@@ -136,10 +136,46 @@ def test_channels_depth_and_opacity_come_back(run, tmp_path, bits, channels):
     assert float(psnr(restored.x, truth)) > float(psnr(noisy(truth, 0.1), truth)) + 3
 
 
+def test_opacity_is_a_mask_only_where_it_hides_and_else_comes_back(run, tmp_path):
+    opaque = Picture(TRUTH, 8, torch.ones(1, 1, 60, 53))
+    write_picture(tmp_path / "in.png", opaque)
+    status, _, err = run("in.png", "--task", "inpaint")
+    assert (status, "--mask must be given for --task inpaint" in err) == (1, True)
+    half = Picture(TRUTH, 8, torch.full((1, 1, 60, 53), 0.5))
+    write_picture(tmp_path / "half.png", half)
+    assert run("half.png", "--task", "colorize", "-o", "colours.png")[0] == 0
+    assert read_picture(tmp_path / "colours.png").alpha is not None
+
+
+def test_a_file_that_cannot_hold_the_result_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    write_picture(tmp_path / "deep.png", Picture(TRUTH, 16))
+    write_picture(tmp_path / "half.png", Picture(TRUTH, 8, torch.full((1, 1, 60, 53), 0.5)))
+    write_picture(tmp_path / "opaque.png", Picture(TRUTH, 8, torch.ones(1, 1, 60, 53)))
+    assert run("opaque.png", "--task", "denoise", "-o", "opaque.jpg")[0] == 0
+    monkeypatch.setattr("ncvsd_inverse.solve", None)  # nothing calls it
+    for name, words in (("deep", "a JPEG cannot hold 16 bits"), ("half", "a JPEG cannot hold op")):
+        status, _, err = run(f"{name}.png", "--task", "denoise", "-o", f"{name}.jpg")
+        assert (status, words in err) == (1, True)
+        assert not (tmp_path / f"{name}.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [("--scale", 2), ("--blur-std", 2), ("--boundary", "valid"), ("--kernel-size", 9)]
+)
+def test_a_simulated_task_takes_no_model_of_the_user(run, tmp_path, option):
+    write_picture(tmp_path / "in.png", Picture(TRUTH))
+    status, _, err = run("in.png", "--task", "sr4x", "--simulate", *option)
+    assert status == 1
+    assert f"{option[0]} must come without --simulate" in err
+
+
 def test_a_kernel_that_nobody_knows_is_written_beside_the_picture(run, tmp_path):
     y = noisy(GaussianBlur(1.5, 9, boundary="replicate")(PHOTOGRAPH_OF_96), 0.02)
     write_picture(tmp_path / "in.png", Picture(y))
     blind = ("--task", "deblur", "--blind", "--kernel-size", 9)
+    assert run("in.png", *blind)[0] == 0
+    assert run("in.png", "--task", "denoise")[0] == 0
+    assert not (tmp_path / "ncvsd_restored/in_kernel.npy").exists()  # no kernel of another result
     code, text, _ = run("in.png", *blind)
     assert code == 0
     assert "pixels found, give or take" in text

@@ -151,6 +151,23 @@ def test_finished_pictures_are_skipped(run, tmp_path, pictures, prior):
     assert prior.batches == []
 
 
+def test_a_schedule_of_its_own_passes_for_finished_too(run, pictures, prior):
+    for batches in (5, 0):
+        assert run("in", *TASK, "-o", "out", "--nfe", 2, "--schedule", "1,0.1")[0] == 0
+        assert (sum(prior.batches) > 0) == (batches > 0)
+
+
+def test_pictures_of_one_name_in_two_folders_do_not_replace_each_other(run, tmp_path, pictures):
+    assert run("in/b.png", *TASK)[0] == 0
+    before = (tmp_path / "ncvsd_restored" / "b_restored.png").read_bytes()
+    (tmp_path / "other").mkdir()
+    make_picture(tmp_path / "other" / "b.png", 24, 16, 100)
+    status, _, err = run("other/b.png", *TASK)
+    assert status == 1
+    assert "is of another picture of this name, in/b.png: name another --out" in err
+    assert (tmp_path / "ncvsd_restored" / "b_restored.png").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("option", "value", "entry"),
     [
@@ -390,6 +407,8 @@ def test_a_size_that_the_prior_does_not_restore_is_a_bad_file(run, tmp_path, mon
     status, _, err = run("large.png", *TASK, "-o", "out")
     assert status == 1
     assert "large.png: it must have 16 x 16 pixels, as this prior restores images of 16 x 16" in err
+    err = run("large.png", *TASK, "--boundary", "valid", "-o", "out")[2]
+    assert "it must have 8 x 8 pixels, as this prior restores images of 16 x 16" in err
 
 
 def test_a_picture_that_diverges_does_not_take_its_batch_along(run, tmp_path, pictures, prior):
@@ -440,6 +459,8 @@ def test_one_picture_may_be_written_to_a_file(run, tmp_path, pictures):
     assert written == ["better.jpg", "better.json"]
     again = run("in/a.png", *TASK, "-o", "new/better.jpg", "--seed", 1)
     assert (again[0], "of another seed: restored again" in again[1]) == (0, True)
+    assert run("in/a.png", *TASK, "-o", "in/a_better.png")[0] == 0
+    assert "5 pictures restored" in run("in", *TASK, "-o", "out")[1]  # not it too
     before = (pictures / "a.png").read_bytes()
     status, _, err = run("in/a.png", *TASK, "-o", "in/a.png")
     assert (status, "in/a.png is there and has no record of ours" in err) == (1, True)

@@ -18,6 +18,7 @@ from torch import nn
 import ncvsd_inverse
 from ncvsd_inverse import DivergenceError, Result, load_prior, read_image
 from ncvsd_inverse import operators as ops
+from ncvsd_inverse.images import centre_crop
 from ncvsd_inverse.priors import (
     DiffusionPrior,
     GaussianMixturePrior,
@@ -25,6 +26,7 @@ from ncvsd_inverse.priors import (
     NCVSDPrior,
     ncvsd_natural,
 )
+from ncvsd_inverse.priors.selfcheck import PHOTOGRAPH
 from ncvsd_inverse.protocols import Point
 from ncvsd_inverse.sampling.linear_solves import LinearSolver
 from ncvsd_inverse.sampling.problem import Problem
@@ -998,6 +1000,15 @@ def test_where_there_is_no_point():
     assert ncvsd_inverse.solve(y, prior=many, **settings).estimate == "sample"
     with pytest.raises(ValueError, match="with a prior without tempered draws, got 'point'"):
         ncvsd_inverse.solve(y, prior=many, estimate="point", **settings)
+
+
+def test_noise_is_estimated_for_the_published_loop_too():
+    x = centre_crop(read_image(PHOTOGRAPH), (64, 64))
+    y = ops.Denoise().measure(x, 0.1, generator=torch.Generator().manual_seed(0))
+    prior = load_prior("ncvsd_natural")
+    result = solve(y, operator=ops.Denoise(), prior=prior, nfe=2, sigma_y="auto")
+    assert result.method == "gibbs"
+    assert float(result.sigma_y) == pytest.approx(0.1, rel=0.15)
 
 
 def test_settings_of_a_point_are_those_of_the_nearest_calls_at_the_noise_of_y():
