@@ -16,7 +16,7 @@ that a step of the state is one of sqrt(1 + s^2) of x.
   r^2 = sigma^2 / (1 + sigma^2); weight = 1 in the paper.
 - MMPS: x0 = D + sigma^2 J^T A^T v, the mean of x0 given x and y if x0 given x has the covariance
   sigma^2 J (Tweedie), with (sigma_y^2 I + A sigma^2 J^T A^T) v = y - A D by `iterations` steps of
-  conjugate gradients, each one pass back through the network; g = 0.
+  GMRES, each one pass back through the network; g = 0.
 
 Sources:
     Chung et al., arXiv 2209.14687, Alg. 1, clipping and scale from the authors' configuration; Song
@@ -35,7 +35,7 @@ from torch import Tensor
 from baselines.interface import Ladder, Method, Models, Problem, Settings
 from baselines.physics import linear
 from ncvsd_inverse.checks import check_stays_finite
-from ncvsd_inverse.numerics import conjugate_gradient, draw_normal
+from ncvsd_inverse.numerics import Map, draw_normal
 from ncvsd_inverse.protocols import Denoiser, LinearOperator
 from ncvsd_inverse.schedules import variance_preserving
 
@@ -92,14 +92,50 @@ def run_mmps(problem: Problem, models: Models, nfe: int, settings: Settings) -> 
         def spread(y: Tensor) -> Tensor:
             return sigma**2 * back(operator.adjoint(y))
 
-        v = conjugate_gradient(
+        v = gmres(
             lambda v: problem.sigma_y**2 * v + operator(spread(v)),
             problem.y - operator(mean),
-            max_iterations=int(settings["iterations"]),
+            int(settings["iterations"]),
         )
         return mean + spread(v), 0.0
 
     return _reverse(problem, models, nfe, guide, eta=settings["eta"])
+
+
+def gmres(apply: Map, rhs: Tensor, iterations: int) -> Tensor:
+    """Solve M v = rhs nearly, each item on its own, by generalised minimal residuals.
+
+    The derivative of a network is not quite symmetric, which conjugate gradients do not forgive.
+
+    Args:
+        apply: v -> M v, on tensors of the shape of `rhs` (B, ...).
+        rhs: right-hand sides.
+        iterations: applications of M.
+
+    Source: Saad & Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986).
+    """
+    flat = rhs.flatten(1).double()
+    size = flat.norm(dim=1)
+    basis = [flat / size.clamp(min=1e-30)[:, None]]
+    hessenberg = flat.new_zeros(len(flat), iterations + 1, iterations)
+    for column in range(iterations):
+        image = apply(basis[-1].to(rhs).view_as(rhs)).flatten(1).double()
+        for row, vector in enumerate(basis):
+            share = (vector * image).sum(1)
+            hessenberg[:, row, column] = share
+            image = image - share[:, None] * vector
+        left = image.norm(dim=1)
+        is_new = left > 1e-10 * hessenberg[:, :, column].norm(dim=1)  # else it is solved
+        hessenberg[:, column + 1, column] = torch.where(is_new, left, 0.0)
+        basis.append(torch.where(is_new, 1 / left, 0.0)[:, None] * image)
+    if not bool(hessenberg.isfinite().all()):  # the network's, which the caller tells
+        return torch.full_like(rhs, math.nan)
+    target = flat.new_zeros(len(flat), iterations + 1, 1)
+    target[:, 0, 0] = size
+    weights = torch.linalg.pinv(hessenberg) @ target
+    solved = sum(weight * vector for weight, vector in zip(weights.unbind(1), basis, strict=False))
+    assert isinstance(solved, Tensor)
+    return solved.to(rhs).view_as(rhs)
 
 
 def _differentiate(
