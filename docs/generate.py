@@ -371,7 +371,7 @@ def _describe_results() -> str:
 
 def _say_weights(records: list[dict[str, Any]]) -> str:
     """Return a warning where rows were measured with weights that are not those that ship."""
-    shipped = {load_card(name).sha256 for name in SHIPPED}
+    shipped = {load_card(name).weights_digest for name in SHIPPED}
     used = {digest for record in records for digest in record["prior_sha256"].values()}
     if used <= shipped:
         return "All were measured with the weights that ship."

@@ -312,7 +312,7 @@ def _prepare(
     setup = Setup(
         models=Models(teacher, student, min(teacher.sigma_max, student.sigma_max)),
         prior=Path(stem).name,
-        prior_sha256={"student": _sha256(student), "teacher": _sha256(teacher)},
+        prior_sha256={"student": _digest(student), "teacher": _digest(teacher)},
         card_sha256=_card_sha256(student),
         images=images,
         metrics=metrics,
@@ -438,12 +438,10 @@ def _keep_problems(cache: Cache, problems: Mapping[str, KnownProblem]) -> None:
                 write_image(cache.picture(name, "measurement", number), seen)
 
 
-def _sha256(prior: NCVSDPrior | DiffusionPrior) -> str:
+def _digest(prior: NCVSDPrior | DiffusionPrior) -> str:
     """Return a hash of a prior's weights and of what its card makes of them."""
     assert prior.card is not None
-    if not prior.card.noise_scale:
-        return prior.card.sha256
-    return hashlib.sha256(f"{prior.card.sha256} {prior.card.noise_scale}".encode()).hexdigest()
+    return prior.card.weights_digest
 
 
 def _card_sha256(prior: NCVSDPrior) -> str:

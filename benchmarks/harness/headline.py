@@ -57,7 +57,7 @@ def headline(records: Sequence[Record]) -> str:
     heads += [f"best other, {calls} calls" for calls in counts]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     won = {calls: _Count() for calls in counts}
-    beside = _Count()
+    drawn, beside = _Count(), _Count()
     for task in tasks:
         point, draw = ours[task, OURS_SHOWN], ours.get((task, _DRAW))
         cells = [task_title(task), _figures(point), "-" if draw is None else _figures(draw)]
@@ -65,12 +65,19 @@ def headline(records: Sequence[Record]) -> str:
             best = min((r for r in rivals if (r.task, r.nfe) == (task, calls)), key=_score)
             cells.append(f"{_figures(best)} {best.title}")
             won[calls].add(point, best)
+            if calls == OURS_CALLS and draw is not None and best.samples:
+                drawn.add(draw, best)
         lines.append("| " + " | ".join(cells) + " |")
         if teacher := ours.get((task, _TEACHER)):
             beside.add(point, teacher)
     for calls, count in won.items():
         start = f"Against the best other of {calls} calls, by {CONFIDENCE:.0%} intervals, ours is"
         lines += ["", f"{start} {count}."]
+    if drawn.rows:
+        start = (
+            f"Those of {OURS_CALLS} calls are single draws in {drawn.rows} of {len(tasks)} tasks;"
+        )
+        lines += ["", f"{start} beside them a draw of ours is {drawn}."]
     if beside.rows:
         lines += ["", f"Against our own loop with the undistilled teacher it is {beside}."]
     return "\n".join(lines)

@@ -162,13 +162,15 @@ def choose_calls(method: Method, asked: Sequence[int], *, named: bool) -> tuple[
 def nearest_calls(tuned: Mapping[int, Settings], calls: int) -> int | None:
     """Return which of the tuned numbers of calls is the nearest by ratio; None if there is none.
 
-    Of two that are as near it is the smaller.
+    Of two that are as near it is the smaller. Above 100 none of up to 100 is near enough: what few
+    calls want is far from what many do.
     """
 
     def ratio(known: int) -> float:
         return abs(math.log(max(known, 1) / max(calls, 1)))
 
-    return min(sorted(tuned), key=ratio, default=None)
+    near = [known for known in sorted(tuned) if calls <= MANY_CALLS or known > MANY_CALLS]
+    return min(near, key=ratio, default=None)
 
 
 def plan_rows(

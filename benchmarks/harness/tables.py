@@ -366,7 +366,8 @@ def caption_notes(records: Iterable[Record]) -> list[str]:
     notes = [
         "n: images. Bold: the best of a column among the rows of the same images, and what is not "
         f"clearly behind it ({CONFIDENCE:.0%} interval of the difference over the images, by "
-        "Student's t); rows with failed images are averages over the others and take no part."
+        "Student's t); after ± a mean has its standard error, a difference its interval; rows with "
+        "failed images are averages over the others and take no part."
     ]
     draws = sorted({record.draws for record in rows if record.samples})
     if any(count > 1 for count in draws):

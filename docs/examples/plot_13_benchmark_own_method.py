@@ -40,7 +40,7 @@ def ours(y: Tensor, operator: Operator, nfe: int) -> Tensor:
 
 # %%
 # The tasks of the benchmark come by name. Two portraits are no benchmark: the harness takes a
-# hundred images, tunes every method by the same number of trials, counts the calls and adds
+# hundred images, tunes every rival by the same number of trials, counts the calls and adds
 # perceptual distances.
 
 portraits = files("ncvsd_inverse") / "assets"

@@ -1,5 +1,6 @@
 """The card of a trained prior: what it is, where it comes from, what it is good for."""
 
+import hashlib
 import json
 import re
 import string
@@ -111,6 +112,13 @@ class PriorCard:
             raise ValueError(
                 f"sha256 must be 64 lower-case hexadecimal digits, got {self.sha256!r}"
             )
+
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights and of the scale of their noise: what draws follow from."""
+        if not self.noise_scale:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.noise_scale}".encode()).hexdigest()
 
     @classmethod
     def from_dict(cls, entries: object) -> Self:

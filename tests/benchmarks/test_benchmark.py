@@ -871,8 +871,9 @@ def test_trials_that_fail_are_never_chosen(tune, run, tmp_path):
 
 def test_settings_of_the_nearest_number_of_calls_are_taken(tune, run, tmp_path):
     assert [nearest_calls({4: {}, 16: {}, 100: {}}, n) for n in (1, 4, 8, 9, 39, 41, 1000)] == [
-        *(4, 4, 4, 16, 16, 100, 100)
+        *(4, 4, 4, 16, 16, 100, None)
     ]
+    assert nearest_calls({100: {}, 1000: {}}, 400) == 1000
     assert (nearest_calls({}, 4), nearest_calls({0: {}}, 0)) == (None, 0)
     path = tmp_path / "tuned.json"
     tune("--calls", 4, 16)
