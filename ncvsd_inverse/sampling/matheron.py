@@ -35,8 +35,8 @@ class Matheron:
 
     Attributes:
         solver: what finds the moves in the precision of y.
-        error: largest error of a draw so far but the first, root mean square in stds of x given y,
-            shape (B,).
+        error: largest error of a draw so far but a rough first one, root mean square in stds of x
+            given y, shape (B,).
 
     Raises:
         ValueError: if sigma_lik <= 0 or y is not finite.
@@ -73,6 +73,7 @@ class Matheron:
         like: Tensor,
         *,
         generator: Generators = None,
+        rough: bool = True,
     ) -> Tensor:
         """Draw Gaussian images given y, roughly where the law is hard to reach.
 
@@ -81,11 +82,14 @@ class Matheron:
             covariance: covariance of images.
             like: a tensor of the images' shape (B, C, H, W), dtype and device.
             generator: one source of randomness, or one for each image.
+            rough: whether noise follows, so that a rough draw, whose error does not count, will do.
 
         Returns:
             Images, the shape of `like`.
         """
         x = mean + covariance.colour(draw_normal(like, generator))
+        if not rough:
+            return self.draw(x, covariance, generator=generator)
         images, _ = self._draw(x, covariance, generator, 1.0, START_ITERATIONS)
         return images
 

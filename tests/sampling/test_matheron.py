@@ -314,6 +314,8 @@ def test_a_first_draw_that_is_hard_to_reach_is_rough_and_the_chain_goes_on():
     assert conditioning._in_double.iterations <= START_ITERATIONS + 1
     assert float(conditioning.error) == 0
     assert start.isfinite().all()
+    conditioning.start(torch.zeros_like(x), covariance, x, rough=False)
+    assert float(conditioning.error) > 0  # where nothing follows
     assert float((operator(start) - y).std()) < 0.2 * float(y.std())
     whole = Matheron(operator, y, 1e-3)
     whole.draw(torch.zeros_like(x), covariance)
