@@ -48,6 +48,9 @@ _LEAST_IMAGES, _LEAST_TRIALS = 8, 4
 _FINEST = 5
 """How often a step is halved."""
 
+_FARTHEST = 6
+"""Most whole steps from the best, where nothing nearer is new."""
+
 _PROBE_IMAGES, _PROBE_CALLS = 8, (4, 10)
 """Images and network calls of the runs from whose time that of all is estimated."""
 
@@ -63,8 +66,8 @@ class Search:
 
     A trial moves one setting from the best position so far: first, in the order of the settings, a
     whole step outwards where no farther value of that setting was tried; then whole steps, half
-    steps and so on to either side. What comes next follows from the scores so far and from nothing
-    else. It ends early where bounds and listed values leave nothing new.
+    steps and so on to either side, then farther ones. What comes next follows from the scores so
+    far and from nothing else. It ends early where bounds and listed values leave nothing new.
 
     Args:
         method: whose settings are searched.
@@ -95,7 +98,11 @@ class Search:
             return (0.0,) * len(self.ladders)
         best = min(tried, key=lambda position: tried[position])
         known = [self.settings(position) for position in tried]
-        for candidate in (*self._outwards(best, known), *self._around(best)):
+        for candidate in (
+            *self._outwards(best, known),
+            *self._around(best),
+            *self._beyond(best),
+        ):
             if self.settings(candidate) not in known:
                 return candidate
         return None
@@ -122,6 +129,12 @@ class Search:
             for place in range(len(best)):
                 for way in (1.0, -1.0):
                     yield self._moved(best, place, way * 0.5**halvings)
+
+    def _beyond(self, best: Position) -> Iterator[Position]:
+        for steps in range(2, _FARTHEST + 1):
+            for place in range(len(best)):
+                for way in (1.0, -1.0):
+                    yield self._moved(best, place, way * steps)
 
     def _moved(self, position: Position, place: int, steps: float) -> Position:
         name, ladder = list(self.ladders.items())[place]

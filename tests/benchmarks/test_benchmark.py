@@ -651,6 +651,10 @@ def test_a_search_stops_at_bounds_and_looks_inside():
     assert made.edges(tried) == ["a"]
     made, tried = searched(lambda settings: settings["a"], 8, {"a": Ladder(values=(0.0, 1.0, 5.0))})
     assert [made.settings(position)["a"] for position in tried] == [1, 5, 0]
+    # Listed values that lie farther have their turn before a search ends.
+    listed = {"a": Ladder(values=(0.0, 0.25, 0.5, 0.75, 1.0))}
+    made, tried = searched(lambda settings: -settings["a"], 8, listed)
+    assert [made.settings(position)["a"] for position in tried] == [1, 0.75, 0.5, 0.25, 0]
     assert made.edges(tried) == ["a"]
 
 
