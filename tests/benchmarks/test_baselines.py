@@ -257,7 +257,7 @@ def test_pnpdm_has_the_law_that_its_equations_give():
 def test_mmps_has_the_law_that_its_equations_give(eta):
     chain = ScalarChains()
     restored, calls = run_counted(
-        RIVALS["mmps"], chain.posterior.problem, chain.oracle.models, 8, eta=eta, iterations=64
+        RIVALS["mmps"], chain.posterior.problem, chain.oracle.models, 8, eta=eta, iterations=8
     )
     assert calls == 8
     levels = variance_preserving(8, 80.0)

@@ -310,15 +310,16 @@ def test_a_first_draw_that_is_hard_to_reach_is_rough_and_the_chain_goes_on():
     y = operator.measure(x, 1e-3, generator=torch.Generator().manual_seed(1))
     covariance = prior.statistics.covariance(math.inf, x)
     conditioning = Matheron(operator, y, 1e-3)
-    start = conditioning.start(torch.zeros_like(x), covariance, x)
+    seeded = torch.Generator().manual_seed(2)
+    start = conditioning.start(torch.zeros_like(x), covariance, x, generator=seeded)
     assert conditioning._in_double.iterations <= START_ITERATIONS + 1
     assert float(conditioning.error) == 0
     assert start.isfinite().all()
-    conditioning.start(torch.zeros_like(x), covariance, x, rough=False)
+    conditioning.start(torch.zeros_like(x), covariance, x, generator=seeded, rough=False)
     assert float(conditioning.error) > 0  # where nothing follows
-    assert float((operator(start) - y).std()) < 0.2 * float(y.std())
+    assert float((operator(start) - y).std()) < 0.5 * float(y.std())
     whole = Matheron(operator, y, 1e-3)
-    whole.draw(torch.zeros_like(x), covariance)
+    whole.draw(torch.zeros_like(x), covariance, generator=seeded)
     assert whole._in_double.iterations > 3 * START_ITERATIONS
 
 
