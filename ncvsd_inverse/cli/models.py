@@ -290,13 +290,14 @@ class Model:
                 if isinstance(operator, Blur)
                 else (operator.kernel_size, operator.kernel_size)
             )
-            if operator.boundary == "valid":
-                return Measured(y, operator, picture, (height // 2, width // 2))
-            if y.shape[2] < height or y.shape[3] < width:
+            is_small = y.shape[2] < height or y.shape[3] < width
+            if is_small and self.boundary != "valid":
                 raise ValueError(
                     f"its sides must be at least those of the kernel, {width} x {height}, got "
                     f"{y.shape[3]} x {y.shape[2]}"
                 )
+            if operator.boundary == "valid":
+                return Measured(y, operator, picture, (height // 2, width // 2))
         return Measured(y, operator, picture)
 
     def _of_array(self, y: Tensor, operator: BaseOperator | BlindBlur | None) -> Measured:
