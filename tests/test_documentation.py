@@ -155,6 +155,10 @@ COMMANDS: dict[str, Short | Skipped] = {
         "python experiments/few_step/point.py --prior ncvsd_natural --data DIR/natural/val.zip "
         "--images 1 --size 64 --calls 2 --judge --out points.json"
     ),
+    "python experiments/few_step/point.py --prior ncvsd_natural --data DIR/natural/val.zip "
+    "--images 48 --size 96 --families blur --calls 10 --judge --out points.json": Skipped(
+        "as with NAME"
+    ),
     "python experiments/photographs/noise.py --data DIR --images 20": Short(
         "python experiments/photographs/noise.py --data DIR --images 1 --levels 0.05"
     ),

@@ -98,11 +98,7 @@ class Search:
             return (0.0,) * len(self.ladders)
         best = min(tried, key=lambda position: tried[position])
         known = [self.settings(position) for position in tried]
-        for candidate in (
-            *self._outwards(best, known),
-            *self._around(best),
-            *self._beyond(best),
-        ):
+        for candidate in (*self._outwards(best, known), *self._around(best)):
             if self.settings(candidate) not in known:
                 return candidate
         return None
@@ -125,13 +121,8 @@ class Search:
                     yield self._moved(best, place, way)
 
     def _around(self, best: Position) -> Iterator[Position]:
-        for halvings in range(_FINEST + 1):
-            for place in range(len(best)):
-                for way in (1.0, -1.0):
-                    yield self._moved(best, place, way * 0.5**halvings)
-
-    def _beyond(self, best: Position) -> Iterator[Position]:
-        for steps in range(2, _FARTHEST + 1):
+        near = (0.5**halvings for halvings in range(_FINEST + 1))
+        for steps in (*near, *range(2, _FARTHEST + 1)):
             for place in range(len(best)):
                 for way in (1.0, -1.0):
                     yield self._moved(best, place, way * steps)

@@ -39,10 +39,10 @@ from ncvsd_inverse.images import centre_crop, read_images
 from ncvsd_inverse.metrics import lpips, psnr
 from ncvsd_inverse.numerics import make_generators
 from ncvsd_inverse.operators import Blur, GaussianBlur, MotionBlur, SuperResolution
+from ncvsd_inverse.operators.base import BaseOperator
 from ncvsd_inverse.priors.files import PACKAGE_WEIGHTS, card_path, read_card
 from ncvsd_inverse.protocols import (
     SIGMA_Y,
-    LinearOperator,
     Point,
     Points,
     Prior,
@@ -57,7 +57,7 @@ FAMILIES: Mapping[str | None, tuple[str, ...]] = {
     "motion_blur": ("deblur_motion",),
     None: ("compressed_sensing", "mri", "hdr"),
 }
-BROUGHT: Mapping[str | None, tuple[tuple[LinearOperator, float], ...]] = {
+BROUGHT: Mapping[str | None, tuple[tuple[BaseOperator, float], ...]] = {
     "superres": ((SuperResolution(2), 0.01),),
     "blur": (
         (GaussianBlur(3.0, 25), 0.01),
@@ -125,14 +125,12 @@ def main() -> None:
     pictures = read_images(args.data, 2 * args.images if args.judge else args.images)
     images = torch.cat([centre_crop(x, size) for x in pictures])
     if args.judge:
-        judge(prior, images[args.images :], args.calls, args.sigma_y)
+        judge(prior, images[args.images :], args.families, args.calls, args.sigma_y)
         return
-    for family, tasks in FAMILIES.items():
+    for family in FAMILIES:
         if (family or "other") not in args.families:
             continue
-        problems = [pose_task(name, images, args.sigma_y) for name in tasks]
-        if PriorTraits.of(prior).image_shape is None:
-            problems += [pose(*brought, images) for brought in BROUGHT.get(family, ())]
+        problems = pose_all(prior, family, images, args.sigma_y)
         for calls in sorted(args.calls):
             start = point_settings(family, calls, SIGMA_Y, prior.points or POINTS)
             row = trials.setdefault(family or "other", {}).setdefault(str(calls), [])
@@ -144,19 +142,23 @@ def main() -> None:
             print(family or "other", calls, f"{least:.4f}", best_of(row), flush=True)
 
 
-Problem = tuple[Any, Tensor, float]
+Problem = tuple[BaseOperator, Tensor, float]
 """Operator, measurements and their noise std."""
 
 
-def pose(operator: Any, sigma_y: float, images: Tensor) -> Problem:  # noqa: ANN401
+def pose(operator: BaseOperator, sigma_y: float, images: Tensor) -> Problem:
     """Return an operator with measurements of the images, image i's noise that of seed i."""
     sources = make_generators([(1, i) for i in range(len(images))])
     return operator, operator.measure(images, sigma_y, generator=sources), sigma_y
 
 
-def pose_task(name: str, images: Tensor, sigma_y: float) -> Problem:
-    """Return a task of the benchmark with measurements of the images."""
-    return pose(make_task(name, (images.shape[2], images.shape[3])).operator, sigma_y, images)
+def pose_all(prior: Prior, family: str | None, images: Tensor, sigma_y: float) -> list[Problem]:
+    """Return the tasks of a family, and for a prior of any size what people bring, posed."""
+    sides = (images.shape[2], images.shape[3])
+    operators = [(make_task(name, sides).operator, sigma_y) for name in FAMILIES[family]]
+    if PriorTraits.of(prior).image_shape is None:
+        operators += BROUGHT.get(family, ())
+    return [pose(*operator, images) for operator in operators]
 
 
 def search(
@@ -288,19 +290,23 @@ def write_card(
     write_whole(card_path(stem), replace(card, points=points).to_json())
 
 
-def judge(prior: Prior, images: Tensor, calls: list[int], sigma_y: float) -> None:
+def judge(
+    prior: Prior, images: Tensor, families: list[str], calls: list[int], sigma_y: float
+) -> None:
     """Print PSNR, lpips-alex and lpips-vgg of point estimates with the prior's settings.
 
     The PSNR of the mean of DRAWS draws of so many calls each comes last.
     """
-    for tasks in FAMILIES.values():
-        for name in tasks:
-            problem = pose_task(name, images, sigma_y)
+    for family in FAMILIES:
+        if (family or "other") not in families:
+            continue
+        for problem in pose_all(prior, family, images, sigma_y):
             for number in calls:
                 alex, vgg, error = figures(restore(prior, problem, None, number), images)
                 quality = -20 * math.log10(error / 2)
                 mean = float(psnr(mean_of_draws(prior, problem, number), images).mean())
-                print(name, number, f"{quality:.2f} {alex:.4f} {vgg:.4f} {mean:.2f}", flush=True)
+                shown = f"{quality:.2f} {alex:.4f} {vgg:.4f} {mean:.2f}"
+                print(f"{problem[0]}, noise {problem[2]:g}, {number} calls: {shown}", flush=True)
 
 
 if __name__ == "__main__":

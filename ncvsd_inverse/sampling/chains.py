@@ -187,11 +187,8 @@ def matheron_chain(
     conditioner = _make_conditioner(problem, plan.sigma_lik, rough=rough)
     like = problem.y.new_zeros(problem.shape)
     mean, covariance = statistics.mean_image(like), statistics.covariance(math.inf, like)
-    if isinstance(conditioner, Matheron):
-        rough_start = len(plan.levels) > 0
-        x = conditioner.start(mean, covariance, like, generator=generators, rough=rough_start)
-    else:
-        x = conditioner.start(mean, covariance, like, generator=generators)
+    has_sweeps = len(plan.levels) > 0
+    x = conditioner.start(mean, covariance, like, generator=generators, rough=has_sweeps)
     for rho in plan.levels:
         u = x + rho * draw_normal(x, generators)
         x0 = prior.sample(u, rho, generator=generators)

@@ -116,6 +116,7 @@ class GaussNewton:
         like: Tensor,
         *,
         generator: Generators = None,
+        rough: bool = True,
     ) -> Tensor:
         """Return images to begin at: Gaussian draws conditioned on y.
 
@@ -127,6 +128,7 @@ class GaussNewton:
             covariance: covariance of images.
             like: a tensor of the images' shape (B, C, H, W), dtype and device.
             generator: one source of randomness, or one for each image.
+            rough: whether noise follows; of no account here, see `Matheron`.
 
         Returns:
             Images, the shape of `like`.
